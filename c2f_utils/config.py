@@ -1,0 +1,332 @@
+"""Typed settings: what can be set, in which unit, and which stage a setting decides.
+
+Inputs: a profile (`profiles/*.yaml`), a seed and overrides. Output: one frozen `Settings` object. Every problem is reported at
+once, before any work starts. Values are strict: `'1e-6'` is text, not a number, and `'false'` is text, not a flag, because
+papermill hands exactly such strings on when it reads YAML itself.
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from c2f_utils.errors import C2FError, problems
+
+PROFILES = ("smoke", "tiny", "small_gpu", "mistral_7b")
+STAGES = (
+    "00_environment_and_data", "01_base_model", "02_reward_model", "03_coarse_rlhf", "04_length_schedules",
+    "05_instruction_model", "06_residue_merging", "07_evaluation", "08_report",
+)  # fmt: skip
+# Which sections decide a stage's own result; what its parents decide reaches it through their fingerprints.
+_DECIDES = {
+    "00_environment_and_data": ("models", "data"),
+    "01_base_model": ("models", "data", "pretrain"),
+    "02_reward_model": ("models", "data", "reward"),
+    "03_coarse_rlhf": ("models", "data", "coarse", "evaluation"),
+    "04_length_schedules": ("models", "data", "coarse", "schedules", "evaluation"),
+    "05_instruction_model": ("models", "data", "instruct", "evaluation"),
+    "06_residue_merging": ("models", "data", "coarse", "merge", "evaluation"),
+    "07_evaluation": ("models", "data", "merge", "evaluation"),
+    "08_report": (),
+}
+
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0, lt=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Lora(_Section):
+    """Low-rank adapters on the linear layers of the trunk; the base weights stay frozen and serve as the reference."""
+
+    rank: Positive = 16
+    alpha: Positive = 32
+    targets: list[str] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class Models(_Section):
+    """Where the models come from; `null` for `base` and `instruct` means: make them on the embedded domain."""
+
+    base: str | None = Field(None, description="local folder or hub id of a causal language model")
+    base_revision: str | None = Field(None, description="hub revision of the base model")
+    instruct: str | None = Field(None, description="local folder or hub id of an instruction model derived from the same base")
+    reward: str | None = Field(None, description="local folder or hub id of a finished reward model; null trains one")
+    lora: Lora | None = Field(None, description="adapters for actor and reward model; null trains all weights")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of frozen weights and activations")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    gradient_checkpointing: bool = False
+
+
+class Data(_Section):
+    """Prompts, preferences and instructions: the embedded domain or files in the HH-RLHF format."""
+
+    source: Literal["embedded", "preferences"] = "embedded"
+    preferences: str | None = Field(None, description="HH-RLHF pairs: a .jsonl or .jsonl.gz file, or a hub data set id")
+    preference_split: str = "train"
+    stop_strings: list[str] = Field([], description="texts that end an answer, e.g. the next turn's header")
+    operations: tuple[Positive, Positive] = Field((3, 5), description="fewest and most steps of an embedded problem", strict=False)
+    max_prompt_tokens: Positive = Field(64, description="longer prompts are left out and counted, tokens")
+    validation_prompts: Positive = Field(128, description="problems for choices such as the merge coefficient")
+    test_prompts: Positive = Field(256, description="problems for reported figures; disjoint from all others")
+
+
+class Pretrain(_Section):
+    """Pretraining of the embedded base model (Mistral layout)."""
+
+    hidden_size: Positive = 64
+    layers: Positive = 2
+    heads: Positive = 4
+    key_value_heads: Positive = 2
+    intermediate_size: Positive = 160
+    max_positions: Positive = Field(1024, description="positions of the model, tokens")
+    tokens: Positive = Field(2_800_000, description="training tokens")
+    tokens_per_step: Positive = Field(2048, description="tokens of one optimiser step")
+    learning_rate_matrices: Rate = Field(6e-3, description="Muon, layer matrices")
+    learning_rate_other: Rate = Field(4e-3, description="AdamW, embeddings, head and norms")
+    warmup_steps: Count = 40
+    weight_decay: NonNegative = 0.02
+
+
+class Reward(_Section):
+    """Reward model training (TRL `RewardTrainer`, Bradley-Terry loss)."""
+
+    pairs: Positive = Field(4000, description="preference pairs for training")
+    held_out_pairs: Positive = Field(500, description="pairs for calibration, never trained on")
+    base_share: Share = Field(0.4, description="embedded: share of pairs made of base samples, the rest is synthetic")
+    cut_share: Share = Field(0.42, description="embedded: share of answers cut at a random token")
+    label_noise: NonNegative = Field(0.3, description="embedded: standard deviation of the noise on utility before comparing")
+    length_bonus: float = Field(0.002, description="embedded: labelled utility per answer token; never part of `utility`")
+    pairs_per_step: Positive = 12
+    learning_rate: Rate = 2e-3
+    epochs: Positive = 1
+    max_steps: Count = Field(0, description="optimiser steps at most; 0 = no limit")
+    max_tokens: Positive = Field(512, description="longer pairs are left out and counted, tokens")
+    members: Positive = Field(1, description="models averaged in weight space (WARM)")
+
+
+class Law(_Section):
+    """A law for the output-length limit l(t); keys that a law does not use are refused by `limits.make_law`."""
+
+    name: Literal["fixed", "clock", "logistic", "tail", "gated", "probe"] = "logistic"
+    limit: Positive | None = Field(None, description="fixed: the limit, tokens")
+    start: Positive | None = Field(None, description="first limit, tokens")
+    maximum: Positive | None = Field(None, description="last limit, tokens")
+    shape: Literal["linear", "geometric", "cosine", "steps"] | None = None
+    duration: Positive | None = Field(None, description="clock: iterations from start to maximum")
+    steps: list[Positive] | None = Field(None, description="clock, shape steps: limits of equal duration, tokens")
+    growth: NonNegative | None = Field(None, description="tail, gated: largest relative growth per iteration")
+    step: Positive | None = Field(None, description="logistic: largest growth per iteration, tokens")
+    weights: dict[str, float] | None = Field(None, description="logistic: w0, reward, value_loss, truncation, truncation_target")
+
+
+class Coarse(_Section):
+    """Actor-critic RLHF straight on the base model."""
+
+    law: Law = Law(name="logistic", start=24, maximum=144, step=8)
+    iterations: Positive = Field(17, description="rounds of rollout and update")
+    prompts: Positive = Field(64, description="prompts (and answers) per iteration, all processes together")
+    temperature: Annotated[float, Field(gt=0)] = Field(1.0, description="divides policy and reference logits alike")
+    epochs: Positive = Field(2, description="passes over each rollout batch")
+    minibatches: Positive = Field(2, description="optimiser steps per pass")
+    tokens_per_micro_batch: Positive = Field(16_384, description="padded tokens of one forward/backward pass")
+    tokens_in_cache: Positive = Field(65_536, description="key/value positions held while decoding; more answers wait their turn")
+    actor_learning_rate: Rate = 5e-4
+    critic_learning_rate: Rate = 1e-3
+    critic: Literal["separate", "shared"] = "separate"
+    critic_head: Literal["reward", "zero"] = Field("reward", description="initial critic: the reward model, or a zero head")
+    critic_warmup: Count = Field(0, description="iterations in which only the critic learns; their tokens count")
+    value_coefficient: NonNegative = Field(0.1, description="weight of the value loss when the trunk is shared")
+    clip: Rate = Field(0.2, description="PPO ratio clip")
+    value_clip: NonNegative = Field(0.2, description="value clip in units of the reward's standard deviation; 0 = off")
+    kl_coefficient: NonNegative = Field(0.05, description="price of one nat of KL to the reference")
+    kl_target: NonNegative = Field(0.0, description="target KL per token for the adaptive controller, nats; 0 = fixed coefficient")
+    discount: Share = Field(1.0, description="gamma")
+    lambda_policy: Share | Literal["adaptive"] = Field(0.95, description="GAE lambda of the policy; adaptive = clamp(1 - 1/(alpha l), .95, 1)")
+    lambda_critic: Share = Field(0.95, description="GAE lambda of the value targets")
+    lambda_alpha: Annotated[float, Field(gt=0)] = 0.05
+    cut: Literal["score", "bootstrap", "penalty"] = Field("score", description="how an answer cut by the limit is credited")
+    cut_penalty: NonNegative = Field(1.0, description="subtracted from the reward of a cut answer when cut = penalty")
+    reward_clip: Annotated[float, Field(gt=0)] = Field(10.0, description="bound of the normalised reward")
+    reward_scaling: Literal["base", "running"] = Field("base", description="z-score on base samples, or running standard deviation")
+    token_price: NonNegative = Field(0.0, description="subtracted from the reward per answer token")
+    gradient_clip: Annotated[float, Field(gt=0)] = 1.0
+    evaluate_every: Positive = Field(4, description="iterations between evaluations on validation problems")
+    evaluation_prompts: Positive = Field(128, description="validation problems of the curve")
+    evaluation_tokens: Positive = Field(144, description="answer limit of the curve, fixed while l(t) moves, tokens")
+    checkpoint_every: Positive = Field(2, description="iterations between checkpoints")
+    probes: Count = Field(4, description="prompts followed through training")
+
+    @model_validator(mode="after")
+    def _head_fits_critic(self) -> "Coarse":
+        if self.critic == "shared" and self.critic_head == "reward":
+            raise ValueError("critic 'shared' has a head on the actor's trunk: set critic_head to 'zero'")
+        return self
+
+
+class Schedules(_Section):
+    """Laws compared in notebook 04; the law of `coarse.law` is reused from 03 and stands for `logistic`."""
+
+    laws: dict[str, Law] = {}
+    study_laws: dict[str, Law] = Field({}, description="further laws, only with study=True")
+    study_seeds: list[int] = Field([0, 1, 2], description="seeds of the study")
+
+
+class Instruct(_Section):
+    """Supervised fine-tuning of the embedded instruction model (TRL `SFTTrainer`)."""
+
+    tokens: Positive = Field(400_000, description="training tokens, prompts included")
+    worked_share: Share = Field(0.35, description="share of examples whose answer is worked out step by step")
+    examples_per_step: Positive = 96
+    learning_rate: Rate = 1e-3
+
+
+class Merge(_Section):
+    """Residue merge: how the operator's coefficient is chosen on validation problems."""
+
+    operator: str = "residue"
+    coefficients: list[float] = Field([0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0], min_length=1)
+    other_operators: list[dict] = Field([], description="compared at the chosen coefficient")
+    token_price: NonNegative = Field(0.01, description="score = utility (or reward) - token_price * mean tokens")
+    out_dtype: Literal["same", "float32", "bfloat16", "bfloat16_stochastic"] = "same"
+    controls: list[Literal["interpolation", "random_residue", "ppo_instruct", "fixed_long_residue"]] = [
+        "interpolation", "random_residue", "ppo_instruct", "fixed_long_residue",
+    ]  # fmt: skip
+
+
+class Evaluation(_Section):
+    """Generation and scoring of the finished models."""
+
+    max_tokens: Positive = Field(160, description="answer limit, tokens")
+    decodings: list[Literal["sampled_t1", "sampled_t07", "greedy"]] = ["sampled_t1", "sampled_t07", "greedy"]
+    prefixes: list[Positive] = Field([32, 64, 128], description="prefixes at which redundancy is compared, tokens")
+    samples_kept: Count = Field(12, description="answers per model kept in samples.jsonl")
+    tasks: list[str] = Field([], description="lm-eval tasks: names, or paths of local JSON task files")
+    task_limit: Count = Field(0, description="documents per lm-eval task; 0 = all")
+
+
+class Settings(_Section):
+    """Everything a run depends on."""
+
+    profile: Literal["smoke", "tiny", "small_gpu", "mistral_7b"]
+    seed: Count = 0
+    run_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = "lab"
+    study: bool = False
+    models: Models = Models()
+    data: Data = Data()
+    pretrain: Pretrain = Pretrain()
+    reward: Reward = Reward()
+    coarse: Coarse = Coarse()
+    schedules: Schedules = Schedules()
+    instruct: Instruct = Instruct()
+    merge: Merge = Merge()
+    evaluation: Evaluation = Evaluation()
+
+    @property
+    def embedded(self) -> bool:
+        """Whether answers can be checked exactly (the embedded domain)."""
+        return self.data.source == "embedded"
+
+    @model_validator(mode="after")
+    def _sources_agree(self) -> "Settings":
+        found = []
+        if self.embedded and (self.models.base or self.models.instruct or self.models.reward):
+            found.append("models.base, models.instruct and models.reward need data.source 'preferences': the embedded domain has its own tokenizer")
+        if not self.embedded:
+            found += [f"models.{key} is null: name a local folder or a hub id" for key in ("base", "instruct") if not getattr(self.models, key)]
+            if not self.data.preferences:
+                found.append("data.preferences is null: name a .jsonl file in the HH-RLHF format or a hub data set")
+        if found:
+            raise ValueError("; ".join(found))
+        return self
+
+    def for_stage(self, stage: str) -> dict[str, object]:
+        """The JSON-able settings that decide one stage's result; `run_id` does not, `study` decides 04 only."""
+        sections = {name: getattr(self, name).model_dump(mode="json") for name in _DECIDES[stage]}
+        study = {"study": self.study} if stage == "04_length_schedules" else {}
+        return {"profile": self.profile, "seed": self.seed, **study, **sections}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads `1e-6` as text; people who write learning rates mean a number."""
+
+
+_Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
+
+
+def read_yaml(path: str | Path) -> dict[str, object]:
+    """Read a YAML mapping, with `1e-6` as a number; raises C2FError when the file is missing or no mapping."""
+    try:
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
+    except OSError as error:
+        raise C2FError(f"overrides file {path}: {error.strerror}; expected a readable YAML file") from None
+    except yaml.YAMLError as error:
+        raise C2FError(f"overrides file {path} is not valid YAML: {error}") from None
+    if not isinstance(content, dict | None):
+        raise C2FError(f"overrides file {path} holds a {type(content).__name__}; expected a mapping such as 'coarse: {{iterations: 5}}'")
+    return content or {}
+
+
+def load_settings(
+    profile: str,
+    seed: int = 0,
+    run_id: str = "lab",
+    overrides: dict[str, object] | None = None,
+    study: bool = False,
+) -> Settings:
+    """Profile, then overrides (nested or dotted keys), checked as a whole.
+
+    Raises C2FError listing every unknown key and every value of the wrong type, with the spelling to use.
+    """
+    if profile not in PROFILES:
+        raise C2FError(f"unknown profile {profile!r}; expected one of {', '.join(PROFILES)}")
+    values = read_yaml(Path(__file__).parent / "profiles" / f"{profile}.yaml")
+    for key, value in (overrides or {}).items():
+        _merge(values, _nested(str(key), value))
+    values |= {"profile": profile, "seed": seed, "run_id": run_id, "study": study}
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        raise problems("the settings cannot be used:", [_explain(item) for item in error.errors()]) from None
+
+
+def _nested(key: str, value: object) -> dict[str, object]:
+    first, _, rest = key.partition(".")
+    return {first: _nested(rest, value)} if rest else {first: value}
+
+
+def _merge(into: dict, update: dict) -> None:
+    for key, value in update.items():
+        # A law is one choice: half of another law's keys must not survive in it.
+        whole = key == "law" or "name" in (value if isinstance(value, dict) else {})
+        if isinstance(value, dict) and isinstance(into.get(key), dict) and not whole:
+            _merge(into[key], value)
+        else:
+            into[key] = value
+
+
+def _explain(item: dict) -> str:
+    where = ".".join(str(part) for part in item["loc"]) or "settings"
+    value, kind = item.get("input"), item["type"]
+    if kind == "extra_forbidden":
+        return f"{where} = {value!r}: there is no such setting; {_neighbours(item['loc'])}"
+    if isinstance(value, str) and kind in {"bool_type", "bool_parsing"}:
+        return f"{where} = {value!r} is text; write True or False (YAML: true or false), without quotes"
+    if isinstance(value, str) and kind in {"int_type", "float_type", "int_parsing", "float_parsing"}:
+        return f"{where} = {value!r} is text; write a number without quotes (papermill's own YAML needs 1.0e-6, not 1e-6)"
+    return f"{where} = {value!r}: {item['msg'].removeprefix('Value error, ')}"
+
+
+def _neighbours(loc: tuple) -> str:
+    section: type[BaseModel] | None = Settings
+    for part in loc[:-1]:
+        field = section.model_fields.get(str(part)) if section else None
+        section = field.annotation if field and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel) else None
+    return "known here: " + ", ".join(section.model_fields) if section else "see c2f_utils/config.py"

@@ -1,0 +1,10 @@
+"""The one error family that means "bad input", not "a defect in this program"."""
+
+
+class C2FError(Exception):
+    """Raised before work starts; the message names the thing, its value, what was expected and the next step."""
+
+
+def problems(title: str, found: list[str]) -> C2FError:
+    """Build one error out of several problems so that a user mends them in a single round."""
+    return C2FError(title + "\n" + "\n".join(f"  - {line}" for line in found))

@@ -1,0 +1,81 @@
+"""Small files written so that a kill or a full disk never leaves half of one under its final name."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from c2f_utils.errors import C2FError
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace the file atomically: written beside it, flushed to the disk, then renamed.
+
+    Raises C2FError when the disk is full or the folder cannot be written; the old content is then still there.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "w", encoding="utf-8") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise C2FError(f"cannot write {path}: {error.strerror}; free space or choose another C2F_OUTPUTS") from error
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON atomically; NaN and infinities are refused (ValueError) because they are not JSON."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> object:
+    """Read one JSON file; raises C2FError that names the file when it is missing or damaged."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise C2FError(f"{path} does not exist") from None
+    except json.JSONDecodeError as error:
+        raise C2FError(f"{path} is not valid JSON ({error}); delete it and run its stage again") from None
+
+
+def append_jsonl(path: Path, row: object) -> None:
+    """Append one JSON line with a single write, so that readers see whole lines."""
+    line = json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n"
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as handle:
+        handle.write(line)
+
+
+def read_jsonl(path: Path) -> list:
+    """Read JSON lines; a last line cut by a kill is dropped, any other damaged line raises C2FError."""
+    return list(_lines(Path(path)))
+
+
+def _lines(path: Path) -> Iterator[object]:
+    if not path.exists():
+        return
+    rows = path.read_text(encoding="utf-8").split("\n")
+    for number, row in enumerate(rows, start=1):
+        if not row.strip():
+            continue
+        try:
+            yield json.loads(row)
+        except json.JSONDecodeError as error:
+            if number == len(rows):
+                return
+            raise C2FError(f"{path}, line {number}: not valid JSON ({error})") from None
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes as 64 hex digits, read in blocks of 1 MiB."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as handle:
+        while block := handle.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,187 @@
+"""Small-sample statistics for paired comparisons over prompts and over seeds.
+
+Two kinds of uncertainty are kept apart: over prompts for one pair of models (bootstrap, McNemar, Wilson) and over
+training seeds (t-interval, sign flips). Every function is deterministic for a given seed. Intervals are two-sided,
+95 % by default.
+"""
+
+import math
+from collections.abc import Sequence
+from itertools import product
+from typing import NamedTuple
+
+import numpy as np
+
+from c2f_utils.errors import C2FError
+
+# Rows x resamples drawn at a time: bounds the index array to 16 MB whatever the number of prompts.
+_BLOCK = 2_000_000
+
+
+class Difference(NamedTuple):
+    """Mean of a - b with its interval, two-sided p and the number of pairs."""
+
+    difference: float
+    low: float
+    high: float
+    p: float
+    n: int
+
+
+class Interval(NamedTuple):
+    """An estimate with its interval; the bounds are None where one value gives none."""
+
+    value: float
+    low: float | None
+    high: float | None
+    n: int
+
+
+class Discordance(NamedTuple):
+    """How often only one of two models was right, and McNemar's exact p."""
+
+    only_a: int
+    only_b: int
+    p: float
+
+
+def paired_bootstrap(
+    a: Sequence[float],
+    b: Sequence[float],
+    resamples: int = 10_000,
+    seed: int = 0,
+    level: float = 0.95,
+    clusters: Sequence | None = None,
+) -> Difference:
+    """Percentile interval and two-sided p of mean(a) - mean(b), resampling prompts (or `clusters` of rows) in pairs.
+
+    `a` and `b` hold one value per row for the same rows in the same order. With `clusters` (one label per row, e.g. the
+    prompt when it was sampled several times) whole clusters are drawn. p counts resamples on the far side of zero,
+    doubled, and is never below 1/(resamples + 1). Raises C2FError for unequal lengths, no rows, or missing values.
+    """
+    first, second = _numbers("a", a), _numbers("b", b)
+    if len(first) != len(second):
+        raise C2FError(f"paired values have lengths {len(first)} and {len(second)}; expected the same prompts in both")
+    sums, counts = first - second, np.ones(len(first))
+    if clusters is not None:
+        if len(clusters) != len(first):
+            raise C2FError(f"{len(clusters)} cluster labels for {len(first)} rows; expected one label per row")
+        _, index = np.unique(np.asarray(clusters), return_inverse=True)
+        sums, counts = np.bincount(index, weights=sums), np.bincount(index).astype(float)
+    rng = np.random.default_rng(seed)
+    size = len(sums)
+    draws = []
+    for start in range(0, resamples, step := max(1, _BLOCK // size)):
+        rows = rng.integers(0, size, (min(step, resamples - start), size))
+        draws.append(sums[rows].sum(1) / counts[rows].sum(1))
+    means = np.concatenate(draws)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    # Rounding can leave 1e-18 where a resample is exactly tied.
+    means[np.abs(means) < 1e-12] = 0.0
+    beyond = min((means <= 0).sum(), (means >= 0).sum())
+    p = min(1.0, 2 * (beyond + 1) / (resamples + 1)) if beyond < resamples else 1.0
+    return Difference(float((first - second).mean()), float(low), float(high), float(p), len(first))
+
+
+def mcnemar(a_right: Sequence[bool], b_right: Sequence[bool]) -> Discordance:
+    """McNemar's exact (binomial) test on the prompts where exactly one of two models is right."""
+    from scipy.special import bdtr
+
+    first, second = _numbers("a", a_right).astype(bool), _numbers("b", b_right).astype(bool)
+    if len(first) != len(second):
+        raise C2FError(f"paired answers have lengths {len(first)} and {len(second)}; expected the same prompts in both")
+    only_a, only_b = int((first & ~second).sum()), int((second & ~first).sum())
+    total = only_a + only_b
+    p = min(1.0, 2 * float(bdtr(min(only_a, only_b), total, 0.5))) if total else 1.0
+    return Discordance(only_a, only_b, p)
+
+
+def wilson(successes: float, n: int, level: float = 0.95) -> Interval:
+    """Wilson score interval of a proportion; (0, 1) for n = 0. Source: Wilson 1927."""
+    from scipy.special import ndtri
+
+    if n < 0 or not 0 <= successes <= max(n, 0):
+        raise C2FError(f"{successes} successes of {n}; expected 0 <= successes <= n")
+    if n == 0:
+        return Interval(float("nan"), 0.0, 1.0, 0)
+    z = float(ndtri((1 + level) / 2))
+    share = successes / n
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return Interval(share, max(0.0, centre - half), min(1.0, centre + half), n)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down adjusted p-values in the given order (family-wise error over all of them)."""
+    p = np.asarray(p_values, float)
+    order = np.argsort(p, kind="stable")
+    adjusted = np.minimum(1.0, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
+    result = np.empty(len(p))
+    result[order] = adjusted
+    return result.tolist()
+
+
+def seed_interval(values: Sequence[float], level: float = 0.95) -> Interval:
+    """Mean over training seeds with Student's t-interval; bounds are None for a single seed."""
+    numbers = _numbers("values", values)
+    mean = float(numbers.mean())
+    if len(numbers) < 2:
+        return Interval(mean, None, None, len(numbers))
+    half = _t_quantile(len(numbers) - 1, level) * float(numbers.std(ddof=1)) / math.sqrt(len(numbers))
+    return Interval(mean, mean - half, mean + half, len(numbers))
+
+
+def log_ratio_interval(a: Sequence[float], b: Sequence[float], level: float = 0.95) -> Interval:
+    """Geometric mean of a/b over pairs (seeds) with the t-interval of the paired log ratios; all values positive."""
+    first, second = _numbers("a", a), _numbers("b", b)
+    if len(first) != len(second) or (first <= 0).any() or (second <= 0).any():
+        raise C2FError("a ratio over seeds needs equally many positive values on both sides")
+    found = seed_interval(np.log(first / second), level)
+    low, high = (None if bound is None else math.exp(bound) for bound in (found.low, found.high))
+    return Interval(math.exp(found.value), low, high, found.n)
+
+
+def sign_flip(differences: Sequence[float], resamples: int = 10_000, seed: int = 0) -> float:
+    """Two-sided sign-flip permutation p of a mean difference; all 2^n flips when n <= 12, else a seeded sample."""
+    numbers = _numbers("differences", differences)
+    size, slack = len(numbers), 1e-12 * np.abs(numbers).sum()
+    observed = abs(numbers.sum()) - slack
+    if size <= 12:
+        flips = np.array(list(product((1.0, -1.0), repeat=size)))
+        return float((np.abs(flips @ numbers) >= observed).mean())
+    rng = np.random.default_rng(seed)
+    beyond = done = 0
+    while done < resamples:
+        rows = min(resamples - done, max(1, _BLOCK // size))
+        beyond += int((np.abs(rng.choice((1.0, -1.0), (rows, size)) @ numbers) >= observed).sum())
+        done += rows
+    return (beyond + 1) / (resamples + 1)
+
+
+def first_crossing(x: Sequence[float], y: Sequence[float], target: float) -> float | None:
+    """Smallest x at which y, linear between its points, reaches `target`; None when it never does."""
+    previous = None
+    for here, value in zip(x, y, strict=True):
+        if value >= target:
+            if previous is None:
+                return float(here)
+            x0, y0 = previous
+            return float(x0 + (here - x0) * (target - y0) / (value - y0))
+        previous = (here, value)
+    return None
+
+
+def _t_quantile(freedom: int, level: float) -> float:
+    from scipy.special import stdtrit
+
+    return float(stdtrit(freedom, (1 + level) / 2))
+
+
+def _numbers(name: str, values: Sequence[float]) -> np.ndarray:
+    if len(values) == 0:
+        raise C2FError(f"{name} is empty; expected at least one value")
+    numbers = np.array([np.nan if value is None else value for value in values], dtype=float)
+    if not np.isfinite(numbers).all():
+        bad = int((~np.isfinite(numbers)).sum())
+        raise C2FError(f"{name} holds {bad} missing or infinite values of {len(numbers)}; drop those prompts first")
+    return numbers

@@ -1,0 +1,142 @@
+"""Promises of the statistics, against brute force and published values."""
+
+import math
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from c2f_utils import stats
+from c2f_utils.errors import C2FError
+
+
+def test_paired_bootstrap_agrees_with_full_enumeration_of_resamples():
+    a, b = np.array([1.0, 0, 1, 1, 0]), np.array([0.0, 0, 1, 0, 1])
+    d = a - b
+    means = np.array([d[list(rows)].mean() for rows in product(range(5), repeat=5)])
+    found = stats.paired_bootstrap(a, b, resamples=40_000)
+    assert found.difference == pytest.approx(d.mean()) and found.n == 5
+    assert [found.low, found.high] == pytest.approx(np.quantile(means, [0.025, 0.975]).tolist())
+    assert found.p == pytest.approx(2 * (means <= 1e-12).mean(), abs=0.015)
+
+
+def test_paired_bootstrap_is_seeded_pairs_rows_and_sees_a_shift():
+    rng = np.random.default_rng(1)
+    prompt = rng.normal(0, 5, 256)
+    a, b = prompt + 0.3 + rng.normal(0, 0.5, 256), prompt + rng.normal(0, 0.5, 256)
+    found = stats.paired_bootstrap(a, b)
+    assert found == stats.paired_bootstrap(a, b) != stats.paired_bootstrap(a, b, seed=1)
+    assert 0.2 < found.low < 0.3 < found.high < 0.5 and found.p < 0.001  # unpaired the half width would be 0.9
+    mirrored = stats.paired_bootstrap(b, a)
+    assert (mirrored.low, mirrored.high) == pytest.approx((-found.high, -found.low))
+
+
+def test_paired_bootstrap_of_identical_models_claims_nothing():
+    assert stats.paired_bootstrap([1, 0, 1], [1, 0, 1]) == (0.0, 0.0, 0.0, 1.0, 3)
+
+
+def test_bootstrap_over_clusters_does_not_take_copies_for_evidence():
+    rng = np.random.default_rng(0)
+    a = rng.normal(0.2, 1, 40)
+    once = stats.paired_bootstrap(a, np.zeros(40))
+    copies = stats.paired_bootstrap(np.repeat(a, 8), np.zeros(320), clusters=np.repeat(np.arange(40), 8))
+    naive = stats.paired_bootstrap(np.repeat(a, 8), np.zeros(320))
+    assert copies.high - copies.low == pytest.approx(once.high - once.low, rel=0.02)
+    assert naive.high - naive.low < 0.5 * (copies.high - copies.low)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "words"),
+    [
+        ([1, 0], [1], "lengths 2 and 1"),
+        ([], [], "empty"),
+        ([1, None], [0, 1], "1 missing"),
+        ([1, math.inf], [0, 1], "1 missing"),
+    ],
+)
+def test_unpaired_or_missing_values_are_refused(a, b, words):
+    with pytest.raises(C2FError, match=words):
+        stats.paired_bootstrap(a, b)
+
+
+def test_clusters_need_one_label_per_row():
+    with pytest.raises(C2FError, match="one label per row"):
+        stats.paired_bootstrap([1, 2], [0, 0], clusters=[0])
+
+
+def test_bootstrap_interval_covers_the_truth_about_as_often_as_it_says():
+    rng = np.random.default_rng(7)
+    hits = 0
+    for seed in range(200):
+        a = rng.random(100) < 0.6
+        b = rng.random(100) < 0.5
+        found = stats.paired_bootstrap(a.astype(float), b.astype(float), resamples=1000, seed=seed)
+        hits += found.low <= 0.1 <= found.high
+    assert 180 <= hits <= 199
+
+
+@settings(deadline=None)  # the first call imports scipy
+@given(st.integers(0, 12), st.integers(0, 12), st.integers(0, 5), st.integers(0, 5))
+def test_mcnemar_is_the_exact_binomial_test(only_a, only_b, both, neither):
+    from scipy.stats import binomtest
+
+    a = [1] * only_a + [0] * only_b + [1] * both + [0] * neither
+    b = [0] * only_a + [1] * only_b + [1] * both + [0] * neither
+    if not a:
+        return
+    found = stats.mcnemar(a, b)
+    expected = binomtest(only_a, only_a + only_b, 0.5).pvalue if only_a + only_b else 1.0
+    assert (found.only_a, found.only_b) == (only_a, only_b) and found.p == pytest.approx(expected)
+
+
+def test_wilson_matches_the_library_and_its_edges():
+    from scipy.stats import binomtest
+
+    for k, n in [(0, 10), (10, 10), (7, 10), (166, 256)]:
+        expected = binomtest(k, n).proportion_ci(method="wilson")
+        assert stats.wilson(k, n)[1:3] == pytest.approx((expected.low, expected.high))
+    assert stats.wilson(0, 0)[1:3] == (0.0, 1.0)
+    with pytest.raises(C2FError, match="11 successes of 10"):
+        stats.wilson(11, 10)
+
+
+def test_holm_by_hand_and_in_the_given_order():
+    assert stats.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert stats.holm([0.9, 0.8]) == [1.0, 1.0]
+    assert stats.holm([]) == []
+
+
+def test_t_interval_over_three_seeds_is_the_textbook_one():
+    found = stats.seed_interval([0.79, 0.75, 0.83])
+    half = 4.302653 * 0.04 / math.sqrt(3)
+    assert found == pytest.approx((0.79, 0.79 - half, 0.79 + half, 3))
+    assert stats.seed_interval([0.5]) == (0.5, None, None, 1)
+
+
+def test_log_ratio_interval_is_symmetric_in_ratio():
+    a, b = [80.0, 85.0, 81.0], [145.0, 144.0, 146.0]
+    found, back = stats.log_ratio_interval(a, b), stats.log_ratio_interval(b, a)
+    assert found.value == pytest.approx((80 * 85 * 81 / (145 * 144 * 146)) ** (1 / 3))
+    assert (found.low, found.high) == pytest.approx((1 / back.high, 1 / back.low))
+    assert found.low < found.value < found.high < 0.65
+    with pytest.raises(C2FError, match="positive"):
+        stats.log_ratio_interval([1.0, 0.0], [1.0, 1.0])
+
+
+def test_sign_flip_is_exact_for_few_and_close_for_many():
+    assert stats.sign_flip([1.0, 2.0, 3.0]) == pytest.approx(2 / 8)
+    assert stats.sign_flip([0.1] * 5) == pytest.approx(2 / 32)
+    assert stats.sign_flip([1.0, -1.0]) == 1.0
+    rng = np.random.default_rng(0)
+    d = rng.normal(0.4, 1, 12)
+    exact, sampled = stats.sign_flip(d), stats.sign_flip(np.append(d, 0.0))  # a zero changes n, not the distribution
+    assert sampled == pytest.approx(exact, abs=0.02)
+    assert stats.sign_flip(np.ones(40)) == pytest.approx(1 / 10_001)
+
+
+def test_first_crossing_interpolates_between_snapshots():
+    assert stats.first_crossing([10, 20, 30], [0.0, 1.0, 3.0], 2.0) == pytest.approx(25.0)
+    assert stats.first_crossing([10, 20], [1.0, 2.0], 0.5) == 10.0
+    assert stats.first_crossing([10, 20], [1.0, 2.0], 2.5) is None

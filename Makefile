@@ -1,0 +1,36 @@
+# Two commands: `make demo` (the whole path on the embedded domain, minutes on a laptop) and `make test`.
+# PYTHON chooses the interpreter for a new .venv, e.g. `make demo PYTHON=python3.12`.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.c2f-installed
+
+.PHONY: demo test test-slow test-all lab clean
+.DELETE_ON_ERROR:
+
+demo: $(READY)
+	$(BIN)/c2f run all --profile tiny --run-id demo
+
+test: $(READY)
+	$(BIN)/python -m pytest -q
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -q -m "slow or browser or slurm"
+
+test-all: test test-slow
+
+lab: $(READY)
+	$(BIN)/jupyter lab notebooks
+
+# The stamp makes a second call install nothing. A torch that is already in .venv (a CUDA build, say) is kept: its pin is left out.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo >&2 \
+	  "Python 3.11 or newer is needed and '$(PYTHON)' is older or missing; try: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	if $(BIN)/python -c 'import torch' 2>/dev/null; then grep -v '^torch==' constraints.txt; else cat constraints.txt; fi \
+	  > .venv/constraints.txt
+	$(BIN)/python -m pip install --quiet -c .venv/constraints.txt -e '.[test]'
+	touch $@
+
+clean:
+	rm -rf .venv build c2f_utils.egg-info .pytest_cache .ruff_cache .hypothesis
+	find c2f_utils tests -name __pycache__ -prune -exec rm -rf {} +

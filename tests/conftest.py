@@ -1,0 +1,31 @@
+"""Fixtures shared by all rooms: a private outputs folder, and real data where the machine has it."""
+
+import os
+
+# Before torch is imported anywhere: on a busy machine two threads can be ten times slower than one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("C2F_THREADS", os.environ["OMP_NUM_THREADS"])
+
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def outputs(tmp_path, monkeypatch) -> Path:
+    """An empty outputs folder of this test's own."""
+    folder = tmp_path / "outputs"
+    folder.mkdir()
+    monkeypatch.setenv("C2F_OUTPUTS", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Folder with published data files (`C2F_REAL_DATA`); tests that need it are skipped without it."""
+    folder = Path(os.environ.get("C2F_REAL_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real data in {folder}; set C2F_REAL_DATA")
+    return folder

@@ -1,0 +1,74 @@
+"""The three files that say what to install agree, and the package holds what it needs at run time."""
+
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parent.parent
+
+
+def _pins(lines: list[str]) -> dict[str, str]:
+    pairs = [line.strip().split("==") for line in lines if "==" in line and not line.lstrip().startswith("#")]
+    return {canonicalize_name(name): version for name, version in pairs}
+
+
+def _project() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def _ranges() -> dict[str, Requirement]:
+    project = _project()
+    wanted = [Requirement(text) for text in project["dependencies"] + project["optional-dependencies"]["test"]]
+    return {canonicalize_name(item.name): item for item in wanted}
+
+
+def _constraints() -> dict[str, str]:
+    return _pins((ROOT / "constraints.txt").read_text().splitlines())
+
+
+def _conda() -> tuple[list[str], list[str]]:
+    listed = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    pip = next(item["pip"] for item in listed if isinstance(item, dict))
+    return [item for item in listed if isinstance(item, str)], pip
+
+
+def test_the_three_files_name_the_same_packages():
+    assert set(_ranges()) == set(_constraints()) == set(_pins(_conda()[1]))
+
+
+def test_constraints_and_conda_pin_the_same_versions():
+    assert _constraints() == _pins(_conda()[1])
+
+
+def test_every_pin_lies_in_the_range_of_pyproject():
+    ranges = _ranges()
+    outside = {name: pin for name, pin in _constraints().items() if not ranges[name].specifier.contains(pin)}
+    assert not outside
+
+
+def test_conda_python_is_one_that_pyproject_admits():
+    python = next(item.partition("=")[2] for item in _conda()[0] if item.startswith("python="))
+    assert Requirement("python" + _project()["requires-python"]).specifier.contains(python + ".0")
+
+
+def test_imports_of_the_package_are_declared():
+    imported = set()
+    for path in (ROOT / "c2f_utils").rglob("*.py"):
+        imported |= set(re.findall(r"^\s*(?:import|from) ([a-z_0-9]+)", path.read_text(), flags=re.MULTILINE))
+    aliases = {"yaml": "pyyaml", "IPython": "jupyterlab", "nbclient": "papermill", "tokenizers": "transformers"}
+    third_party = {
+        canonicalize_name(aliases.get(name, name)) for name in imported - set(sys.stdlib_module_names)
+    } - {"c2f-utils"}
+    assert third_party <= set(_ranges()), f"undeclared: {sorted(third_party - set(_ranges()))}"
+
+
+def test_profiles_and_subpackages_are_installed():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "c2f_utils").rglob("*.py")}
+    assert {str(folder).replace("/", ".") for folder in folders} <= set(settings["packages"])
+    assert "profiles/*.yaml" in settings["package-data"]["c2f_utils"]

@@ -1,0 +1,94 @@
+"""Where a result comes from: code version, package versions, machine, memory, and fingerprints of its inputs."""
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+PACKAGES = (
+    "torch", "transformers", "trl", "peft", "datasets", "accelerate", "safetensors", "numpy", "scipy", "pandas",
+    "pydantic", "matplotlib", "papermill", "jupyterlab", "lm-eval",
+)  # fmt: skip
+
+
+def fingerprint(value: object) -> str:
+    """16 hex digits of the SHA-256 of a JSON-able value; the order of dictionary keys does not matter."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def flat(settings: dict, prefix: str = "") -> dict[str, object]:
+    """Nested settings as dotted keys, e.g. `coarse.law.start`."""
+    pairs: dict[str, object] = {}
+    for key, value in settings.items():
+        pairs |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return pairs
+
+
+def differences(there: dict, here: dict) -> list[str]:
+    """One line per dotted key that differs, naming both values."""
+    old, new = flat(there), flat(here)
+    shown = lambda pairs, key: repr(pairs[key]) if key in pairs else "not set"  # noqa: E731
+    changed = [key for key in dict.fromkeys([*old, *new]) if old.get(key, ...) != new.get(key, ...)]
+    return [f"{key}: {shown(old, key)} there, {shown(new, key)} here" for key in changed]
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that matter; those not installed are left out."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def code_version(root: Path) -> dict[str, object]:
+    """Git commit and whether the working tree differs from it; both None outside a repository."""
+    commit = _git(root, "rev-parse", "HEAD")
+    changes = _git(root, "status", "--porcelain") if commit else None
+    return {"commit": commit, "dirty": None if changes is None else bool(changes)}
+
+
+def machine() -> dict[str, object]:
+    """The interpreter and the machine, without names of people or networks."""
+    return {"python": platform.python_version(), "platform": platform.platform(), "cores": os.cpu_count()}
+
+
+def device_name() -> str:
+    """The accelerator torch would use, in words, or 'cpu'; imports torch."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "cpu"
+    memory = torch.cuda.get_device_properties(0).total_memory / 2**30
+    return f"cuda: {torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}, {memory:.0f} GiB"
+
+
+def peak_memory_mb() -> float:
+    """Largest resident memory of this process so far, MiB."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) / 1024
+    except (OSError, IndexError):
+        import resource  # ru_maxrss counts KiB on Linux, bytes on macOS
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak / (2**20 if sys.platform == "darwin" else 1024)
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,184 @@
+"""Runs: the way from one stage to those it builds on, and the table of everything that has been run.
+
+A stage finds its parents in its own run, else in the latest run with equal profile and seed, and says so. Stages
+talk to each other through run directories (`stage.py`) only. Needs no torch.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from c2f_utils import provenance
+from c2f_utils.errors import C2FError, problems
+from c2f_utils.files import read_jsonl
+from c2f_utils.stage import Stage, age, outputs, root, run_folder
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from c2f_utils.config import Settings
+
+__all__ = ["PARENTS", "Run", "Stage", "latest", "outputs", "root", "run_folder", "stages", "table"]
+
+# What each stage is made from. A missing one is refused before work starts; a changed one makes the stage another
+# stage.
+PARENTS: dict[str, tuple[str, ...]] = {
+    "00_environment_and_data": (),
+    "01_base_model": (),
+    "02_reward_model": ("01_base_model",),
+    "03_coarse_rlhf": ("01_base_model", "02_reward_model"),
+    "04_length_schedules": ("01_base_model", "02_reward_model", "03_coarse_rlhf"),
+    "05_instruction_model": ("01_base_model",),
+    "06_residue_merging": (
+        "01_base_model", "02_reward_model", "03_coarse_rlhf", "04_length_schedules", "05_instruction_model",
+    ),
+    "07_evaluation": (
+        "01_base_model", "02_reward_model", "03_coarse_rlhf", "05_instruction_model", "06_residue_merging",
+    ),
+    "08_report": (),  # reports what is there and names what is missing
+}  # fmt: skip
+
+
+@dataclass
+class Run:
+    """One run: settings, thread count and device, and the way to its stages and to those it builds on."""
+
+    settings: "Settings"
+    threads: int = 1
+    device: str = "cpu"
+    here: Stage | None = None  # the stage a notebook works on
+    _found: dict[str, Stage] = field(default_factory=dict, repr=False)
+
+    @property
+    def id(self) -> str:
+        return self.settings.run_id
+
+    @property
+    def dir(self) -> Path:
+        """Folder of the run."""
+        return run_folder(self.id)
+
+    @property
+    def report(self) -> Path:
+        """Folder of the run's report, beside its stages."""
+        return self.dir / "report"
+
+    def stage(self, name: str) -> Stage:
+        """A stage of this run, begun or not; raises C2FError for a name that is no stage."""
+        if name not in PARENTS:
+            raise C2FError(f"there is no stage {name!r}; expected one of {', '.join(PARENTS)}")
+        return Stage(self.dir / name, self.settings)
+
+    def parent(self, name: str) -> Stage:
+        """The finished stage `name` to build on.
+
+        This run's, else the one used before, else the latest with equal profile and seed. A stage of another run is
+        printed and recorded. Raises C2FError that names the notebook to run first.
+        """
+        found = self._find(name, self.here.name if self.here else None)
+        if self.here and self.here.config():
+            self.here.add_input(name, found.fingerprint())
+        return found
+
+    def inputs(self, stage: str) -> tuple[dict[str, str], dict[str, str]]:
+        """Fingerprints of a stage's parents, and the runs they come from; raises C2FError naming every missing one."""
+        missing, fingerprints, origins = [], {}, {}
+        for name in PARENTS[stage]:
+            try:
+                found = self._find(name, stage)
+            except C2FError as error:
+                missing.append(str(error))
+            else:
+                fingerprints[name], origins[name] = found.fingerprint(), found.run_id
+        if missing:
+            raise problems(f"{stage} lacks earlier stages:", missing)
+        return fingerprints, origins
+
+    def _find(self, name: str, user: str | None) -> Stage:
+        if name in self._found:
+            return self._found[name]
+        before = self.stage(user).provenance().get("parents", {}).get(name) if user else None
+        own = (Stage(run_folder(run_id) / name) for run_id in (self.id, before) if run_id)
+        kind, wanted = (self.settings.profile, self.settings.seed), self.settings.for_stage(name)
+        found = next((item for item in own if item.done and _kind(item) == kind), None) or latest(name, *kind, wanted)
+        if found is None:
+            state = Stage(self.dir / name).state()
+            there = f"it is {state} in run {self.id!r}" if state else f"run {self.id!r} has none"
+            flags = f"--profile {kind[0]} --seed {kind[1]} --run-id {self.id}"
+            raise C2FError(
+                f"no finished {name} for profile {kind[0]!r} and seed {kind[1]} ({there}, nor has any other run); "
+                f"run notebooks/{name}.ipynb first: c2f run {name[:2]} {flags}"
+            )
+        changed = provenance.differences(found.config()["settings"], wanted)
+        if found.run_id != self.id or changed:
+            print(f"{name}: from run {found.run_id!r}" + (f", made with {'; '.join(changed)}" if changed else ""))
+        self._found[name] = found
+        return found
+
+
+def stages(name: str = "*", run_id: str = "*") -> Iterator[Stage]:
+    """Every stage on disk that has begun, by run and stage name; set-aside ones (`.old-k`) are left out."""
+    for config in sorted(outputs().glob(f"{run_id}/{name}/config.json")):
+        if ".old-" not in config.parent.name:
+            yield Stage(config.parent)
+
+
+def latest(stage: str, profile: str, seed: int, prefer: dict | None = None) -> Stage | None:
+    """The stage finished last with equal profile and seed, or None; those with exactly the settings `prefer` first."""
+    found = [item for item in stages(stage) if item.done and _kind(item) == (profile, seed)]
+    return max(found, key=lambda item: (item.config()["settings"] == prefer, item.status()["finished"]), default=None)
+
+
+def _kind(stage: Stage) -> tuple[str, int]:
+    settings = stage.config()["settings"]
+    return settings["profile"], settings["seed"]
+
+
+def table(run_id: str = "*") -> "pd.DataFrame":
+    """One row per stage on disk, the latest last: state, where training stands, time, memory, parents, alarms.
+
+    `changed` names the settings that differ from the profile's. Units: `minutes` of wall time, `peak_mb` in MiB.
+    """
+    import pandas as pd
+
+    rows = sorted((_row(item) for item in stages(run_id=run_id)), key=lambda row: row["started"])
+    return pd.DataFrame(rows, columns=_COLUMNS)
+
+
+_PROGRESS = ("iteration", "reward", "kl_per_token", "mean_tokens")
+_COLUMNS = [
+    "run", "stage", "profile", "seed", "status", *_PROGRESS, "started", "minutes", "peak_mb",
+    "changed", "parents", "alarms",
+]  # fmt: skip
+
+
+def _row(stage: Stage) -> dict[str, object]:
+    settings, status = stage.config()["settings"], stage.status()
+    last = (read_jsonl(stage.dir / "metrics.jsonl") or [{}])[-1]
+    end = status["finished"] or status["heartbeat"]
+    return {
+        "run": stage.run_id,
+        "stage": stage.name,
+        "profile": settings["profile"],
+        "seed": settings["seed"],
+        "status": stage.state(),
+        **{key: last.get(key) for key in _PROGRESS},
+        "started": status["started"][:19],
+        "minutes": round((age(status["started"]) - age(end)) / 60, 1),
+        "peak_mb": status["peak_mb"],
+        "changed": "; ".join(_changed(stage.name, settings)),
+        "parents": ", ".join(f"{run}/{name[:2]}" for name, run in stage.provenance().get("parents", {}).items()),
+        "alarms": "; ".join(status["alarms"]),
+    }
+
+
+def _changed(name: str, settings: dict) -> list[str]:
+    from c2f_utils.config import load_settings
+
+    try:
+        usual = load_settings(settings["profile"], settings["seed"], study=settings.get("study", False)).for_stage(name)
+    except C2FError as error:  # a profile of an older version
+        return [str(error)]
+    theirs, ours = provenance.flat(settings), provenance.flat(usual)
+    return [f"{key}={value!r}" for key, value in theirs.items() if ours.get(key, ...) != value]

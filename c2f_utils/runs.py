@@ -4,8 +4,9 @@ A stage finds its parents in its own run, else in the latest run with equal prof
 talk to each other through run directories (`stage.py`) only. Needs no torch.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -81,10 +82,15 @@ class Run:
             self.here.add_input(name, found.fingerprint())
         return found
 
-    def inputs(self, stage: str) -> tuple[dict[str, str], dict[str, str]]:
-        """Fingerprints of a stage's parents, and the runs they come from; raises C2FError naming every missing one."""
+    def inputs(self, stage: str, expected: Collection[str] = ()) -> tuple[dict[str, str], dict[str, str]]:
+        """Fingerprints of a stage's parents, and the runs they come from, both by name.
+
+        Parents in `expected`, which are about to be made, are left out. Raises C2FError naming every missing one.
+        """
         missing, fingerprints, origins = [], {}, {}
         for name in PARENTS[stage]:
+            if name in expected:
+                continue
             try:
                 found = self._find(name, stage)
             except C2FError as error:
@@ -133,6 +139,18 @@ def latest(stage: str, profile: str, seed: int, prefer: dict | None = None) -> S
 def _kind(stage: Stage) -> tuple[str, int]:
     settings = stage.config()["settings"]
     return settings["profile"], settings["seed"]
+
+
+def began_since(stage: Stage, moment: datetime) -> bool:
+    """Whether the stage was begun (or continued) after a time, and so by whoever started then."""
+    started = stage.status().get("started")
+    return bool(started) and datetime.fromisoformat(started) >= moment
+
+
+def threads_of(run_id: str) -> int | None:
+    """The thread count that the stages of a run were begun with (the last one's), or None for a new run."""
+    counts = [stage.config()["threads"] for stage in stages(run_id=run_id)]
+    return counts[-1] if counts else None
 
 
 def table(run_id: str = "*") -> "pd.DataFrame":

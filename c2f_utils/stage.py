@@ -49,9 +49,7 @@ def outputs() -> Path:
 def run_folder(run_id: str) -> Path:
     """Folder of one run; raises C2FError unless the name is safe as a folder name everywhere."""
     if not isinstance(run_id, str) or not _RUN_ID.fullmatch(run_id):
-        raise C2FError(
-            f"run_id is {run_id!r}; expected 1 to 64 letters, digits, '.', '_', '-', the first no mark"
-        )
+        raise C2FError(f"run_id is {run_id!r}; expected 1 to 64 letters, digits, '.', '_', '-', the first no mark")
     return outputs() / run_id
 
 

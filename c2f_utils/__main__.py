@@ -1,0 +1,96 @@
+"""The command `c2f` (also `python -m c2f_utils`).
+
+Exit codes: 0 done, 1 a notebook failed, 2 bad input (said in one message, without a traceback), 3 stopped on request
+and ready to be continued, 130 killed.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from c2f_utils.errors import C2FError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.action(options)
+    except C2FError as error:
+        print(f"c2f: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(options: argparse.Namespace) -> int:
+    from c2f_utils import batch
+    from c2f_utils.config import read_yaml
+
+    overrides = read_yaml(options.overrides) if options.overrides else {}
+    names = ("profile", "seed", "run_id", "study", "overwrite")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    twice = {text.partition("=")[0] for text in options.parameter} & set(given)
+    if twice:
+        raise C2FError(f"given twice, as an option and with -p: {', '.join(sorted(twice))}; keep one")
+    if options.threads is not None and options.threads < 1:
+        raise C2FError(f"--threads {options.threads}; expected a positive whole number")
+    jobs = batch.prepare(options.notebook, {"overrides": overrides, **given}, options.parameter)
+    return batch.run(jobs, options.threads)
+
+
+def _table(options: argparse.Namespace) -> int:
+    from c2f_utils import runs
+
+    found = runs.table()
+    found = found if options.run_id is None else found[found["run"] == options.run_id]
+    print(found.fillna("").to_string(index=False) if len(found) else f"no runs in {runs.outputs()}")
+    return 0
+
+
+def _merge(options: argparse.Namespace) -> int:
+    from c2f_utils.merge import load_recipe, plan_merge, run_merge
+
+    recipe = load_recipe(options.recipe)
+    if options.plan:
+        print(plan_merge(recipe))
+    else:
+        print(run_merge(recipe, options.out, resume=options.resume))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="c2f", description="Coarse-to-fine workbench: run notebooks, list runs, merge models."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser(
+        "run", help="run notebooks without a browser", description="Run notebooks headless, in order."
+    )
+    run.add_argument("notebook", nargs="+", metavar="NOTEBOOK", help="all, a number (03), a name, or a path")
+    run.add_argument("--profile", help="smoke, tiny, small_gpu or mistral_7b (default: smoke)")
+    run.add_argument("--seed", type=int, help="default: 0")
+    run.add_argument("--run-id", help="folder under outputs/ (default: lab)")
+    run.add_argument("--overrides", metavar="FILE", help="YAML file with settings to change")
+    run.add_argument("-p", dest="parameter", action="append", default=[], metavar="NAME=VALUE", help=(
+        "a notebook parameter, or a setting by its dotted name (coarse.iterations=5); may be repeated"
+    ))  # fmt: skip
+    run.add_argument("--threads", type=int, help="CPU threads (default: measured once)")
+    run.add_argument("--study", action="store_true", default=None, help="the larger experiments, too")
+    run.add_argument("--overwrite", action="store_true", default=None, help="set stages of another configuration aside")
+    run.set_defaults(action=_run)
+
+    table = commands.add_parser("table", help="list all runs", description="One line per stage, the latest last.")
+    table.add_argument("--run-id", help="only this run")
+    table.set_defaults(action=_table)
+
+    merge = commands.add_parser("merge", help="merge models by a recipe", description="Merge models by a recipe file.")
+    merge.add_argument("recipe", metavar="RECIPE.yaml")
+    merge.add_argument("--out", required=True, metavar="DIR", help="folder of the merged model")
+    merge.add_argument("--plan", action="store_true", help="check everything and show the plan, write nothing")
+    merge.add_argument("--resume", action="store_true", help="continue an interrupted merge")
+    merge.set_defaults(action=_merge)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

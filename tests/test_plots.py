@@ -1,0 +1,210 @@
+"""Promises of the figures: drawn from disk alone, honest about nulls, readable, and saved whole."""
+
+import hashlib
+import itertools
+import json
+import subprocess
+import sys
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+from fake_results import fake_run
+
+from c2f_utils import plots
+from c2f_utils.errors import C2FError
+from c2f_utils.plots_labels import point_labels, spread
+from c2f_utils.plots_training import target_tokens
+
+STAGE_FIGURES = {
+    "loss_curve": "01_base_model",
+    "reward_calibration": "02_reward_model",
+    "length_bias": "02_reward_model",
+    "prefix_reward": "02_reward_model",
+    "training_panel": "03_coarse_rlhf",
+    "schedule_comparison": "04_length_schedules",
+    "tokens_to_target": "04_length_schedules",
+    "coefficient_sweep": "06_residue_merging",
+    "layer_sweep": "06_residue_merging",
+    "operator_table": "06_residue_merging",
+    "residue_anatomy": "06_residue_merging",
+    "quality_length_frontier": "07_evaluation",
+    "quality_redundancy_frontier": "07_evaluation",
+    "prefix_redundancy": "07_evaluation",
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return fake_run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    return fake_run(tmp_path_factory.mktemp("hub"), "hub", checker=False)
+
+
+def words(fig) -> str:
+    fig.draw_without_rendering()
+    return " ".join(text.get_text() for text in fig.findobj(matplotlib.text.Text) if text.get_visible())
+
+
+@pytest.mark.parametrize("name", STAGE_FIGURES)
+def test_every_figure_is_drawn_from_a_stage_or_the_run_directory_alone(run, name):
+    draw, stage = getattr(plots, name), STAGE_FIGURES[name]
+    by_stage, by_run = draw(run / stage), draw(run)
+    assert isinstance(by_stage, matplotlib.figure.Figure)
+    assert len(by_stage.data) and by_stage.data.equals(by_run.data)
+
+
+@pytest.mark.parametrize("name", STAGE_FIGURES)
+def test_a_missing_stage_names_its_notebook(tmp_path, name):
+    with pytest.raises(C2FError, match=f"notebooks/{STAGE_FIGURES[name]}.ipynb"):
+        getattr(plots, name)(tmp_path / STAGE_FIGURES[name])
+
+
+@pytest.mark.parametrize("name", STAGE_FIGURES)
+def test_empty_results_are_said_in_words(name):
+    empty = [] if name == "training_panel" else {}
+    said = words(getattr(plots, name)(empty))
+    assert "no " in said or "not " in said
+
+
+@pytest.mark.parametrize(
+    "name", ["schedule_comparison", "coefficient_sweep", "operator_table", "quality_length_frontier"]
+)
+def test_without_the_checker_the_reward_is_drawn_and_the_title_says_why(hub, run, name):
+    draw = getattr(plots, name)
+    assert "reward: no exact checker" in draw(hub)._suptitle.get_text().replace("\n", " ")
+    assert "no exact checker" not in draw(run)._suptitle.get_text().replace("\n", " ")
+
+
+def test_other_nulls_are_explained_where_the_numbers_would_be(hub):
+    assert "exact checker" in words(plots.length_bias(hub))
+    assert "loaded,\nnot trained" in words(plots.loss_curve(hub))
+    hero = words(plots.hero(hub))
+    assert "Reward before and after" in hero and "no exact checker" in hero
+
+
+def test_the_picture_of_the_readme_says_what_is_missing(tmp_path, run):
+    said = words(plots.hero(fake_run(tmp_path, skip=("03_coarse_rlhf", "07_evaluation"))))
+    assert "notebooks/03_coarse_rlhf.ipynb" in said and said.count("notebooks/07_evaluation.ipynb") == 2
+    assert "not run yet" not in words(plots.hero(run))
+
+
+@pytest.mark.parametrize("name", ["quality_length_frontier", "quality_redundancy_frontier"])
+@pytest.mark.parametrize("decoding", plots.DECODINGS)
+def test_names_of_models_do_not_overlap_and_stay_inside(run, name, decoding):
+    fig = getattr(plots, name)(run, decoding=decoding)
+    fig.draw_without_rendering()
+    names = set(fig.data["label"])
+    texts = [text for text in fig.axes[0].texts if text.get_text() in names]
+    assert len(texts) == len(names) == 10
+    # The extent of an annotation includes its leader line: compare the words alone.
+    boxes = [matplotlib.text.Text.get_window_extent(text) for text in texts]
+    for a, b in itertools.combinations(boxes, 2):
+        assert not a.overlaps(b)
+    outer = fig.bbox
+    assert all(outer.x0 <= box.x0 and box.x1 <= outer.x1 and outer.y0 <= box.y0 and box.y1 <= outer.y1 for box in boxes)
+
+
+def test_names_of_points_on_one_spot_still_do_not_overlap():
+    fig = matplotlib.figure.Figure(figsize=(4, 3))
+    ax = fig.subplots()
+    spots = [(0.5 + 0.001 * k, 0.5) for k in range(9)]
+    ax.plot(*zip(*spots, strict=True), "o")
+    ax.set(xlim=(0, 1), ylim=(0, 1))
+    texts = point_labels(ax, spots, [f"control number {k}" for k in range(9)], ["k"] * 9)
+    fig.draw_without_rendering()
+    boxes = [matplotlib.text.Text.get_window_extent(text) for text in texts]
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+
+
+def test_spread_keeps_order_and_gap_and_moves_nothing_without_need():
+    assert spread([0.0, 10.0, 30.0], 8) == [0.0, 10.0, 30.0]
+    moved = spread([5.0, 5.0, 5.0, 40.0], 8)
+    assert np.diff(moved).min() >= 8 - 1e-9 and np.mean(moved[:3]) == pytest.approx(5.0) and moved[3] == 40.0
+
+
+def test_roles_and_laws_keep_their_colour():
+    assert plots.ROLE_COLOURS == {
+        "base": "#7f7f7f", "coarse": "#e07b00", "instruct": "#1f77b4", "fine": "#2a9d3a", "control": "#8c6bb1",
+    }  # fmt: skip
+    assert plots.LAW_COLOURS["logistic"] == "#e07b00"
+
+
+def test_saving_writes_pdf_png_and_the_numbers_and_twice_gives_the_same_bytes(run, tmp_path):
+    stage = tmp_path / "demo" / "03_coarse_rlhf"
+    stage.mkdir(parents=True)
+
+    def digest() -> dict:
+        return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (stage / "figures").iterdir()}
+
+    fig = plots.save_figure(plots.training_panel(run), stage, "panel")
+    first = digest()
+    assert sorted(first) == ["panel.csv", "panel.pdf", "panel.png"]
+    plots.save_figure(fig, stage, "panel")
+    assert digest() == first, "saving again must not add a second caption or a time stamp"
+    assert len(pd.read_csv(stage / "figures" / "panel.csv")) == 17
+    captions = [text.get_text() for text in fig.texts if text.get_gid() == "caption"]
+    assert captions == ["run demo · 03_coarse_rlhf"]
+    image = matplotlib.image.imread(stage / "figures" / "panel.png")
+    assert image.shape[1] == round(plots.DOUBLE * 200)
+
+
+def test_a_folder_that_cannot_be_written_is_named(run, tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    with pytest.raises(C2FError, match="cannot write"):
+        plots.save_figure(plots.prefix_reward(run), blocked / "figures", "x")
+
+
+def test_drawing_leaves_the_settings_of_the_notebook_alone_and_ignores_them(run):
+    with matplotlib.rc_context({"font.size": 30.0, "axes.grid": False}):
+        fig = plots.prefix_reward(run)
+        assert matplotlib.rcParams["font.size"] == 30.0
+    assert fig.axes[0].xaxis.label.get_fontsize() == 7.5
+
+
+def test_text_from_data_is_never_read_as_mathematics(run):
+    results = json.loads((run / "07_evaluation" / "results.json").read_text())
+    results["models"]["fine"]["label"] = "costs $5 or \\frac $"
+    assert "costs $5" in words(plots.quality_length_frontier(results))
+
+
+def test_tokens_to_target_interpolates_and_says_when_a_seed_never_gets_there():
+    def seed(utility, tokens=(10, 20, 30)):
+        rows = [{"utility": u, "rollout_tokens": t} for u, t in zip(utility, tokens, strict=True)]
+        return {"curve": rows, "rollout_tokens": tokens[-1], "limits": [1, 1, 1]}
+
+    laws = {
+        "fixed_long": {"label": "long", "seeds": {"0": seed((0, 1, 2)), "1": seed((0, 1, 2))}},
+        "logistic": {"label": "log", "seeds": {"0": seed((0, 2, 3)), "1": seed((0, 0.5, 1))}},
+    }
+    frame = target_tokens(laws, "utility", 0.5).set_index(["law", "seed"])["tokens"]
+    assert frame["fixed_long", "0"] == 20 and frame["logistic", "0"] == pytest.approx(15)
+    assert frame["logistic", "1"] == 30
+    assert np.isnan(target_tokens(laws, "utility", 0.9).set_index(["law", "seed"])["tokens"]["logistic", "1"])
+    del laws["fixed_long"]
+    assert target_tokens(laws, "utility", 0.9)["tokens"].isna().all()
+    assert "fixed-long was not run" in words(plots.tokens_to_target({"laws": laws}))
+
+
+def test_a_single_seed_is_called_one_seed(run):
+    results = json.loads((run / "04_length_schedules" / "results.json").read_text())
+    assert "each of 3 seeds" in words(plots.schedule_comparison(results))
+    for law in results["laws"].values():
+        law["seeds"] = {"0": law["seeds"]["0"]}
+    assert "one seed" in words(plots.schedule_comparison(results))
+
+
+def test_seed_overview_shows_every_run(run, hub):
+    results = [json.loads((run / "07_evaluation" / "results.json").read_text())] * 2
+    fig = plots.seed_overview(results, ["s11", "s12"])
+    assert set(fig.data["run"]) == {"s11", "s12"} and len(fig.data) == 2 * 10 * 4
+
+
+def test_drawing_needs_neither_torch_nor_pyplot():
+    code = "import sys, c2f_utils.plots; sys.exit('torch' in sys.modules or 'matplotlib.pyplot' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -5,7 +5,6 @@ every ten seconds instead. `close()` draws the last state and keeps it as PNG, P
 needs no pyplot, so the notebook's own figures are left alone.
 """
 
-import io
 import math
 import os
 import time
@@ -15,7 +14,6 @@ from c2f_utils.files import read_jsonl
 from c2f_utils.stage import Stage
 
 REDRAW, LINE = 2.0, 10.0  # seconds between figures, between lines of text
-_BAND, _LINE_COLOUR, _LIMIT, _SECOND = "#f4c992", "#e07b00", "#4d4d4d", "#1f77b4"
 _WATCHED = ("reward", "kl_per_token", "mean_tokens", "entropy", "policy_loss", "value_loss")
 
 
@@ -86,30 +84,28 @@ class LivePanel:
             self._redraw()
 
     def close(self) -> None:
-        """Draw everything once more and save figures/training_panel.png, .pdf and .csv; without rows, nothing."""
+        """Show the last state and save figures/training_panel.png, .pdf and .csv; without rows, nothing."""
         if not self.rows:
             return
-        import pandas as pd
+        from c2f_utils.plots_style import save_figure
+        from c2f_utils.plots_training import training_panel
 
         if self.headless:
             print(line(self.rows[-1]), flush=True)
-        if _display() is not None:
-            self._redraw()
-        figure = draw(self.rows)
-        for kind in ("png", "pdf"):
-            figure.savefig(self.stage.path("figures", f"training_panel.{kind}"), dpi=200)
-        pd.DataFrame(self.rows).to_csv(self.stage.path("figures", "training_panel.csv"), index=False)
+        self._redraw()
+        save_figure(training_panel(self.rows), self.stage, "training_panel")
 
     def _redraw(self) -> None:
-        from IPython.display import Image
+        display = _display()
+        if display is None:
+            return
+        from c2f_utils.plots_training import training_panel  # here, because matplotlib takes a second to import
 
-        picture = io.BytesIO()
-        draw(self.rows).savefig(picture, format="png", dpi=90)
-        image = Image(data=picture.getvalue(), format="png")
+        figure = training_panel(self.rows)
         if self._handle is None:
-            self._handle = _display()(image, display_id=True)
+            self._handle = display(figure, display_id=True)
         else:
-            self._handle.update(image)
+            self._handle.update(figure)
 
 
 def line(row: Mapping[str, float]) -> str:
@@ -121,56 +117,6 @@ def line(row: Mapping[str, float]) -> str:
         parts.append(f"{100 * row['truncated_share']:.0f} % cut")
     parts += [f"entropy {_number(row, 'entropy')}", f"rep4 {_number(row, 'rep4')}"]
     return "  ".join(parts)
-
-
-def draw(rows: Sequence[Mapping[str, float]]):
-    """The six pictures as a matplotlib Figure, over the iterations of `rows`."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10.2, 5.2), layout="constrained")
-    axes = figure.subplots(2, 3, sharex=True).ravel()
-    steps = [row.get("iteration", index) for index, row in enumerate(rows)]
-    get = lambda key: [math.nan if row.get(key) is None else row[key] for row in rows]  # noqa: E731
-    marks = {"marker": "o", "markersize": 2.5} if len(rows) < 60 else {}
-
-    def curve(axis, key: str, label: str = "", colour: str = _LINE_COLOUR, style: str = "-") -> None:
-        axis.plot(steps, get(key), style, color=colour, label=label, linewidth=1.4, **marks)
-
-    reward, spread = get("reward"), get("reward_sd")
-    low = [mean - sd for mean, sd in zip(reward, spread, strict=True)]
-    high = [mean + sd for mean, sd in zip(reward, spread, strict=True)]
-    axes[0].fill_between(steps, low, high, color=_BAND, alpha=0.6, linewidth=0)
-    curve(axes[0], "reward")
-    axes[0].set_title("reward (mean ± sd of answers)")
-    curve(axes[1], "kl_per_token")
-    axes[1].set_title("KL to the reference, nats per token")
-    axes[2].step(steps, get("limit"), where="mid", color=_LIMIT, linewidth=1.4, label="limit")
-    curve(axes[2], "mean_tokens", "mean")
-    curve(axes[2], "p95_tokens", "95th percentile", style=":")
-    axes[2].set_title("answer length, tokens")
-    share = axes[2].twinx()
-    share.fill_between(steps, get("truncated_share"), color=_LIMIT, alpha=0.12, linewidth=0)
-    share.set_ylim(0, 1)
-    share.set_ylabel("share cut by the limit", fontsize=8)
-    curve(axes[3], "entropy")
-    axes[3].set_title("entropy, nats per token")
-    curve(axes[4], "value_loss", "value loss")
-    explained = axes[4].twinx()
-    curve(explained, "explained_variance", "explained variance", _SECOND)
-    explained.set_ylim(-1, 1)
-    explained.set_ylabel("explained variance", fontsize=8, color=_SECOND)
-    axes[4].set_title("value loss and explained variance")
-    curve(axes[5], "rep4")
-    axes[5].set_ylim(0, 1)
-    axes[5].set_title("repeated 4-grams, share")
-    axes[2].legend(fontsize=7, loc="upper left", frameon=False)
-    for axis in axes:
-        axis.title.set_fontsize(9)
-        axis.grid(alpha=0.25)
-    for axis in axes[3:]:
-        axis.set_xlabel("iteration")
-        axis.xaxis.get_major_locator().set_params(integer=True)
-    return figure
 
 
 def _display():

@@ -120,10 +120,17 @@ def side_by_side(
 
 def _columns(columns: Sequence[tuple[str, Mapping[str, object]]]) -> str:
     width = f"width:{100 / len(columns):.2f}%"
-    heads = "".join(f"<th style='{width};text-align:left'>{_escape(name)}</th>" for name, _ in columns)
+    heads = "".join(f"<th style='{width};text-align:left{_rule(name)}'>{_escape(name)}</th>" for name, _ in columns)
     labels = "".join(f"<td style='text-align:left;vertical-align:top'>{chips(sample)}</td>" for _, sample in columns)
     texts = "".join(f"<td style='{_TEXT}'>{marked(str(sample['text']))}</td>" for _, sample in columns)
     return f"<table style='table-layout:fixed;width:100%'><tr>{heads}</tr><tr>{labels}</tr><tr>{texts}</tr></table>"
+
+
+def _rule(name: str) -> str:
+    """A line under a model's name in the colour it has in every figure."""
+    from c2f_utils.plots_style import ROLE_COLOURS
+
+    return f";border-bottom:3px solid {ROLE_COLOURS[name]}" if name in ROLE_COLOURS else ""
 
 
 def _prompt(prompt: str) -> str:

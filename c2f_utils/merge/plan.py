@@ -1,0 +1,510 @@
+"""The plan: what will be read, computed and written, decided from headers and configs alone.
+
+Everything that can be wrong with three models is found here and reported together, before a byte of weights is read. The output
+has the instruct model's tensors, names, shards and small files; only values (and, if asked, dtypes) change.
+"""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from c2f_utils.errors import problems as error_of
+from c2f_utils.merge import lora, names
+from c2f_utils.merge.checkpoint import SINGLE, Checkpoint, locate, open_checkpoint
+from c2f_utils.merge.compatibility import compare_configs, compare_tokenizers
+from c2f_utils.merge.headers import ITEM_BYTES, TensorInfo, build_header
+from c2f_utils.merge.operators import BLOCK, Operator, fingerprint, resolve
+from c2f_utils.merge.recipe import Recipe
+from c2f_utils.merge.sources import Source
+
+FORMAT = 1  # of journal and partial folder; part of the key, so that versions never mix
+_SMALL = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*")
+_NOT_COPIED = re.compile(r"^(config|adapter_config|merge_report|trainer_state|.*\.index)\.json$|^README|^training_args")
+_PREFIXES = ("model.", "module.", "_orig_mod.", "base_model.model.", "transformer.")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A flat range of one tensor with one treatment: `merge`, or take `instruct` or `coarse` as they are."""
+
+    kind: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One output tensor: its coefficient, its sources and its place in the output."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    coefficient: float
+    sources: dict[str, Source]
+    segments: tuple[Segment, ...]
+    file: str
+    offset: int
+    nbytes: int
+    rank_two: bool = False  # merged by a matrix operator
+
+    @property
+    def numel(self) -> int:
+        return self.nbytes // ITEM_BYTES[self.dtype]
+
+    @property
+    def merged(self) -> int:
+        return sum(segment.stop - segment.start for segment in self.segments if segment.kind == "merge")
+
+    @property
+    def action(self) -> str:
+        kinds = {segment.kind for segment in self.segments}
+        return "+".join(sorted(kinds)) or "empty"
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    name: str
+    header: bytes
+    nbytes: int  # of the whole file
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked merge. `problems` is empty unless the plan was made with strict=False; `notes` are worth reading, not wrong."""
+
+    recipe: Recipe
+    operator: Operator
+    options: dict[str, object]
+    placements: tuple[Placement, ...] = ()
+    files: tuple[OutputFile, ...] = ()
+    copies: tuple[Path, ...] = ()
+    config: dict = field(default_factory=dict)
+    equal: tuple[
+        tuple[TensorInfo, TensorInfo], ...
+    ] = ()  # pairs that the plan takes for the same values; checked before merging
+    stamps: dict[str, str] = field(default_factory=dict)
+    stamped: dict[str, Path] = field(default_factory=dict)
+    problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    sharded: bool = False
+
+    @property
+    def key(self) -> str:
+        """Hash of everything that decides the output bytes: recipe, operator code and inputs."""
+        what = [FORMAT, self.recipe.to_dict(), fingerprint(self.operator), self.stamps]
+        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def bytes_written(self) -> int:
+        return sum(file.nbytes for file in self.files)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of weights read, the statistics pass included (its sampling not)."""
+        total = 0
+        for placement in self.placements:
+            sizes = {(s.info.file, s.info.offset): ITEM_BYTES[s.info.dtype] for s in placement.sources.values()}
+            passes = 2 if self.operator.statistics and placement.merged else 1
+            total += passes * placement.merged * sum(sizes.values()) if placement.merged else 0
+            for segment in placement.segments:
+                if segment.kind != "merge":
+                    role = "instruct" if segment.kind == "instruct" else "coarse.0"
+                    total += (segment.stop - segment.start) * ITEM_BYTES[placement.sources[role].info.dtype]
+        return total
+
+    def peak_memory(self, chunk_mib: float = 4, threads: int = 2) -> int:
+        """Bytes beyond interpreter and torch: buffers of every thread, or the largest matrix of a matrix operator."""
+        roles = max((len(placement.sources) for placement in self.placements), default=3)
+        low_rank = any(source.delta for placement in self.placements for source in placement.sources.values())
+        thread = int(chunk_mib * 2**20) * (roles + 1 + 2 * low_rank) + 16 * BLOCK * 4
+        statistics = 40 * 2**20 if "thresholds" in self.operator.statistics else 0
+        matrices = [p.numel * 4 * (4 * len(p.sources) + 4) for p in self.placements if p.rank_two]
+        return threads * thread + statistics + max(matrices, default=0)
+
+    def table(self):  # noqa: ANN201 - pandas is imported only when a table is wanted
+        """Give one row per output tensor as a DataFrame: place, coefficient, action, bytes."""
+        import pandas
+
+        layers = names.layer_count(placement.name for placement in self.placements)
+        rows = [
+            {
+                "tensor": p.name,
+                "layer": names.layer_of(p.name),
+                "module": names.module_of(p.name),
+                "depth": names.depth_of(p.name, layers),
+                "coefficient": p.coefficient,
+                "action": p.action,
+                "shape": "x".join(map(str, p.shape)),
+                "instruct_dtype": p.sources["instruct"].info.dtype,
+                "out_dtype": p.dtype,
+                "bytes_read": sum({(s.info.file, s.info.offset): s.info.nbytes for s in p.sources.values()}.values()),
+                "bytes_written": p.nbytes,
+                "file": p.file,
+            }
+            for p in self.placements
+        ]
+        table = pandas.DataFrame(rows)
+        table.attrs.update(bytes_read=self.bytes_read, bytes_written=self.bytes_written, peak_memory=self.peak_memory())
+        return table
+
+
+@dataclass
+class _Model:
+    """One input with its tensors under the instruct model's names."""
+
+    checkpoint: Checkpoint  # headers and configs; for an adapter those of its base
+    folder: Path
+    sources: dict[str, Source] = field(default_factory=dict)
+
+
+def plan_merge(recipe: Recipe, strict: bool = True) -> Plan:
+    """Plan from headers and configs only.
+
+    Raises C2FError listing every problem at once; with strict=False the plan carries them instead and cannot be run.
+    """
+    operator, options = resolve(recipe.operator)
+    found: list[str] = []
+    notes: list[str] = []
+    stamps: dict[str, str] = {}
+    stamped: dict[str, Path] = {}
+    models = _open_models(recipe, found, notes, stamps, stamped)
+    plan = Plan(recipe, operator, options, stamps=stamps, stamped=stamped)
+    if not found:
+        plan = _place(plan, models, found, notes)
+    plan = replace(plan, problems=tuple(found), notes=tuple(notes))
+    if found and strict:
+        raise error_of("the merge cannot be planned:", found)
+    return plan
+
+
+def _open_models(
+    recipe: Recipe, found: list[str], notes: list[str], stamps: dict[str, str], stamped: dict[str, Path]
+) -> dict[str, _Model]:
+    wanted = {"base": recipe.base, "instruct": recipe.instruct}
+    wanted |= {f"coarse.{k}": weighted.path for k, weighted in enumerate(recipe.coarse_models)}
+    folders = {}
+    for role, source in wanted.items():
+        try:
+            folders[role] = locate(source, role)
+        except Exception as error:  # noqa: BLE001 - C2FError; the other models are still to be looked at
+            found.append(str(error))
+    seen: dict[Path, str] = {}
+    for role, folder in folders.items():
+        other = seen.setdefault(folder.resolve(), role)
+        if other != role and {other, role} != {"base", "instruct"}:
+            found.append(
+                f"{role} and {other} are the same folder {folder}; the residue would be zero or counted twice: name another model"
+            )
+    models: dict[str, _Model] = {}
+    for role in ("base", *(role for role in folders if role != "base")):
+        if role not in folders:
+            continue
+        folder = folders[role]
+        if lora.is_adapter(folder):
+            if role == "base":
+                found.append(f"base: {folder} is an adapter; name the full model it was trained on")
+            elif "base" in models:
+                models[role] = _adapted(role, folder, models["base"].checkpoint, found, notes, stamps, stamped)
+            continue
+        checkpoint = open_checkpoint(role, folder, found)
+        models[role] = _Model(checkpoint, folder, {name: Source(info) for name, info in checkpoint.tensors.items()})
+        stamps.update(checkpoint.stamps)
+        stamped.update({f"{role}/{path.name}": path for path in checkpoint.headers})
+    if not found:
+        for role, model in models.items():
+            if role != "instruct":
+                compare_configs(
+                    models["instruct"].checkpoint, replace(model.checkpoint, label=role), recipe.allow, found, notes
+                )
+                compare_tokenizers(
+                    replace(models["instruct"].checkpoint, folder=models["instruct"].folder),
+                    replace(model.checkpoint, label=role, folder=model.folder),
+                    found,
+                    notes,
+                )
+    return models
+
+
+def _adapted(
+    role: str,
+    folder: Path,
+    base: Checkpoint,
+    found: list[str],
+    notes: list[str],
+    stamps: dict[str, str],
+    stamped: dict[str, Path],
+) -> _Model:
+    shell = Checkpoint(role, folder)
+    adapter = lora.open_adapter(shell, base, found, notes)
+    stamps.update(shell.stamps)
+    stamped.update({f"{role}/{lora.ADAPTER}": folder / lora.ADAPTER})
+    sources = {name: Source(info, adapter.deltas.get(name)) for name, info in base.tensors.items()}
+    sources.update({name: Source(info) for name, info in adapter.replaced.items()})
+    return _Model(replace(base, label=role), folder, sources)
+
+
+def _place(plan: Plan, models: dict[str, _Model], found: list[str], notes: list[str]) -> Plan:
+    recipe, operator = plan.recipe, plan.operator
+    instruct = models["instruct"]
+    equal: list[tuple[TensorInfo, TensorInfo]] = []
+    kept = _drop_second_head(instruct, equal, notes)
+    aligned = {
+        role: _align(role, model, kept, recipe.ignore, equal, found, notes)
+        for role, model in models.items()
+        if role != "instruct"
+    }
+    aligned["instruct"] = kept
+    layers = names.layer_count(kept)
+    placements = []
+    for name, source in kept.items():
+        sources = {
+            role: aligned[role][name]
+            for role in ("instruct", *(r for r in aligned if r != "instruct"))
+            if name in aligned[role]
+        }
+        if len(sources) < len(aligned):
+            continue  # missing somewhere: already a problem
+        placed = _place_tensor(plan, name, source, sources, layers, equal, found, notes)
+        if placed:
+            placements.append(placed)
+    for rule in recipe.coefficient.rules:
+        if not any(re.search(rule.match, name) for name in kept):
+            notes.append(f"rule {rule.match!r} matches no tensor")
+    if operator.matrix:
+        notes.append(
+            f"{operator.name} merges matrices; vectors are merged as residue, and memory grows with the largest matrix"
+        )
+    files, placements = _lay_out(instruct.checkpoint, placements)
+    config = dict(instruct.checkpoint.config)
+    if recipe.out_dtype != "same":
+        dtype = "float32" if recipe.out_dtype == "float32" else "bfloat16"
+        config.pop("torch_dtype", None)
+        config["dtype"] = dtype
+    copies = _small_files(instruct)
+    return replace(
+        plan,
+        placements=tuple(placements),
+        files=files,
+        config=config,
+        copies=copies,
+        equal=tuple(equal),
+        sharded=instruct.checkpoint.sharded,
+    )
+
+
+def _embedding(tensors: dict) -> str | None:
+    return next(
+        (
+            name
+            for name in tensors
+            if re.search(r"(?:^|\.)(?:embed_tokens|wte|embed_in|word_embeddings)\.weight$", name)
+        ),
+        None,
+    )
+
+
+def _head(tensors: dict) -> str | None:
+    return next((name for name in tensors if re.search(r"(?:^|\.)(?:lm_head|embed_out)\.weight$", name)), None)
+
+
+def _drop_second_head(model: _Model, equal: list, notes: list[str]) -> dict[str, Source]:
+    """A tied model that stores its head twice is written once, after a check that both are the same."""
+    head, embedding = _head(model.sources), _embedding(model.sources)
+    if model.checkpoint.tied is True and head and embedding:
+        equal.append((model.sources[head].info, model.sources[embedding].info))
+        notes.append(f"{model.checkpoint.label} ties its head and stores it twice; it is treated once")
+        return {name: source for name, source in model.sources.items() if name != head}
+    return dict(model.sources)
+
+
+def _align(
+    role: str,
+    model: _Model,
+    kept: dict[str, Source],
+    ignore: tuple[str, ...],
+    equal: list,
+    found: list[str],
+    notes: list[str],
+) -> dict[str, Source]:
+    """Give the model's sources under instruct's names; missing and extra tensors are problems."""
+    sources = _drop_second_head(model, equal, notes)
+    sources = {
+        name: source for name, source in sources.items() if not any(re.search(pattern, name) for pattern in ignore)
+    }
+    sources = _rename(role, sources, kept, notes)
+    head, embedding = _head(kept), _embedding(sources)
+    if head and head not in sources and embedding and not _head(sources):
+        if model.checkpoint.tied is False:
+            found.append(
+                f"{role}: {model.folder} says its head is not tied, but stores no {head!r}; save it with its head"
+            )
+            return sources
+        sources[head] = sources[embedding]
+        notes.append(f"{role} ties its head; its embedding stands for {head!r}")
+    missing = [name for name in kept if name not in sources and not names.is_buffer(name)]
+    if missing:
+        found.append(
+            f"{role}: {model.folder} lacks {len(missing)} tensors of instruct, first {missing[0]!r}; use a model of the same architecture"
+        )
+    for name in kept:
+        if names.is_buffer(name) and name not in sources:
+            sources[name] = kept[name]  # a table that old versions stored; the output keeps instruct's
+    extra = [name for name in sources if name not in kept and not names.is_buffer(name)]
+    if extra:
+        untied = _head(sources) in extra if _head(sources) else False
+        hint = (
+            "instruct ties its head: untie it, or leave this head out with"
+            if untied
+            else "its residue would be lost: leave it out on purpose with"
+        )
+        found.append(
+            f"{role}: {model.folder} has {len(extra)} tensors that instruct lacks, first {extra[0]!r}; {hint} ignore: ['{re.escape(extra[0])}']"
+        )
+    return sources
+
+
+def _rename(role: str, sources: dict[str, Source], kept: dict[str, Source], notes: list[str]) -> dict[str, Source]:
+    """Wrappers and headless saves prefix names; take the prefix change under which most names agree."""
+    best, best_count, how = sources, sum(name in kept for name in sources), ""
+    for prefix in _PREFIXES:
+        for how_now, change in (
+            (f"without {prefix!r}", lambda n, p=prefix: n.removeprefix(p)),
+            (f"with {prefix!r}", lambda n, p=prefix: p + n),
+        ):
+            renamed = {(name if name in kept else change(name)): source for name, source in sources.items()}
+            count = sum(name in kept for name in renamed)
+            if len(renamed) == len(sources) and count > best_count:
+                best, best_count, how = renamed, count, how_now
+    if how:
+        notes.append(f"{role}: names are taken {how}")
+    return best
+
+
+def _place_tensor(
+    plan: Plan,
+    name: str,
+    source: Source,
+    sources: dict[str, Source],
+    layers: int,
+    equal: list,
+    found: list[str],
+    notes: list[str],
+) -> Placement | None:
+    recipe, operator, info = plan.recipe, plan.operator, source.info
+    others = {role: s.info for role, s in sources.items() if role != "instruct"}
+    if not info.is_float or names.is_buffer(name):
+        for role, other in others.items():
+            if (other.dtype, other.shape) != (info.dtype, info.shape):
+                found.append(
+                    f"{name!r}: a constant of {info.dtype}{list(info.shape)} in instruct, {other.dtype}{list(other.shape)} in {role}; use models that agree"
+                )
+            elif other is not info:
+                equal.append((info, other))
+        return _placement(name, info, info.dtype, 0.0, {"instruct": source}, [Segment("instruct", 0, info.numel)])
+    strange = {role: other.dtype for role, other in others.items() if not other.is_float}
+    if strange:
+        role, dtype = next(iter(strange.items()))
+        found.append(
+            f"{name!r}: {dtype} in {role}, {info.dtype} in instruct; expected floating point: use unquantised weights"
+        )
+        return None
+    merged = _mergeable(recipe, name, info, others, found)
+    coefficient = recipe.coefficient.at(name, layers)
+    if coefficient is None:
+        found.append(
+            f"{name!r}: nothing says where in the network it is; give its coefficient with a rule {{match: '{re.escape(name)}', set: 0.0}}"
+        )
+    elif coefficient < 0 and not operator.negative:
+        found.append(
+            f"{name!r}: coefficient {coefficient} is negative, which {operator.name} cannot vote with; use 0 or more"
+        )
+    if merged is None or coefficient is None:
+        return None
+    dtype = {"same": info.dtype, "float32": "F32"}.get(recipe.out_dtype, "BF16")
+    kind = "merge"
+    if coefficient == 0 and operator.zero_is_instruct:
+        kind = "instruct"
+    elif coefficient == 1 and operator.one_is_coarse and recipe.coarse_models[0].weight == 1:
+        kind = "coarse"
+    wanted = {"instruct": ("instruct",), "coarse": ("instruct", "coarse.0")}.get(kind)
+    if wanted is None:
+        wanted = tuple(role for role in sources if role.partition(".")[0] in operator.reads or role == "instruct")
+    segments = [Segment(kind, 0, merged), Segment("instruct", merged, info.numel)]
+    return _placement(
+        name, info, dtype, coefficient, {role: sources[role] for role in wanted}, segments,
+        rank_two=operator.matrix and kind == "merge" and len(info.shape) == 2 and merged == info.numel,
+    )  # fmt: skip
+
+
+def _mergeable(
+    recipe: Recipe, name: str, info: TensorInfo, others: dict[str, TensorInfo], found: list[str]
+) -> int | None:
+    """How many leading elements all models share: all of them, or the common rows of a vocabulary by explicit rule."""
+    shapes = {role: other.shape for role, other in others.items() if other.shape != info.shape}
+    if not shapes:
+        return info.numel
+    vocabulary = names.family_of(name) in ("embedding", "head") and all(
+        len(shape) == len(info.shape) >= 1 and shape[1:] == info.shape[1:] for shape in shapes.values()
+    )
+    role, shape = next(iter(shapes.items()))
+    if vocabulary and recipe.vocab == "common_prefix":
+        rows = min(info.shape[0], *(other.shape[0] for other in others.values()))
+        return info.numel // info.shape[0] * rows if info.shape[0] else 0
+    remedy = (
+        "use vocab: common_prefix to merge the rows all share and keep instruct's others"
+        if vocabulary
+        else "use models of the same size"
+    )
+    found.append(f"{name!r}: shape {list(info.shape)} in instruct, {list(shape)} in {role}; {remedy}")
+    return None
+
+
+def _placement(
+    name: str,
+    info: TensorInfo,
+    dtype: str,
+    coefficient: float,
+    sources: dict[str, Source],
+    segments: list[Segment],
+    rank_two: bool = False,
+) -> Placement:
+    kept = tuple(segment for segment in segments if segment.stop > segment.start)
+    nbytes = info.numel * ITEM_BYTES[dtype]
+    return Placement(name, info.shape, dtype, coefficient, sources, kept, info.file.name, 0, nbytes, rank_two)
+
+
+def _lay_out(checkpoint: Checkpoint, placements: list[Placement]) -> tuple[tuple[OutputFile, ...], list[Placement]]:
+    """Give every tensor its place; the instruct model's own header is reused where nothing in it changes."""
+    files, placed = [], []
+    by_file: dict[str, list[Placement]] = {}
+    for placement in placements:
+        by_file.setdefault(placement.file, []).append(placement)
+    for path, raw in checkpoint.headers.items():
+        inside = by_file.get(path.name, [])
+        stored = [info for info in checkpoint.tensors.values() if info.file == path]
+        same = [(p.name, p.dtype) for p in inside] == [(info.name, info.dtype) for info in stored]
+        metadata = {"format": "pt", **checkpoint.metadata}
+        header = (
+            raw
+            if same and checkpoint.metadata
+            else build_header(((p.name, p.dtype, p.shape, p.nbytes) for p in inside), metadata)
+        )
+        position = len(header)
+        for placement in inside:
+            placed.append(replace(placement, offset=position))
+            position += placement.nbytes
+        files.append(OutputFile(path.name, header, position))
+    return tuple(files), placed
+
+
+def _small_files(instruct: _Model) -> tuple[Path, ...]:
+    """Tokenizer and generation files: of an adapter folder where it has them, else of the model's own."""
+    chosen: dict[str, Path] = {}
+    for folder in dict.fromkeys((instruct.checkpoint.folder, instruct.folder)):
+        for pattern in _SMALL:
+            for path in sorted(folder.glob(pattern)):
+                if path.is_file() and not _NOT_COPIED.match(path.name) and path.name != SINGLE:
+                    chosen[path.name] = path
+    return tuple(chosen[name] for name in sorted(chosen))

@@ -1,0 +1,115 @@
+"""Output rounding, and how much of the wanted change is left after it.
+
+A 16-bit output swallows small residues: a change below half a unit in the last place disappears, whatever the arithmetic was. So the
+change is measured after rounding (`Tally`), and stochastic rounding is offered: unbiased, at the price of noise.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from c2f_utils.merge import philox
+
+TORCH = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
+    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
+}  # fmt: skip
+_ROW = (
+    4096  # elements summed in float32 before float64 takes over; fixed, so that sums do not depend on chunks or threads
+)
+
+
+def round_to(merged: Tensor, dtype: str, stochastic: bool, seed: int, name: str, start: int) -> Tensor:
+    """Round a flat float32 piece to the safetensors dtype; stochastic only towards BF16."""
+    if not stochastic or dtype != "BF16":
+        return merged.to(TORCH[dtype])
+    return stochastic_bfloat16(merged, philox.bits(seed, f"{name}|round", start, merged.numel(), 16))
+
+
+def stochastic_bfloat16(values: Tensor, bits: np.ndarray) -> Tensor:
+    """Round float32 to bfloat16 up with the probability that makes the expectation exact.
+
+    Adding 16 random bits below the kept ones and cutting carries with just that probability, across exponents too. Finite values never
+    become infinite (they saturate); infinities and NaN pass untouched.
+    """
+    raw = values.contiguous().view(torch.int32)
+    magnitude = raw & 0x7FFFFFFF
+    moved = torch.clamp(magnitude + torch.from_numpy(bits.astype(np.int32)), max=0x7F7FFFFF)
+    moved = torch.where(magnitude >= 0x7F800000, magnitude, moved)
+    top = ((moved | (raw & -0x80000000)) >> 16).to(torch.int16)
+    rounded = top.view(torch.bfloat16)
+    special = magnitude > 0x7F800000  # a NaN whose payload sits in the lower half would turn into an infinity
+    return (
+        torch.where(special, torch.tensor(math.nan, dtype=torch.bfloat16), rounded) if bool(special.any()) else rounded
+    )
+
+
+def inner(left: Tensor, right: Tensor) -> float:
+    """<left, right> of flat float32 pieces: rows of 4096 in float32, then float64."""
+    product = left * right
+    whole = product.numel() // _ROW * _ROW
+    total = 0.0
+    if whole:
+        total = float(product[:whole].view(-1, _ROW).sum(-1).double().sum())
+    if whole < product.numel():
+        total += float(product[whole:].sum())
+    return total
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Sums over the elements of one tensor, in float64; the last three are 0 where the operator does not read the base."""
+
+    elements: float = 0.0
+    wanted: float = 0.0  # |merged - instruct|^2 before rounding
+    kept: float = 0.0  # <stored - instruct, merged - instruct>
+    error: float = 0.0  # |stored - merged|^2
+    changed: float = 0.0  # elements with merged != instruct
+    stored_changed: float = 0.0  # elements with stored != instruct
+    instruct: float = 0.0  # |d_I|^2
+    coarse: float = 0.0  # |r|^2
+    cross: float = 0.0  # <d_I, r>
+
+    @classmethod
+    def total(cls, rows: Iterable[tuple[float, ...]]) -> "Tally":
+        """Sum rows (one per block, or one per span) exactly rounded, so that grouping and order change nothing."""
+        columns = list(zip(*rows, strict=True))
+        return cls(*(math.fsum(column) for column in columns)) if columns else cls()
+
+    @property
+    def row(self) -> tuple[float, ...]:
+        return tuple(getattr(self, item.name) for item in fields(self))
+
+    @property
+    def survival(self) -> float | None:
+        """Projection of the stored change on the wanted one: 1 when nothing was lost; None when no change was wanted."""
+        return self.kept / self.wanted if self.wanted > 0 else None
+
+    @property
+    def cosine(self) -> float | None:
+        scale = math.sqrt(self.instruct) * math.sqrt(self.coarse)
+        return self.cross / scale if scale > 0 else None
+
+
+def measure(
+    merged: Tensor, stored: Tensor, instruct: Tensor, deltas: tuple[Tensor, Tensor] | None
+) -> tuple[float, ...]:
+    """Tally one piece as a row; `deltas` are d_I and r when the operator reads the base."""
+    wanted = merged - instruct
+    squares = inner(wanted, wanted)
+    changed = float(np.count_nonzero(wanted.numpy()))
+    kept, error, stored_changed = squares, 0.0, changed
+    if stored.dtype != torch.float32:
+        back = stored.float()
+        change = back - instruct
+        lost = back - merged
+        kept, error, stored_changed = inner(change, wanted), inner(lost, lost), float(np.count_nonzero(change.numpy()))
+    sums = (0.0, 0.0, 0.0)
+    if deltas is not None:
+        d_instruct, r = deltas
+        sums = (inner(d_instruct, d_instruct), inner(r, r), inner(d_instruct, r))
+    return (float(merged.numel()), squares, kept, error, changed, stored_changed, *sums)

@@ -1,0 +1,468 @@
+"""Run a plan: read, merge and write in chunks, with memory that depends on the chunk alone and a single rename as the commit.
+
+Output files are laid out from their headers first, so every chunk has its place and any thread may write it. Work is journalled in spans
+of a tensor; a killed merge continues after its last span. Until the final rename everything lies in `<out>.partial-<key>`.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import struct
+import time
+import zlib
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from c2f_utils import files as small_files
+from c2f_utils.errors import C2FError, problems
+from c2f_utils.merge import statistics
+from c2f_utils.merge.checkpoint import INDEX, stamp
+from c2f_utils.merge.headers import ITEM_BYTES, read_header
+from c2f_utils.merge.journal import Journal
+from c2f_utils.merge.operators import BLOCK, Operator, Piece, Statistics, residue
+from c2f_utils.merge.plan import Placement, Plan, Segment
+from c2f_utils.merge.report import (
+    REPORT,
+    Report,
+    build_report,
+    decode_statistics,
+    encode_statistics,
+    load_report,
+    model_card,
+)
+from c2f_utils.merge.rounding import Tally, inner, measure, round_to
+from c2f_utils.merge.sources import Files, Loaded, Opened, Workspace, as_tensor
+from c2f_utils.merge.workers import Workers
+
+SPAN = 1 << 24  # elements per journal line; fixed, because a resumed merge may use another chunk size
+
+
+@dataclass(frozen=True)
+class Task:
+    """One chunk of one span."""
+
+    placement: Placement
+    segment: Segment
+    opened: Opened
+    stats: Statistics | None
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a chunk leaves: one tally row and one checksum per block."""
+
+    rows: list[tuple[float, ...]]
+    checks: list[int]
+
+
+def run_merge(
+    plan: Plan, out_dir: Path | str, chunk_mib: float = 4, resume: bool = True, threads: int | None = None
+) -> Report:
+    """Merge into `out_dir`, which must not exist or be empty; a finished merge of the same plan there is returned as it is.
+
+    `chunk_mib` is MiB per buffer, `threads` the number of workers (default 2); neither changes a byte. Raises C2FError for a plan with
+    problems, inputs changed since planning, NaN or infinity in any input, an overflow of the output dtype, a full disk (then the partial
+    folder stays for resuming), and an output folder that holds something else.
+    """
+    out_dir = Path(out_dir).absolute()
+    threads = 2 if threads is None else threads
+    _refuse_bad_call(plan, out_dir, chunk_mib, threads)
+    if (out_dir / REPORT).exists():
+        report = load_report(out_dir)
+        if report.key != plan.key:
+            raise C2FError(f"{out_dir} holds another merge; choose another folder, or remove it first")
+        Path(f"{_partial(plan, out_dir)}.jsonl").unlink(missing_ok=True)  # left when a kill came just after the commit
+        return report
+    if out_dir.exists() and any(out_dir.iterdir()):
+        raise C2FError(
+            f"{out_dir} is not empty; choose another folder, because mixing old and new files would damage both"
+        )
+    _check_stamps(plan)
+    partial = _partial(plan, out_dir)
+    try:
+        out_dir.parent.mkdir(parents=True, exist_ok=True)
+        journal = Journal(Path(f"{partial}.jsonl"), plan.key, fresh=not resume or not partial.is_dir())
+    except OSError as error:
+        raise C2FError(f"{out_dir.parent}: cannot be written ({error.strerror}); choose another folder") from None
+    try:
+        report = _Merge(plan, out_dir, partial, journal, chunk_mib, threads).run()
+    except OSError as error:
+        what = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else error.strerror
+        raise C2FError(
+            f"{partial}: {what} while writing {plan.bytes_written} bytes; mend that and run again to resume"
+        ) from error
+    except Exception as error:
+        if isinstance(error.__cause__, OSError):  # a small file found the disk full: the weights are kept for resuming
+            raise
+        # Bad input or a defect in an operator: nothing here can be resumed, so nothing is left behind.
+        shutil.rmtree(partial, ignore_errors=True)
+        journal.remove()
+        raise
+    finally:
+        journal.close()
+    return report
+
+
+def _partial(plan: Plan, out_dir: Path) -> Path:
+    return out_dir.with_name(f"{out_dir.name}.partial-{plan.key[:12]}")
+
+
+def _refuse_bad_call(plan: Plan, out_dir: Path, chunk_mib: float, threads: int) -> None:
+    found = list(plan.problems)
+    if not 0.25 <= chunk_mib <= 1024:
+        found.append(f"chunk_mib is {chunk_mib}, expected 0.25 to 1024")
+    if threads < 1:
+        found.append(f"threads is {threads}, expected 1 or more")
+    if out_dir.exists() and not out_dir.is_dir():
+        found.append(f"{out_dir} is a file; choose another folder")
+    if found:
+        raise problems("the merge cannot run:", found)
+
+
+def _check_stamps(plan: Plan) -> None:
+    changed = [
+        f"{path} changed since the plan was made" for label, path in plan.stamped.items()
+        if not path.exists() or stamp(path, read_header(path).digest) != plan.stamps[label]
+    ]  # fmt: skip
+    if changed:
+        raise problems("the inputs are not those of the plan; plan again:", changed)
+
+
+class _Merge:
+    """State of one run: the open files and what the journal already holds."""
+
+    def __init__(
+        self, plan: Plan, out_dir: Path, partial: Path, journal: Journal, chunk_mib: float, threads: int
+    ) -> None:
+        self.plan, self.out_dir, self.partial, self.journal = plan, out_dir, partial, journal
+        self.chunk = max(
+            BLOCK, int(chunk_mib * 2**20 / 4) // BLOCK * BLOCK
+        )  # elements; 4 bytes is the widest common float
+        self.threads = threads
+        self.spans: dict[tuple[str, int], dict] = {}
+        self.statistics: dict[str, dict] = {}
+        self.outputs: dict[str, int] = {}
+
+    def run(self) -> Report:
+        started = time.perf_counter()
+        resumed = bool(self.journal.lines)
+        for line in self.journal.lines:
+            if "statistics" in line:
+                self.statistics[line["statistics"]] = line["values"]
+            elif "span" in line:
+                self.spans[tuple(line["span"][:2])] = line
+        if not resumed:
+            self._create()
+        with Files() as inputs, Workers(self.threads) as workers:
+            try:
+                for file in self.plan.files:
+                    self.outputs[file.name] = os.open(self.partial / file.name, os.O_RDWR)
+                self._recheck(workers)
+                self._check_equal(inputs, workers)
+                self._merge_all(inputs, workers)
+                for handle in self.outputs.values():
+                    os.fsync(handle)
+            finally:
+                for handle in self.outputs.values():
+                    os.close(handle)
+        _check_stamps(self.plan)
+        report = self._commit()
+        report.seconds, report.resumed = time.perf_counter() - started, resumed
+        report.bytes_read, report.bytes_written = self.plan.bytes_read, self.plan.bytes_written
+        return report
+
+    def _create(self) -> None:
+        shutil.rmtree(self.partial, ignore_errors=True)
+        free = shutil.disk_usage(self.partial.parent).free
+        if free < self.plan.bytes_written:
+            raise C2FError(
+                f"{self.partial.parent}: the merge needs {self.plan.bytes_written} bytes, {free} are free; free space or choose another disk"
+            )
+        self.partial.mkdir()
+        for file in self.plan.files:
+            with open(self.partial / file.name, "wb") as handle:
+                handle.write(file.header)
+                handle.flush()
+                try:
+                    os.posix_fallocate(handle.fileno(), 0, file.nbytes)
+                except OSError as error:
+                    if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                        raise
+                    os.ftruncate(handle.fileno(), file.nbytes)
+        self.journal.begin(self.plan.key)
+
+    def _recheck(self, workers: Workers) -> None:
+        """Forget spans whose bytes are not those the journal promises."""
+        by_name = {placement.name: placement for placement in self.plan.placements}
+
+        def intact(line: dict, workspace: Workspace) -> bool:
+            name, start, stop = line["span"]
+            placement = by_name[name]
+            size = ITEM_BYTES[placement.dtype]
+            checks = []
+            for low, high in statistics.blocks(start, stop):
+                view = workspace.bytes("recheck", (high - low) * size)
+                os.preadv(self.outputs[placement.file], [view], placement.offset + low * size)
+                checks.append(zlib.crc32(view))
+            return _digest(checks) == line["check"]
+
+        lines = list(self.spans.values())
+        for line, good in zip(lines, workers.map(intact, lines), strict=True):
+            if not good:
+                del self.spans[tuple(line["span"][:2])]
+
+    def _check_equal(self, inputs: Files, workers: Workers) -> None:
+        """Constants and heads stored twice must be what the plan took them for."""
+
+        def same(item: tuple, workspace: Workspace) -> bool:
+            (left, right), start, stop = item
+            parts = [inputs.read(info, start, stop, workspace.bytes(side, info.nbytes and (stop - start) * ITEM_BYTES[info.dtype]))
+                     for side, info in enumerate((left, right))]  # fmt: skip
+            return bool(np.array_equal(*parts))
+
+        items = [
+            (pair, low, high)
+            for pair in self.plan.equal
+            for low, high in statistics.chunks(0, pair[0].numel, self.chunk)
+        ]
+        for (pair, _, _), equal in zip(items, workers.map(same, items), strict=True):
+            if not equal:
+                left, right = pair
+                remedy = (
+                    "set tie_word_embeddings to false in its config.json to keep a separate head, or remove the head"
+                    if left.name != right.name
+                    else "use models that agree"
+                )
+                raise C2FError(
+                    f"{left.file}: {left.name!r} differs from {right.name!r} of {right.file}, but both must be equal; {remedy}"
+                )
+
+    def _merge_all(self, inputs: Files, workers: Workers) -> None:
+        operator, options = self.plan.operator, self.plan.options
+        opened = {placement.name: Opened(placement.sources, inputs) for placement in self.plan.placements}
+        targets = {
+            p.name: statistics.Target(p.name, opened[p.name], p.merged) for p in self.plan.placements if p.merged
+        }
+        if operator.statistics and options.get("scope") == "global" and targets:
+            if "*" not in self.statistics:
+                self._gather("*", list(targets.values()), workers)
+        waiting: deque[Task] = deque()
+        rows, checks = [], []
+        for done in workers.map(self._chunk, self._tasks(opened, targets, workers, waiting)):
+            task = waiting.popleft()
+            rows += done.rows
+            checks += done.checks
+            span_end = min(task.segment.stop, (task.start // SPAN + 1) * SPAN)
+            if task.stop == span_end or task.placement.rank_two:
+                start = (
+                    max(task.segment.start, task.start // SPAN * SPAN)
+                    if not task.placement.rank_two
+                    else task.segment.start
+                )
+                line = {
+                    "span": [task.placement.name, start, task.stop],
+                    "check": _digest(checks),
+                    "tally": list(Tally.total(rows).row),
+                }
+                self.journal.append(line)
+                self.spans[task.placement.name, start] = line
+                rows, checks = [], []
+
+    def _gather(self, name: str, targets: list[statistics.Target], workers: Workers) -> None:
+        recipe = self.plan.recipe
+        found = statistics.gather(
+            self.plan.operator, self.plan.options, targets, len(recipe.coarse_models), recipe.seed, self.chunk, workers
+        )
+        self.statistics[name] = encode_statistics(found[0])
+        self.journal.append({"statistics": name, "values": self.statistics[name]})
+
+    def _tasks(self, opened: dict, targets: dict, workers: Workers, waiting: deque[Task]) -> Iterator[Task]:
+        """Yield the chunks still to do, tensor by tensor, each tensor's statistics just before its first chunk."""
+        for placement in self.plan.placements:
+            stats = None
+            for segment in placement.segments:
+                for start, stop in _spans(placement, segment):
+                    if (placement.name, start) in self.spans:
+                        continue
+                    if segment.kind == "merge" and self.plan.operator.statistics and stats is None:
+                        if "*" not in self.statistics and placement.name not in self.statistics:
+                            self._gather(placement.name, [targets[placement.name]], workers)
+                        stats = decode_statistics(self.statistics.get(placement.name) or self.statistics["*"])
+                    for low, high in (
+                        [(start, stop)] if placement.rank_two else statistics.chunks(start, stop, self.chunk)
+                    ):
+                        task = Task(placement, segment, opened[placement.name], stats, low, high)
+                        waiting.append(task)
+                        yield task
+
+    def _chunk(self, task: Task, workspace: Workspace) -> Done:
+        placement = task.placement
+        size = ITEM_BYTES[placement.dtype]
+        taken = {"instruct": "instruct", "coarse": "coarse.0"}.get(task.segment.kind)
+        source = placement.sources[taken] if taken else None
+        loaded = task.opened.load(task.start, task.stop, workspace, (taken,) if taken else None)
+        if source and source.info.dtype == placement.dtype and not source.delta:
+            out = workspace.bytes("out", 0)
+            view = loaded.raw[taken].view(torch.uint8).numpy() if task.stop > task.start else out
+            rows = [
+                _copied(loaded, placement, taken, low, high) for low, high in statistics.blocks(task.start, task.stop)
+            ]
+        else:
+            view = workspace.bytes("out", (task.stop - task.start) * size)
+            rows = self._compute(task, loaded, taken, as_tensor(view, placement.dtype))
+        position = placement.offset + task.start * size
+        written = 0
+        while written < view.nbytes:
+            written += os.pwrite(self.outputs[placement.file], view[written:], position + written)
+        checks = [
+            zlib.crc32(view[(low - task.start) * size : (high - task.start) * size])
+            for low, high in statistics.blocks(task.start, task.stop)
+        ]
+        return Done(rows, checks)
+
+    def _compute(self, task: Task, loaded: Loaded, taken: str | None, out: torch.Tensor) -> list[tuple[float, ...]]:
+        recipe, placement = self.plan.recipe, task.placement
+        rows = []
+        ranges = [(task.start, task.stop)] if placement.rank_two else statistics.blocks(task.start, task.stop)
+        for low, high in ranges:
+            piece = make_piece(
+                loaded, recipe_weights(recipe), placement.name, placement.shape, low, high, task.stats, recipe.seed
+            )
+            merged = (
+                loaded.read(taken, low, high)
+                if taken
+                else apply(self.plan.operator, self.plan.options, piece, placement.coefficient)
+            )
+            part = out[low - task.start : high - task.start]
+            if recipe.out_dtype == "bfloat16_stochastic":
+                part.copy_(round_to(merged, placement.dtype, True, recipe.seed, placement.name, low))
+            else:
+                part.copy_(merged)
+            deltas = (piece.instruct_residue, piece.residue) if not taken and "base" in loaded.raw else None
+            instruct = merged if taken else piece.instruct
+            row = measure(merged, part, instruct, deltas)
+            if not all(map(isfinite, row)):
+                loaded.blame(placement.name, low, high)
+                row = _overflow(self.plan, placement, merged, part, instruct, deltas, low)
+            rows.append((row[0], *(0.0,) * 8) if taken else row)
+        return rows
+
+    def _commit(self) -> Report:
+        """Write the small files, flush, and make the folder appear under its final name in one step."""
+        tallies = {}
+        digest = hashlib.sha256()
+        for placement in self.plan.placements:
+            lines = [self.spans[placement.name, start] for s in placement.segments for start, _ in _spans(placement, s)]
+            tallies[placement.name] = Tally.total([tuple(line["tally"]) for line in lines])
+            digest.update(
+                json.dumps(
+                    [placement.name, placement.dtype, placement.shape, [line["check"] for line in lines]]
+                ).encode()
+            )
+        report = build_report(self.plan, self.out_dir, tallies, self.statistics, digest.hexdigest())
+        for path in self.plan.copies:
+            shutil.copyfile(path, self.partial / path.name)
+        small_files.write_json(self.partial / "config.json", self.plan.config)
+        if self.plan.sharded:
+            weight_map = {placement.name: placement.file for placement in self.plan.placements}
+            total = sum(placement.nbytes for placement in self.plan.placements)
+            small_files.write_json(self.partial / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        small_files.write_json(self.partial / REPORT, report.to_dict())
+        small_files.write_text(self.partial / "README.md", model_card(report))
+        _sync(self.partial)
+        os.rename(self.partial, self.out_dir)
+        _sync(self.out_dir.parent)
+        self.journal.remove()
+        return report
+
+
+def recipe_weights(recipe) -> tuple[float, ...]:  # noqa: ANN001
+    return tuple(model.weight for model in recipe.coarse_models)
+
+
+def make_piece(
+    loaded: Loaded,
+    weights: tuple[float, ...],
+    name: str,
+    shape: tuple[int, ...],
+    low: int,
+    high: int,
+    stats: Statistics | None,
+    seed: int,
+) -> Piece:
+    """Give the kernel's view of elements low .. high."""
+    return Piece(name, shape, low, lambda what: loaded.read(what, low, high), weights, stats, seed)
+
+
+def apply(operator: Operator, options: dict, piece: Piece, c: float) -> torch.Tensor:
+    """Run the operator's kernel and check that what it gives can be stored; a matrix operator leaves other shapes to `residue`."""
+    if operator.matrix and len(piece.shape) != 2:
+        return residue(piece, c)
+    merged = operator.kernel(piece, c, **options)
+    if operator.builtin:
+        return merged
+    if (
+        not isinstance(merged, torch.Tensor)
+        or merged.shape != piece.instruct.shape
+        or merged.dtype != piece.instruct.dtype
+    ):
+        got = f"{tuple(merged.shape)} {merged.dtype}" if isinstance(merged, torch.Tensor) else type(merged).__name__
+        raise C2FError(
+            f"operator {operator.name!r} gave {got} for a piece of {piece.name!r}, expected a tensor of shape {tuple(piece.instruct.shape)} and "
+            f"{piece.instruct.dtype}; return one value per element"
+        )
+    return merged
+
+
+def _copied(loaded: Loaded, placement: Placement, role: str, low: int, high: int) -> tuple[float, ...]:
+    if loaded.raw[role].is_floating_point():
+        values = loaded.read(role, low, high)
+        if not isfinite(inner(values, values)):
+            loaded.blame(placement.name, low, high)
+    return (float(high - low), *(0.0,) * 8)
+
+
+def _overflow(plan: Plan, placement: Placement, merged, part, instruct, deltas, low: int) -> tuple[float, ...]:  # noqa: ANN001
+    """Finite inputs gave a sum that is not: an output that overflows is an error, large squares are merely summed in float64."""
+    bad = torch.nonzero(~torch.isfinite(part.float()))
+    if len(bad):
+        raise C2FError(
+            f"{placement.file}: tensor {placement.name!r} overflows {placement.dtype} at element {low + int(bad[0])} with operator "
+            f"{plan.operator.name} and coefficient {placement.coefficient}; use out_dtype: float32 or bfloat16, or a smaller coefficient"
+        )
+    doubles = None if deltas is None else tuple(delta.double() for delta in deltas)
+    return measure(merged.double(), part.double(), instruct.double(), doubles)
+
+
+def _spans(placement: Placement, segment: Segment) -> Iterator[tuple[int, int]]:
+    if placement.rank_two:
+        yield segment.start, segment.stop
+        return
+    start = segment.start
+    while start < segment.stop:
+        stop = min(segment.stop, (start // SPAN + 1) * SPAN)
+        yield start, stop
+        start = stop
+
+
+def _digest(checks: list[int]) -> int:
+    """One checksum for a span from those of its fixed blocks."""
+    return zlib.crc32(struct.pack(f"<{len(checks)}I", *checks))
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

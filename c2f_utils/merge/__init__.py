@@ -1,6 +1,7 @@
 """Knowledge residue merging: recipe -> plan -> stream -> commit -> verify.
 
-The paper's formula is not public; base, instruct and coarse are explicit inputs and the default, instruct + c * (coarse - base), is ours.
+The paper's formula is not public; base, instruct and coarse are explicit inputs and the default, instruct + c *
+(coarse - base), is ours.
 
     recipe = load_recipe("recipe.yaml")
     plan = plan_merge(recipe)            # headers and configs only; plan.table()
@@ -9,8 +10,9 @@ The paper's formula is not public; base, instruct and coarse are explicit inputs
 """
 
 from c2f_utils.merge.anatomy import anatomy
+from c2f_utils.merge.kernels import Piece
 from c2f_utils.merge.memory import merge_state_dicts, random_residue
-from c2f_utils.merge.operators import Operator, Piece, operators, register_operator
+from c2f_utils.merge.operators import Operator, operators, register_operator
 from c2f_utils.merge.plan import Plan, plan_merge
 from c2f_utils.merge.recipe import Coefficient, Recipe, Rule, Weighted, load_recipe
 from c2f_utils.merge.report import Report, load_report
@@ -18,6 +20,23 @@ from c2f_utils.merge.stream import run_merge
 from c2f_utils.merge.verify import Verified, verify
 
 __all__ = [
-    "Coefficient", "Operator", "Piece", "Plan", "Recipe", "Report", "Rule", "Verified", "Weighted", "anatomy", "load_recipe", "load_report",
-    "merge_state_dicts", "operators", "plan_merge", "random_residue", "register_operator", "run_merge", "verify",
-]  # fmt: skip
+    "Coefficient",
+    "Operator",
+    "Piece",
+    "Plan",
+    "Recipe",
+    "Report",
+    "Rule",
+    "Verified",
+    "Weighted",
+    "anatomy",
+    "load_recipe",
+    "load_report",
+    "merge_state_dicts",
+    "operators",
+    "plan_merge",
+    "random_residue",
+    "register_operator",
+    "run_merge",
+    "verify",
+]

@@ -10,7 +10,7 @@ from torch import Tensor
 from c2f_utils.errors import problems
 from c2f_utils.merge import names
 from c2f_utils.merge.checkpoint import locate, open_checkpoint
-from c2f_utils.merge.operators import BLOCK
+from c2f_utils.merge.kernels import BLOCK
 from c2f_utils.merge.rounding import inner
 
 _EXACT = 1024  # smallest side up to which all singular values are computed
@@ -22,13 +22,15 @@ Model = Mapping[str, Tensor] | str | Path
 def anatomy(base: Model, instruct: Model, coarse: Model, spectrum: bool = True) -> list[dict]:
     """Describe d_C = coarse - base and d_I = instruct - base for every floating-point tensor that the three share.
 
-    Models are state dicts or folders. Rows: tensor, layer (None outside layers), module, family, norm_coarse, norm_instruct, cosine (None
-    when either is zero), sparsity (share of elements of d_C that are exactly zero), top_energy (share of |d_C|^2 in its largest tenth of
-    singular values; None for vectors and zero residues, randomised above 1024 on the shorter side).
-    Raises C2FError for folders that cannot be read.
+    Models are state dicts or folders. Rows: tensor, layer (None outside layers), module, family, norm_coarse,
+    norm_instruct, cosine (None when either is zero), sparsity (share of elements of d_C that are exactly zero),
+    top_energy (share of |d_C|^2 in its largest tenth of singular values; None for vectors and zero residues,
+    randomised above 1024 on the shorter side). Raises C2FError for folders that cannot be read.
     """
-    sets = [_StateDict(model) if isinstance(model, Mapping) else _Folder(model, role) for role, model in
-            (("base", base), ("instruct", instruct), ("coarse", coarse))]  # fmt: skip
+    sets = [
+        _StateDict(model) if isinstance(model, Mapping) else _Folder(model, role)
+        for role, model in (("base", base), ("instruct", instruct), ("coarse", coarse))
+    ]
     rows = []
     for name in sets[1].names():
         if not all(name in one for one in sets) or names.is_buffer(name):

@@ -20,7 +20,9 @@ _WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 
 @dataclass
 class Checkpoint:
-    """Headers and configs of one model folder; `tensors` in file order; `stamps` tell an overwrite between plan and run."""
+    """Headers and configs of one model folder; `tensors` in file order; `stamps` tell an overwrite between plan and
+    run.
+    """
 
     label: str
     folder: Path
@@ -50,14 +52,15 @@ def locate(source: str, label: str) -> Path:
 
     try:
         return Path(snapshot_download(source, allow_patterns=_WANTED, local_files_only=True))
-    except Exception:  # noqa: BLE001 - the hub client has many error classes; each means "not in the cache"
+    except Exception:  # the hub client has many error classes; each means "not in the cache"
         pass
     try:
         return Path(snapshot_download(source, allow_patterns=_WANTED))
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
         raise C2FError(
-            f"{label}: {source} is neither a folder nor available from the hub ({reason}); check the name, or download it first"
+            f"{label}: {source} is neither a folder nor available from the hub ({reason}); check the name, "
+            f"or download it first"
         ) from None
 
 
@@ -70,7 +73,8 @@ def open_checkpoint(label: str, folder: Path, problems: list[str]) -> Checkpoint
     single, index = folder / SINGLE, folder / INDEX
     if single.exists() and index.exists():
         problems.append(
-            f"{label}: {folder} holds both {SINGLE} and {INDEX}; one is stale: remove it (loaders disagree on which counts)"
+            f"{label}: {folder} holds both {SINGLE} and {INDEX}; one is stale: remove it (loaders disagree "
+            f"on which counts)"
         )
     elif single.exists():
         _add_file(model, single, problems)
@@ -114,10 +118,11 @@ def _add_file(model: Checkpoint, path: Path, problems: list[str]) -> dict[str, T
     except C2FError as error:
         problems.append(f"{model.label}: {error}")
         return {}
-    for name, info in header.tensors.items():
+    for name in header.tensors:
         if name in model.tensors:
             problems.append(
-                f"{model.label}: tensor {name!r} is in both {model.tensors[name].file.name} and {path.name}; save the model again"
+                f"{model.label}: tensor {name!r} is in both {model.tensors[name].file.name} and "
+                f"{path.name}; save the model again"
             )
     ordered = dict(sorted(header.tensors.items(), key=lambda item: item[1].offset))
     model.tensors.update(ordered)
@@ -148,7 +153,8 @@ def _add_shards(model: Checkpoint, index: Path, problems: list[str]) -> None:
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
             problems.append(
-                f"{where}: tensor {name!r} is said to be in {file!r}, expected a plain file name in the same folder; save it again"
+                f"{where}: tensor {name!r} is said to be in {file!r}, expected a plain file name in the "
+                f"same folder; save it again"
             )
             continue
         shards.setdefault(file, set()).add(name)

@@ -1,18 +1,20 @@
 """Do three configs describe the same network? Weights merge only when the functions they parametrise are the same.
 
-Every key counts unless it is known to be harmless: a new architecture's unknown key must not slip through. A key that one side leaves
-out means that side's default; where the default is known it is compared, else it is only noted.
+Every key counts unless it is known to be harmless: a new architecture's unknown key must not slip through. A key that
+one side leaves out means that side's default; where the default is known it is compared, else it is only noted.
 """
 
 from c2f_utils.merge.checkpoint import Checkpoint, token_ids
 
 _HARMLESS = {
-    "_name_or_path", "_attn_implementation", "architectures", "attention_dropout", "attn_pdrop", "auto_map", "bad_words_ids", "dropout",
-    "dtype", "embd_pdrop", "finetuning_task", "hidden_dropout", "id2label", "initializer_range", "label2id", "classifier_dropout", "min_length",
-    "pretraining_tp", "problem_type", "quantization_config", "reorder_and_upcast_attn", "resid_pdrop", "summary_activation",
-    "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj", "task_specific_params", "tie_word_embeddings",
-    "torch_dtype", "transformers_version", "use_cache", "vocab_size", "hidden_dropout_prob", "return_dict", "output_hidden_states",
-    "output_attentions", "chunk_size_feed_forward", "is_encoder_decoder", "unsloth_version", "use_mambapy",
+    "_name_or_path", "_attn_implementation", "architectures", "attention_dropout", "attn_pdrop", "auto_map",
+    "bad_words_ids", "dropout", "dtype", "embd_pdrop", "finetuning_task", "hidden_dropout", "id2label",
+    "initializer_range", "label2id", "classifier_dropout", "min_length", "pretraining_tp", "problem_type",
+    "quantization_config", "reorder_and_upcast_attn", "resid_pdrop", "summary_activation", "summary_first_dropout",
+    "summary_proj_to_labels", "summary_type", "summary_use_proj", "task_specific_params", "tie_word_embeddings",
+    "torch_dtype", "transformers_version", "use_cache", "vocab_size", "hidden_dropout_prob", "return_dict",
+    "output_hidden_states", "output_attentions", "chunk_size_feed_forward", "is_encoder_decoder", "unsloth_version",
+    "use_mambapy",
 }  # fmt: skip
 _NOTED = {
     "bos_token_id",
@@ -25,8 +27,8 @@ _NOTED = {
     "max_window_layers",
 }
 _DEFAULTS = {
-    "attention_bias": False, "hidden_act": "silu", "mlp_bias": False, "partial_rotary_factor": 1.0, "rms_norm_eps": 1e-6, "rope_scaling": None,
-    "rope_theta": 10000.0, "use_sliding_window": False, "tie_encoder_decoder": False,
+    "attention_bias": False, "hidden_act": "silu", "mlp_bias": False, "partial_rotary_factor": 1.0, "rms_norm_eps":
+    1e-6, "rope_scaling": None, "rope_theta": 10000.0, "use_sliding_window": False, "tie_encoder_decoder": False,
 }  # fmt: skip
 
 
@@ -78,7 +80,8 @@ def compare_configs(
             notes.append(f"{text} ({'allowed' if key in allow else 'instruct counts'})")
         else:
             problems.append(
-                f"{text}; the weights mean different functions: use models that agree, or allow: [{key}] if you know better"
+                f"{text}; the weights mean different functions: use models that agree, or allow: [{key}] if "
+                f"you know better"
             )
 
 
@@ -95,7 +98,8 @@ def compare_tokenizers(instruct: Checkpoint, other: Checkpoint, problems: list[s
     if moved:
         first = moved[0]
         problems.append(
-            f"tokenizer: {len(moved)} tokens have other ids in {other.label} than in instruct, first {first!r} ({right[first]} and {left[first]}); "
+            f"tokenizer: {len(moved)} tokens have other ids in {other.label} than in instruct, first "
+            f"{first!r} ({right[first]} and {left[first]}); "
             "use models with one tokenizer"
         )
     by_id = {number: token for token, number in left.items()}
@@ -103,7 +107,8 @@ def compare_tokenizers(instruct: Checkpoint, other: Checkpoint, problems: list[s
     if reused and not moved:
         first = reused[0]
         problems.append(
-            f"tokenizer: id {first} is {by_id[first]!r} in instruct and another token in {other.label}; use models with one tokenizer"
+            f"tokenizer: id {first} is {by_id[first]!r} in instruct and another token in {other.label}; use "
+            f"models with one tokenizer"
         )
     extra = len(set(right) - set(left))
     if extra and not reused:

@@ -1,8 +1,9 @@
 """Read and write safetensors headers without touching tensor data.
 
-The format is an 8-byte little-endian length, a JSON object and the data. Everything a merge needs to plan (names, shapes, dtypes,
-byte positions) is in the first two, so a plan costs milliseconds whatever the size of the model. Parsing is strict: a header that
-overlaps, leaves holes or points past the end of its file is refused before any merge starts.
+The format is an 8-byte little-endian length, a JSON object and the data. Everything a merge needs to plan (names,
+shapes, dtypes, byte positions) is in the first two, so a plan costs milliseconds whatever the size of the model.
+Parsing is strict: a header that overlaps, leaves holes or points past the end of its file is refused before any merge
+starts.
 """
 
 import hashlib
@@ -17,8 +18,8 @@ from pathlib import Path
 from c2f_utils.errors import C2FError
 
 ITEM_BYTES = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
-    "F8_E4M3": 1, "F8_E5M2": 1,
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2,
+    "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
 }  # fmt: skip
 FLOATS = ("F64", "F32", "F16", "BF16")
 HEADER_LIMIT = (
@@ -65,8 +66,9 @@ class Header:
 def read_header(path: Path) -> Header:
     """Parse and check one safetensors header.
 
-    Raises C2FError naming the file, the tensor and the remedy for a short file, a lying length, broken JSON, duplicate names, unknown
-    dtypes, sizes that do not fit shapes, holes, overlaps, and data that is cut off or longer than the header says.
+    Raises C2FError naming the file, the tensor and the remedy for a short file, a lying length, broken JSON,
+    duplicate names, unknown dtypes, sizes that do not fit shapes, holes, overlaps, and data that is cut off or longer
+    than the header says.
     """
     path = Path(path)
     again = "copy or save the file again"
@@ -79,7 +81,8 @@ def read_header(path: Path) -> Header:
             (length,) = struct.unpack("<Q", start)
             if length > min(HEADER_LIMIT, stat.st_size - 8):
                 raise C2FError(
-                    f"{path}: the header says it has {length} bytes, the file has {stat.st_size}; truncated or not safetensors: {again}"
+                    f"{path}: the header says it has {length} bytes, the file has {stat.st_size}; truncated "
+                    f"or not safetensors: {again}"
                 )
             blob = handle.read(length)
     except OSError as error:
@@ -132,7 +135,8 @@ def _entry(path: Path, name: str, entry: object, data_start: int) -> TensorInfo:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise C2FError(
-            f"{where}: dtype {dtype!r} is not supported; expected one of {', '.join(ITEM_BYTES)}: save the model in one of these"
+            f"{where}: dtype {dtype!r} is not supported; expected one of {', '.join(ITEM_BYTES)}: save the "
+            f"model in one of these"
         )
     if not _naturals(shape):
         raise C2FError(f"{where}: shape {shape!r} is not a list of natural numbers; save the file again")
@@ -141,7 +145,8 @@ def _entry(path: Path, name: str, entry: object, data_start: int) -> TensorInfo:
     nbytes = prod(shape) * ITEM_BYTES[dtype]
     if offsets[1] - offsets[0] != nbytes:
         raise C2FError(
-            f"{where}: {offsets[1] - offsets[0]} bytes for shape {shape} of {dtype}, expected {nbytes}; save the file again"
+            f"{where}: {offsets[1] - offsets[0]} bytes for shape {shape} of {dtype}, expected {nbytes}; "
+            f"save the file again"
         )
     return TensorInfo(name, dtype, tuple(shape), path, data_start + offsets[0], nbytes)
 
@@ -163,5 +168,6 @@ def _check_layout(path: Path, tensors: dict[str, TensorInfo], data_start: int, s
         last = f" (last tensor {before!r})" if before else ""
         what = "truncated" if position > size else "followed by bytes that belong to no tensor"
         raise C2FError(
-            f"{path}: {what}: the header describes {position} bytes, the file has {size}{last}; copy or save the file again"
+            f"{path}: {what}: the header describes {position} bytes, the file has {size}{last}; copy or "
+            f"save the file again"
         )

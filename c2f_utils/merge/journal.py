@@ -1,7 +1,8 @@
 """What of a merge is done, one JSON line each, so that a killed merge continues and ends with the same bytes.
 
-A line is written after its bytes are. A line cut by a kill is dropped. Against power loss, where the system may have kept the line and
-lost the bytes, every span's checksum is compared when a merge resumes, and spans that fail are merged again.
+A line is written after its bytes are. A line cut by a kill is dropped. Against power loss, where the system may have
+kept the line and lost the bytes, every span's checksum is compared when a merge resumes, and spans that fail are
+merged again.
 """
 
 import fcntl

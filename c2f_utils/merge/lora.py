@@ -1,7 +1,8 @@
 """Read a PEFT LoRA adapter as a set of changes to its base, without ever building the full model.
 
-W = W_base + scale * B A, with scale = alpha / r, or alpha / sqrt(r) with rank stabilisation (rsLoRA); rank and alpha patterns and
-modules_to_save are honoured. What cannot be written as such a change (DoRA, biases, adapters that changed their base) is refused.
+W = W_base + scale * B A, with scale = alpha / r, or alpha / sqrt(r) with rank stabilisation (rsLoRA); rank and alpha
+patterns and modules_to_save are honoured. What cannot be written as such a change (DoRA, biases, adapters that
+changed their base) is refused.
 """
 
 import math
@@ -34,7 +35,7 @@ _FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>
 
 @dataclass(frozen=True)
 class Delta:
-    """A low-rank change of one weight: rows = scale * left @ right; `transposed` when the weight is stored [in, out]."""
+    """A low-rank change of one weight: scale * B A, `transposed` when the weight is stored [in, out]."""
 
     a: TensorInfo  # [r, in]
     b: TensorInfo  # [out, r]
@@ -97,19 +98,22 @@ def _check_config(label: str, folder: Path, config: dict, problems: list[str]) -
     where = f"{label}: {folder / ADAPTER_CONFIG}"
     if config and config.get("peft_type") != "LORA":
         problems.append(
-            f"{where}: peft_type {config.get('peft_type')!r} is not LORA; merge it with PEFT first and give the full model"
+            f"{where}: peft_type {config.get('peft_type')!r} is not LORA; merge it with PEFT first and give "
+            f"the full model"
         )
     for key, reason in _REFUSED.items():
         if config.get(key):
             problems.append(f"{where}: {key} is set: {reason}; merge it with PEFT first and give the full model")
     if config.get("bias", "none") != "none":
         problems.append(
-            f"{where}: bias {config['bias']!r}: trained biases are stored apart; expected none: merge it with PEFT first"
+            f"{where}: bias {config['bias']!r}: trained biases are stored apart; expected none: merge it "
+            f"with PEFT first"
         )
     start = str(config.get("init_lora_weights", True)).lower()
     if start.startswith(_CHANGED_BASE):
         problems.append(
-            f"{where}: init_lora_weights {start!r} changed the base weights; convert the adapter with PEFT's save_pretrained first"
+            f"{where}: init_lora_weights {start!r} changed the base weights; convert the adapter with "
+            f"PEFT's save_pretrained first"
         )
     for key in ("r", "lora_alpha"):
         value = config.get(key)
@@ -138,11 +142,13 @@ def _sort(
         name = _weight_name(stored, base)
         if name is None:
             problems.append(
-                f"{label}: {path}: tensor {stored!r} belongs to no tensor of the base; was the adapter trained on another model?"
+                f"{label}: {path}: tensor {stored!r} belongs to no tensor of the base; was the adapter "
+                f"trained on another model?"
             )
         elif info.shape != base.tensors[name].shape:
             problems.append(
-                f"{label}: {path}: {stored!r} has shape {info.shape}, the base {base.tensors[name].shape}; it was trained on another model"
+                f"{label}: {path}: {stored!r} has shape {info.shape}, the base {base.tensors[name].shape}; "
+                f"it was trained on another model"
             )
         else:
             replaced[name] = info
@@ -179,14 +185,16 @@ def _delta(
         or not (a.is_float and b.is_float)
     ):
         problems.append(
-            f"{where}: factors {a.shape} and {b.shape} do not fit [r, in] and [out, r]; only linear and embedding layers are supported"
+            f"{where}: factors {a.shape} and {b.shape} do not fit [r, in] and [out, r]; only linear and "
+            f"embedding layers are supported"
         )
         return None
     name = _weight_name(f"{module}.weight", base)
     if name is None:
         if base.tied is not False and module.endswith("lm_head"):
             problems.append(
-                f"{where}: the base ties its head to the embedding, so a change of the head alone cannot be stored; untie the base first"
+                f"{where}: the base ties its head to the embedding, so a change of the head alone cannot be "
+                f"stored; untie the base first"
             )
         else:
             problems.append(f"{where} is no module of the base; was the adapter trained on another model?")
@@ -196,14 +204,16 @@ def _delta(
     alpha = _by_pattern(config.get("alpha_pattern") or {}, target, config["lora_alpha"])
     if rank != a.shape[0]:
         problems.append(
-            f"{where}: the config gives rank {rank}, the factors have {a.shape[0]}; config and weights are from different adapters"
+            f"{where}: the config gives rank {rank}, the factors have {a.shape[0]}; config and weights are "
+            f"from different adapters"
         )
         return None
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
     delta = Delta(a, b, scale, embedding or bool(config.get("fan_in_fan_out")))
     if delta.shape != base.tensors[name].shape:
         problems.append(
-            f"{where}: the change has shape {delta.shape}, the base {base.tensors[name].shape}; it was trained on another model"
+            f"{where}: the change has shape {delta.shape}, the base {base.tensors[name].shape}; it was "
+            f"trained on another model"
         )
         return None
     return name, delta

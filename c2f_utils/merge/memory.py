@@ -1,6 +1,7 @@
 """The same merge on state dicts in memory, for sweeps over small models, and the random-residue control.
 
-The kernels, statistics and rounding are those of the stream, applied to the same blocks, so the values are bit for bit those of `run_merge`.
+The kernels, statistics and rounding are those of the stream, applied to the same blocks, so the values are bit for
+bit those of `run_merge`.
 """
 
 import math
@@ -11,11 +12,12 @@ from torch import Tensor
 
 from c2f_utils.errors import problems
 from c2f_utils.merge import names, philox, statistics
-from c2f_utils.merge.operators import BLOCK, resolve
+from c2f_utils.merge.compute import apply, make_piece, recipe_weights
+from c2f_utils.merge.kernels import BLOCK, Statistics
+from c2f_utils.merge.operators import Operator, resolve
 from c2f_utils.merge.recipe import Recipe
 from c2f_utils.merge.rounding import TORCH, inner, round_to
 from c2f_utils.merge.sources import Loaded, Workspace
-from c2f_utils.merge.stream import apply, make_piece, recipe_weights
 from c2f_utils.merge.workers import Workers
 
 StateDict = Mapping[str, Tensor]
@@ -37,8 +39,9 @@ def merge_state_dicts(
 ) -> dict[str, Tensor]:
     """Merge state dicts that live in memory; the recipe's paths are not looked at, its weights are.
 
-    Returns instruct's tensors (new ones, contiguous, tied ones still shared) with merged values. Raises C2FError listing every tensor that
-    is missing, differs in shape, or has no place in the network. All tensors must be on the CPU.
+    Returns instruct's tensors (new ones, contiguous, tied ones still shared) with merged values. Raises C2FError
+    listing every tensor that is missing, differs in shape, or has no place in the network. All tensors must be on the
+    CPU.
     """
     operator, options = resolve(recipe.operator)
     several = [coarse] if isinstance(coarse, Mapping) else list(coarse)
@@ -77,7 +80,17 @@ def merge_state_dicts(
     return {name: merged[twin[name]] for name in instruct}
 
 
-def _merge(recipe, operator, options, name, tensor, held, count, c, stats) -> Tensor:  # noqa: ANN001
+def _merge(
+    recipe: Recipe,
+    operator: Operator,
+    options: dict,
+    name: str,
+    tensor: Tensor,
+    held: _Held,
+    count: int,
+    c: float,
+    stats: Statistics | None,
+) -> Tensor:
     code = _out_code(recipe, tensor.dtype)
     out = torch.empty(count, dtype=TORCH[code])
     matrix = operator.matrix and tensor.dim() == 2
@@ -105,8 +118,13 @@ def _as_output(recipe: Recipe, tensor: Tensor, name: str, like: torch.dtype | No
 
 
 def _refuse(
-    recipe, operator, instruct: StateDict, models: dict[str, StateDict], coefficients: dict, several: list
-) -> None:  # noqa: ANN001
+    recipe: Recipe,
+    operator: Operator,
+    instruct: StateDict,
+    models: dict[str, StateDict],
+    coefficients: dict[str, float | None],
+    several: list[StateDict],
+) -> None:
     found = []
     if len(several) != len(recipe.coarse_models):
         found.append(f"{len(several)} coarse state dicts for a recipe with {len(recipe.coarse_models)}; give one each")
@@ -114,12 +132,14 @@ def _refuse(
         missing = [name for name in instruct if name not in model]
         if missing:
             found.append(
-                f"{role} lacks {len(missing)} tensors of instruct, first {missing[0]!r}; use models of the same architecture"
+                f"{role} lacks {len(missing)} tensors of instruct, first {missing[0]!r}; use models of the "
+                f"same architecture"
             )
         for name, tensor in instruct.items():
             if name in model and model[name].shape != tensor.shape:
                 found.append(
-                    f"{name!r}: shape {list(tensor.shape)} in instruct, {list(model[name].shape)} in {role}; use models of the same size"
+                    f"{name!r}: shape {list(tensor.shape)} in instruct, {list(model[name].shape)} in "
+                    f"{role}; use models of the same size"
                 )
     for name, tensor in instruct.items():
         c = coefficients[name]
@@ -144,7 +164,8 @@ def _refuse(
 
 
 def random_residue(base: StateDict, coarse: StateDict, seed: int = 0) -> dict[str, Tensor]:
-    """Give base plus Gaussian noise with, tensor by tensor, the norm of the coarse residue: the control for "any residue would do".
+    """Give base plus Gaussian noise with, tensor by tensor, the norm of the coarse residue: the control for "any
+    residue would do".
 
     Tied tensors stay shared; constants are those of coarse. The noise depends on seed and tensor name only.
     """

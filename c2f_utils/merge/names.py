@@ -1,7 +1,8 @@
 """What a tensor's name says: its layer, its module, its family and its depth in the network.
 
-Depth follows the data: embeddings 0, layer k of L (k+1)/(L+1), final norm and head 1. A name that fits none of these has no depth, and
-the plan refuses it unless a rule sets its coefficient: guessing would put an unknown tensor silently under the wrong coefficient.
+Depth follows the data: embeddings 0, layer k of L (k+1)/(L+1), final norm and head 1. A name that fits none of these
+has no depth, and the plan refuses it unless a rule sets its coefficient: guessing would put an unknown tensor
+silently under the wrong coefficient.
 """
 
 import re
@@ -52,7 +53,9 @@ def family_of(name: str) -> str:
 
 
 def depth_of(name: str, layers: int) -> float | None:
-    """Give the depth in [0, 1], or None when the name tells none (design: embeddings 0, layer k (k+1)/(L+1), norm and head 1)."""
+    """Give the depth in [0, 1], or None when the name tells none (design: embeddings 0, layer k (k+1)/(L+1), norm and
+    head 1).
+    """
     layer = layer_of(name)
     if layer is not None:
         return (layer + 1) / (layers + 1)
@@ -62,5 +65,7 @@ def depth_of(name: str, layers: int) -> float | None:
 
 
 def is_buffer(name: str) -> bool:
-    """Say whether the name is a constant that old versions stored beside the weights (rotary tables, attention masks)."""
+    """Say whether the name is a constant that old versions stored beside the weights (rotary tables, attention
+    masks).
+    """
     return bool(_BUFFER.search(name))

@@ -1,116 +1,14 @@
-"""Operators: how instruct, base and coarse become fine, one flat piece at a time.
-
-A kernel is a pure function of a `Piece` (float32 views of at most `BLOCK` elements of one tensor) and the tensor's coefficient c.
-Whatever needs the whole tensor (norms, thresholds) comes from a statistics pass before it, so a merge never holds a tensor in memory,
-and a result cannot depend on how the tensor was cut. Only separate multiplications and additions are used: fused ones round differently
-in the vector body and in the tail of a loop, and then chunk size would change bytes.
-
-Names: d_k = coarse_k - base (residues), d_I = instruct - base, r = sum_k weight_k d_k.
+"""The operators a recipe may name: kernels with what they ask of the plan; own ones are registered from a notebook
+cell.
 """
 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
-
-import torch
-from torch import Tensor
 
 from c2f_utils.errors import C2FError, problems
-from c2f_utils.merge import philox
-
-BLOCK = (
-    1 << 16
-)  # elements; small enough for the second-level cache, and malloc keeps such buffers instead of returning them
-
-Kernel = Callable[..., Tensor]
-
-
-@dataclass(frozen=True)
-class Threshold:
-    """Keep |d| > value; of |d| == value keep those whose random 32 bits are below `tie_cut`, so that the density is met."""
-
-    value: float
-    tie_cut: int
-    density: float  # realised share, for the report
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """What the pass before the kernel found: `gram[i][j]` = <d_i, d_j> over the tensor (0 is d_I, then residues); thresholds alike."""
-
-    gram: tuple[tuple[float, ...], ...] = ()
-    thresholds: tuple[Threshold, ...] = ()
-    count: int = 0
-
-
-class Piece:
-    """What a kernel sees: lazily converted float32 views, all flat and equally long.
-
-    `instruct`, `base`, `coarse` (the first coarse model), `residues`, `residue` (their weighted sum), `instruct_residue`;
-    `weights`, `stats`, `name`, `start` (offset of the first element), `shape` (of the whole tensor). Kernels must not write into them.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        shape: tuple[int, ...],
-        start: int,
-        read: Callable[[str], Tensor],
-        weights: tuple[float, ...],
-        stats: Statistics | None = None,
-        seed: int = 0,
-    ) -> None:
-        self.name, self.shape, self.start, self._read = name, shape, start, read
-        self.weights, self.stats, self.seed = weights, stats, seed
-
-    @cached_property
-    def instruct(self) -> Tensor:
-        return self._read("instruct")
-
-    @cached_property
-    def base(self) -> Tensor:
-        return self._read("base")
-
-    @cached_property
-    def coarse(self) -> Tensor:
-        return self._read("coarse.0")
-
-    @cached_property
-    def instruct_residue(self) -> Tensor:
-        return self._read("delta.instruct")
-
-    @cached_property
-    def residues(self) -> tuple[Tensor, ...]:
-        return tuple(self._read(f"delta.coarse.{k}") for k in range(len(self.weights)))
-
-    @cached_property
-    def residue(self) -> Tensor:
-        return self.total(self.residues)
-
-    def total(self, parts: tuple[Tensor, ...] | list[Tensor]) -> Tensor:
-        """Weighted sum of one part per coarse model."""
-        sum_ = None
-        for weight, part in zip(self.weights, parts, strict=True):
-            term = part if weight == 1.0 else part * weight
-            sum_ = term if sum_ is None else sum_ + term
-        return sum_
-
-    def bits(self, purpose: str) -> Tensor:
-        """32 random bits per element as int64, decided by seed, tensor, purpose and position only."""
-        words = philox.bits(self.seed, f"{self.name}|{purpose}", self.start, self.instruct.numel(), 32)
-        return torch.from_numpy(words.astype("int64"))
-
-    def trimmed(self, part: Tensor, index: int) -> Tensor:
-        """The part with only its largest magnitudes kept; `index` 0 is d_I, k+1 the residue of coarse model k."""
-        threshold = self.stats.thresholds[index]
-        size = part.abs()
-        keep = size > threshold.value
-        if threshold.tie_cut:
-            tied = size == threshold.value
-            if bool(tied.any()):
-                keep |= tied & (self.bits(f"tie:{index}") < threshold.tie_cut)
-        return torch.where(keep, part, 0.0)
+from c2f_utils.merge import kernels
+from c2f_utils.merge.kernels import Kernel
 
 
 @dataclass(frozen=True)
@@ -119,7 +17,8 @@ class Operator:
 
     `reads`: the models it needs. `statistics`: subset of {"gram", "thresholds"}. `options`: keys with default values.
     `zero_is_instruct`: c = 0 gives instruct, so bytes are copied. `one_is_coarse`: c = 1 gives coarse, likewise.
-    `several`: takes more than one coarse model. `matrix`: the kernel gets whole 2-D tensors (others are merged as `residue`).
+    `several`: takes more than one coarse model. `matrix`: the kernel gets whole 2-D tensors (others are merged as
+    `residue`).
     """
 
     name: str
@@ -135,100 +34,6 @@ class Operator:
     negative: bool = True  # whether c < 0 means anything
     check: Callable[[Mapping[str, object]], list[str]] | None = None
     builtin: bool = False
-
-
-def residue(piece: Piece, c: float) -> Tensor:
-    return piece.instruct + c * piece.residue
-
-
-def lerp(piece: Piece, c: float) -> Tensor:
-    return (1.0 - c) * piece.instruct + c * piece.coarse
-
-
-def slerp(piece: Piece, c: float) -> Tensor:
-    """Spherical interpolation of the task vectors d_I and r over the whole tensor (WARP); linear when they are parallel or one is zero."""
-    a, b = slerp_weights(piece.stats.gram, piece.weights, c)
-    return piece.base + (a * piece.instruct_residue + b * piece.residue)
-
-
-def slerp_weights(gram: tuple[tuple[float, ...], ...], weights: tuple[float, ...], c: float) -> tuple[float, float]:
-    """Factors of d_I and r: sin((1-c)t)/sin t and sin(ct)/sin t with t the angle between them."""
-    aa, bb, ab = moments(gram, weights)
-    if aa <= 0 or bb <= 0:
-        return 1.0 - c, c
-    cosine = max(-1.0, min(1.0, ab / math.sqrt(aa) / math.sqrt(bb)))
-    if 1.0 - cosine * cosine <= 1e-14:  # parallel or opposite: the sphere's path is undefined or a straight line
-        return 1.0 - c, c
-    angle = math.acos(cosine)
-    return math.sin((1.0 - c) * angle) / math.sin(angle), math.sin(c * angle) / math.sin(angle)
-
-
-def moments(gram: tuple[tuple[float, ...], ...], weights: tuple[float, ...]) -> tuple[float, float, float]:
-    """<d_I, d_I>, <r, r> and <d_I, r> from the Gram matrix of d_I and the single residues."""
-    bb = math.fsum(wi * wj * gram[i + 1][j + 1] for i, wi in enumerate(weights) for j, wj in enumerate(weights))
-    return gram[0][0], max(bb, 0.0), math.fsum(w * gram[0][k + 1] for k, w in enumerate(weights))
-
-
-def trim(piece: Piece, c: float, density: float, scope: str) -> Tensor:
-    parts = [piece.trimmed(part, k + 1) for k, part in enumerate(piece.residues)]
-    return piece.instruct + c * piece.total(parts)
-
-
-def dare(piece: Piece, c: float, density: float, seed: int) -> Tensor:
-    """Drop and rescale: each element kept with probability `density` and divided by it, so that the expectation stays (Yu et al. 2024)."""
-    cut = round(density * 2**32)
-    parts = [
-        torch.where(piece.bits(f"dare:{seed}:{k}") < cut, part * (1.0 / density), 0.0)
-        for k, part in enumerate(piece.residues)
-    ]
-    return piece.instruct + c * piece.total(parts)
-
-
-def ties(piece: Piece, c: float, density: float, scope: str) -> Tensor:
-    """Trim, elect a sign, average those that agree, over d_I with weight 1 and d_k with weight c * weight_k (Yadav et al. 2023)."""
-    parts = [piece.trimmed(part, k) for k, part in enumerate((piece.instruct_residue, *piece.residues))]
-    weights = (1.0, *(c * weight for weight in piece.weights))
-    votes = [part if weight == 1.0 else part * weight for part, weight in zip(parts, weights, strict=True)]
-    total = votes[0]
-    for vote in votes[1:]:
-        total = total + vote
-    positive = total >= 0
-    above, below = torch.zeros_like(total), torch.zeros_like(total)
-    for vote, weight in zip(votes, weights, strict=True):
-        agrees = torch.where(positive, vote > 0, vote < 0)
-        above = above + torch.where(agrees, vote, 0.0)
-        below = below + weight * agrees.to(total.dtype)
-    return piece.base + above / torch.where(below == 0, 1.0, below)
-
-
-def orthogonal(piece: Piece, c: float) -> Tensor:
-    """Add only what is new: r without its projection on d_I, over the whole tensor."""
-    aa, _, ab = moments(piece.stats.gram, piece.weights)
-    share = ab / aa if aa > 0 else 0.0
-    return piece.instruct + c * (piece.residue - share * piece.instruct_residue)
-
-
-def tsv(piece: Piece, c: float, rank: float) -> Tensor:
-    """Task singular vectors of d_I (weight 1) and d_k (weight c * weight_k): keep the leading `rank` share of each, make them orthogonal
-    across tasks, recombine (TSV-Merge, Gargiulo et al. 2024; the weights are ours). `rank` 0 means one share per task: 1/(tasks)."""
-    deltas = (piece.instruct_residue, *piece.residues)
-    weights = (1.0, *(c * weight for weight in piece.weights))
-    size = min(piece.shape)
-    keep = max(1, int(size * (rank or 1.0 / len(deltas))))
-    lefts, values, rights = [], [], []
-    for delta, weight in zip(deltas, weights, strict=True):
-        u, s, vh = torch.linalg.svd(delta.reshape(piece.shape), full_matrices=False)
-        lefts.append(u[:, :keep].clone())
-        values.append(weight * s[:keep])
-        rights.append(vh[:keep].clone())
-    merged = (_polar(torch.cat(lefts, dim=1)) * torch.cat(values)) @ _polar(torch.cat(rights, dim=0))
-    return piece.base + merged.reshape(-1)
-
-
-def _polar(matrix: Tensor) -> Tensor:
-    """The nearest matrix with orthonormal rows or columns."""
-    u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
-    return u @ vh
 
 
 def _check_density(options: Mapping[str, object]) -> list[str]:
@@ -257,26 +62,71 @@ def _check_rank(options: Mapping[str, object]) -> list[str]:
 
 
 _BUILT_IN = (
-    Operator("residue", residue, "instruct + c * r", zero_is_instruct=True, several=True),
-    Operator("lerp", lerp, "(1 - c) * instruct + c * coarse", reads=("instruct", "coarse"), zero_is_instruct=True, one_is_coarse=True),
-    Operator("slerp", slerp, "base + slerp(d_I, r; c) per tensor", statistics=("gram",), zero_is_instruct=True, one_is_coarse=True),
+    Operator("residue", kernels.residue, "instruct + c * r", zero_is_instruct=True, several=True),
     Operator(
-        "trim", trim, "instruct + c * top(r; density)", {"density": 0.2, "scope": "tensor"}, statistics=("thresholds",),
-        zero_is_instruct=True, several=True, check=_check_density,
+        "lerp",
+        kernels.lerp,
+        "(1 - c) * instruct + c * coarse",
+        reads=("instruct", "coarse"),
+        zero_is_instruct=True,
+        one_is_coarse=True,
     ),
     Operator(
-        "dare", dare, "instruct + c * drop(r; density) / density", {"density": 0.5, "seed": 0}, zero_is_instruct=True, several=True,
+        "slerp",
+        kernels.slerp,
+        "base + slerp(d_I, r; c) per tensor",
+        statistics=("gram",),
+        zero_is_instruct=True,
+        one_is_coarse=True,
+    ),
+    Operator(
+        "trim",
+        kernels.trim,
+        "instruct + c * top(r; density)",
+        {"density": 0.2, "scope": "tensor"},
+        statistics=("thresholds",),
+        zero_is_instruct=True,
+        several=True,
+        check=_check_density,
+    ),
+    Operator(
+        "dare",
+        kernels.dare,
+        "instruct + c * drop(r; density) / density",
+        {"density": 0.5, "seed": 0},
+        zero_is_instruct=True,
+        several=True,
         check=_check_dare,
     ),
     Operator(
-        "ties", ties, "base + elected mean of top(d_I), top(d_k) with weights 1, c", {"density": 0.2, "scope": "tensor"},
-        statistics=("thresholds",), several=True, negative=False, check=_check_density,
+        "ties",
+        kernels.ties,
+        "base + elected mean of top(d_I), top(d_k) with weights 1, c",
+        {"density": 0.2, "scope": "tensor"},
+        statistics=("thresholds",),
+        several=True,
+        negative=False,
+        check=_check_density,
     ),
     Operator(
-        "orthogonal", orthogonal, "instruct + c * (r - proj(r on d_I))", statistics=("gram",), zero_is_instruct=True, several=True
+        "orthogonal",
+        kernels.orthogonal,
+        "instruct + c * (r - proj(r on d_I))",
+        statistics=("gram",),
+        zero_is_instruct=True,
+        several=True,
     ),
-    Operator("tsv", tsv, "base + TSV-Merge(d_I, c * d_k)", {"rank": 0.0}, several=True, matrix=True, negative=False, check=_check_rank),
-)  # fmt: skip
+    Operator(
+        "tsv",
+        kernels.tsv,
+        "base + TSV-Merge(d_I, c * d_k)",
+        {"rank": 0.0},
+        several=True,
+        matrix=True,
+        negative=False,
+        check=_check_rank,
+    ),
+)
 _REGISTRY: dict[str, Operator] = {
     operator.name: Operator(**{**operator.__dict__, "builtin": True}) for operator in _BUILT_IN
 }
@@ -294,9 +144,10 @@ def register_operator(
 ) -> Operator:
     """Make `{"name": name, **options}` usable in recipes of this process; the same name again replaces the older one.
 
-    `kernel(piece, c, **options)` returns the merged piece as a flat float32 tensor; see `Piece` for what it may read. `statistics` asks
-    for `piece.stats.gram` ("gram") or for `piece.trimmed` ("thresholds", with the option `density`). Set `zero_is_instruct` when c = 0 gives
-    instruct exactly: those tensors are then copied. Raises C2FError for a built-in name or an unknown statistic.
+    `kernel(piece, c, **options)` returns the merged piece as a flat float32 tensor; see `Piece` for what it may read.
+    `statistics` asks for `piece.stats.gram` ("gram") or for `piece.trimmed` ("thresholds", with the option
+    `density`). Set `zero_is_instruct` when c = 0 gives instruct exactly: those tensors are then copied. Raises
+    C2FError for a built-in name or an unknown statistic.
     """
     options = dict(options or {})
     found = []
@@ -361,7 +212,8 @@ def check_operator(spec: Mapping[str, object], models: int) -> list[str]:
         found += operator.check(options)
     if models > 1 and not operator.several:
         found.append(
-            f"operator {name} takes one coarse model, the recipe names {models}; use residue, trim, dare, ties, orthogonal or tsv"
+            f"operator {name} takes one coarse model, the recipe names {models}; use residue, trim, dare, "
+            f"ties, orthogonal or tsv"
         )
     return found
 
@@ -381,7 +233,9 @@ def _kind(default: object) -> str:
 
 
 def fingerprint(operator: Operator) -> str:
-    """Text that changes when a registered kernel's code changes, so that a resumed merge never mixes two versions of it."""
+    """Text that changes when a registered kernel's code changes, so that a resumed merge never mixes two versions of
+    it.
+    """
     if operator.builtin:
         return operator.name
     code = getattr(operator.kernel, "__code__", None)

@@ -1,7 +1,7 @@
 """Random bits that depend on seed, tensor and element only.
 
-A counter-based generator (Philox 4x64) is keyed by (seed, tensor name and purpose); its counter is the element offset. So a chunk draws
-the same bits whichever chunk, thread, shard layout or resume point it comes from.
+A counter-based generator (Philox 4x64) is keyed by (seed, tensor name and purpose); its counter is the element
+offset. So a chunk draws the same bits whichever chunk, thread, shard layout or resume point it comes from.
 """
 
 import hashlib
@@ -21,7 +21,9 @@ def bits(seed: int, stream: str, start: int, count: int, width: int) -> np.ndarr
 
 
 def normal(seed: int, stream: str, count: int) -> np.ndarray:
-    """Give `count` standard normal float32 numbers for a whole tensor; not addressable by element, so never used in a stream."""
+    """Give `count` standard normal float32 numbers for a whole tensor; not addressable by element, so never used in a
+    stream.
+    """
     return _generator(seed, stream, 0).standard_normal(count, dtype=np.float32)
 
 

@@ -1,7 +1,8 @@
 """The plan: what will be read, computed and written, decided from headers and configs alone.
 
-Everything that can be wrong with three models is found here and reported together, before a byte of weights is read. The output
-has the instruct model's tensors, names, shards and small files; only values (and, if asked, dtypes) change.
+Everything that can be wrong with three models is found here and reported together, before a byte of weights is read.
+The output has the instruct model's tensors, names, shards and small files; only values (and, if asked, dtypes)
+change.
 """
 
 import hashlib
@@ -9,20 +10,24 @@ import json
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from c2f_utils.errors import problems as error_of
-from c2f_utils.merge import lora, names
-from c2f_utils.merge.checkpoint import SINGLE, Checkpoint, locate, open_checkpoint
-from c2f_utils.merge.compatibility import compare_configs, compare_tokenizers
+from c2f_utils.merge import names
+from c2f_utils.merge.checkpoint import SINGLE, Checkpoint
 from c2f_utils.merge.headers import ITEM_BYTES, TensorInfo, build_header
-from c2f_utils.merge.operators import BLOCK, Operator, fingerprint, resolve
+from c2f_utils.merge.inputs import Input, align, drop_second_head, open_inputs
+from c2f_utils.merge.kernels import BLOCK
+from c2f_utils.merge.operators import Operator, fingerprint, resolve
 from c2f_utils.merge.recipe import Recipe
 from c2f_utils.merge.sources import Source
+
+if TYPE_CHECKING:
+    import pandas
 
 FORMAT = 1  # of journal and partial folder; part of the key, so that versions never mix
 _SMALL = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*")
 _NOT_COPIED = re.compile(r"^(config|adapter_config|merge_report|trainer_state|.*\.index)\.json$|^README|^training_args")
-_PREFIXES = ("model.", "module.", "_orig_mod.", "base_model.model.", "transformer.")
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,9 @@ class OutputFile:
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked merge. `problems` is empty unless the plan was made with strict=False; `notes` are worth reading, not wrong."""
+    """A checked merge. `problems` is empty unless the plan was made with strict=False; `notes` are worth reading, not
+    wrong.
+    """
 
     recipe: Recipe
     operator: Operator
@@ -123,7 +130,7 @@ class Plan:
         matrices = [p.numel * 4 * (4 * len(p.sources) + 4) for p in self.placements if p.rank_two]
         return threads * thread + statistics + max(matrices, default=0)
 
-    def table(self):  # noqa: ANN201 - pandas is imported only when a table is wanted
+    def table(self) -> "pandas.DataFrame":
         """Give one row per output tensor as a DataFrame: place, coefficient, action, bytes."""
         import pandas
 
@@ -150,15 +157,6 @@ class Plan:
         return table
 
 
-@dataclass
-class _Model:
-    """One input with its tensors under the instruct model's names."""
-
-    checkpoint: Checkpoint  # headers and configs; for an adapter those of its base
-    folder: Path
-    sources: dict[str, Source] = field(default_factory=dict)
-
-
 def plan_merge(recipe: Recipe, strict: bool = True) -> Plan:
     """Plan from headers and configs only.
 
@@ -169,7 +167,7 @@ def plan_merge(recipe: Recipe, strict: bool = True) -> Plan:
     notes: list[str] = []
     stamps: dict[str, str] = {}
     stamped: dict[str, Path] = {}
-    models = _open_models(recipe, found, notes, stamps, stamped)
+    models = open_inputs(recipe, found, notes, stamps, stamped)
     plan = Plan(recipe, operator, options, stamps=stamps, stamped=stamped)
     if not found:
         plan = _place(plan, models, found, notes)
@@ -179,79 +177,13 @@ def plan_merge(recipe: Recipe, strict: bool = True) -> Plan:
     return plan
 
 
-def _open_models(
-    recipe: Recipe, found: list[str], notes: list[str], stamps: dict[str, str], stamped: dict[str, Path]
-) -> dict[str, _Model]:
-    wanted = {"base": recipe.base, "instruct": recipe.instruct}
-    wanted |= {f"coarse.{k}": weighted.path for k, weighted in enumerate(recipe.coarse_models)}
-    folders = {}
-    for role, source in wanted.items():
-        try:
-            folders[role] = locate(source, role)
-        except Exception as error:  # noqa: BLE001 - C2FError; the other models are still to be looked at
-            found.append(str(error))
-    seen: dict[Path, str] = {}
-    for role, folder in folders.items():
-        other = seen.setdefault(folder.resolve(), role)
-        if other != role and {other, role} != {"base", "instruct"}:
-            found.append(
-                f"{role} and {other} are the same folder {folder}; the residue would be zero or counted twice: name another model"
-            )
-    models: dict[str, _Model] = {}
-    for role in ("base", *(role for role in folders if role != "base")):
-        if role not in folders:
-            continue
-        folder = folders[role]
-        if lora.is_adapter(folder):
-            if role == "base":
-                found.append(f"base: {folder} is an adapter; name the full model it was trained on")
-            elif "base" in models:
-                models[role] = _adapted(role, folder, models["base"].checkpoint, found, notes, stamps, stamped)
-            continue
-        checkpoint = open_checkpoint(role, folder, found)
-        models[role] = _Model(checkpoint, folder, {name: Source(info) for name, info in checkpoint.tensors.items()})
-        stamps.update(checkpoint.stamps)
-        stamped.update({f"{role}/{path.name}": path for path in checkpoint.headers})
-    if not found:
-        for role, model in models.items():
-            if role != "instruct":
-                compare_configs(
-                    models["instruct"].checkpoint, replace(model.checkpoint, label=role), recipe.allow, found, notes
-                )
-                compare_tokenizers(
-                    replace(models["instruct"].checkpoint, folder=models["instruct"].folder),
-                    replace(model.checkpoint, label=role, folder=model.folder),
-                    found,
-                    notes,
-                )
-    return models
-
-
-def _adapted(
-    role: str,
-    folder: Path,
-    base: Checkpoint,
-    found: list[str],
-    notes: list[str],
-    stamps: dict[str, str],
-    stamped: dict[str, Path],
-) -> _Model:
-    shell = Checkpoint(role, folder)
-    adapter = lora.open_adapter(shell, base, found, notes)
-    stamps.update(shell.stamps)
-    stamped.update({f"{role}/{lora.ADAPTER}": folder / lora.ADAPTER})
-    sources = {name: Source(info, adapter.deltas.get(name)) for name, info in base.tensors.items()}
-    sources.update({name: Source(info) for name, info in adapter.replaced.items()})
-    return _Model(replace(base, label=role), folder, sources)
-
-
-def _place(plan: Plan, models: dict[str, _Model], found: list[str], notes: list[str]) -> Plan:
+def _place(plan: Plan, models: dict[str, Input], found: list[str], notes: list[str]) -> Plan:
     recipe, operator = plan.recipe, plan.operator
     instruct = models["instruct"]
     equal: list[tuple[TensorInfo, TensorInfo]] = []
-    kept = _drop_second_head(instruct, equal, notes)
+    kept = drop_second_head(instruct, equal, notes)
     aligned = {
-        role: _align(role, model, kept, recipe.ignore, equal, found, notes)
+        role: align(role, model, kept, recipe.ignore, equal, found, notes)
         for role, model in models.items()
         if role != "instruct"
     }
@@ -294,94 +226,6 @@ def _place(plan: Plan, models: dict[str, _Model], found: list[str], notes: list[
     )
 
 
-def _embedding(tensors: dict) -> str | None:
-    return next(
-        (
-            name
-            for name in tensors
-            if re.search(r"(?:^|\.)(?:embed_tokens|wte|embed_in|word_embeddings)\.weight$", name)
-        ),
-        None,
-    )
-
-
-def _head(tensors: dict) -> str | None:
-    return next((name for name in tensors if re.search(r"(?:^|\.)(?:lm_head|embed_out)\.weight$", name)), None)
-
-
-def _drop_second_head(model: _Model, equal: list, notes: list[str]) -> dict[str, Source]:
-    """A tied model that stores its head twice is written once, after a check that both are the same."""
-    head, embedding = _head(model.sources), _embedding(model.sources)
-    if model.checkpoint.tied is True and head and embedding:
-        equal.append((model.sources[head].info, model.sources[embedding].info))
-        notes.append(f"{model.checkpoint.label} ties its head and stores it twice; it is treated once")
-        return {name: source for name, source in model.sources.items() if name != head}
-    return dict(model.sources)
-
-
-def _align(
-    role: str,
-    model: _Model,
-    kept: dict[str, Source],
-    ignore: tuple[str, ...],
-    equal: list,
-    found: list[str],
-    notes: list[str],
-) -> dict[str, Source]:
-    """Give the model's sources under instruct's names; missing and extra tensors are problems."""
-    sources = _drop_second_head(model, equal, notes)
-    sources = {
-        name: source for name, source in sources.items() if not any(re.search(pattern, name) for pattern in ignore)
-    }
-    sources = _rename(role, sources, kept, notes)
-    head, embedding = _head(kept), _embedding(sources)
-    if head and head not in sources and embedding and not _head(sources):
-        if model.checkpoint.tied is False:
-            found.append(
-                f"{role}: {model.folder} says its head is not tied, but stores no {head!r}; save it with its head"
-            )
-            return sources
-        sources[head] = sources[embedding]
-        notes.append(f"{role} ties its head; its embedding stands for {head!r}")
-    missing = [name for name in kept if name not in sources and not names.is_buffer(name)]
-    if missing:
-        found.append(
-            f"{role}: {model.folder} lacks {len(missing)} tensors of instruct, first {missing[0]!r}; use a model of the same architecture"
-        )
-    for name in kept:
-        if names.is_buffer(name) and name not in sources:
-            sources[name] = kept[name]  # a table that old versions stored; the output keeps instruct's
-    extra = [name for name in sources if name not in kept and not names.is_buffer(name)]
-    if extra:
-        untied = _head(sources) in extra if _head(sources) else False
-        hint = (
-            "instruct ties its head: untie it, or leave this head out with"
-            if untied
-            else "its residue would be lost: leave it out on purpose with"
-        )
-        found.append(
-            f"{role}: {model.folder} has {len(extra)} tensors that instruct lacks, first {extra[0]!r}; {hint} ignore: ['{re.escape(extra[0])}']"
-        )
-    return sources
-
-
-def _rename(role: str, sources: dict[str, Source], kept: dict[str, Source], notes: list[str]) -> dict[str, Source]:
-    """Wrappers and headless saves prefix names; take the prefix change under which most names agree."""
-    best, best_count, how = sources, sum(name in kept for name in sources), ""
-    for prefix in _PREFIXES:
-        for how_now, change in (
-            (f"without {prefix!r}", lambda n, p=prefix: n.removeprefix(p)),
-            (f"with {prefix!r}", lambda n, p=prefix: p + n),
-        ):
-            renamed = {(name if name in kept else change(name)): source for name, source in sources.items()}
-            count = sum(name in kept for name in renamed)
-            if len(renamed) == len(sources) and count > best_count:
-                best, best_count, how = renamed, count, how_now
-    if how:
-        notes.append(f"{role}: names are taken {how}")
-    return best
-
-
 def _place_tensor(
     plan: Plan,
     name: str,
@@ -398,7 +242,8 @@ def _place_tensor(
         for role, other in others.items():
             if (other.dtype, other.shape) != (info.dtype, info.shape):
                 found.append(
-                    f"{name!r}: a constant of {info.dtype}{list(info.shape)} in instruct, {other.dtype}{list(other.shape)} in {role}; use models that agree"
+                    f"{name!r}: a constant of {info.dtype}{list(info.shape)} in instruct, "
+                    f"{other.dtype}{list(other.shape)} in {role}; use models that agree"
                 )
             elif other is not info:
                 equal.append((info, other))
@@ -414,7 +259,8 @@ def _place_tensor(
     coefficient = recipe.coefficient.at(name, layers)
     if coefficient is None:
         found.append(
-            f"{name!r}: nothing says where in the network it is; give its coefficient with a rule {{match: '{re.escape(name)}', set: 0.0}}"
+            f"{name!r}: nothing says where in the network it is; give its coefficient with a rule "
+            f"{{match: '{re.escape(name)}', set: 0.0}}"
         )
     elif coefficient < 0 and not operator.negative:
         found.append(
@@ -433,9 +279,14 @@ def _place_tensor(
         wanted = tuple(role for role in sources if role.partition(".")[0] in operator.reads or role == "instruct")
     segments = [Segment(kind, 0, merged), Segment("instruct", merged, info.numel)]
     return _placement(
-        name, info, dtype, coefficient, {role: sources[role] for role in wanted}, segments,
+        name,
+        info,
+        dtype,
+        coefficient,
+        {role: sources[role] for role in wanted},
+        segments,
         rank_two=operator.matrix and kind == "merge" and len(info.shape) == 2 and merged == info.numel,
-    )  # fmt: skip
+    )
 
 
 def _mergeable(
@@ -499,7 +350,7 @@ def _lay_out(checkpoint: Checkpoint, placements: list[Placement]) -> tuple[tuple
     return tuple(files), placed
 
 
-def _small_files(instruct: _Model) -> tuple[Path, ...]:
+def _small_files(instruct: Input) -> tuple[Path, ...]:
     """Tokenizer and generation files: of an adapter folder where it has them, else of the model's own."""
     chosen: dict[str, Path] = {}
     for folder in dict.fromkeys((instruct.checkpoint.folder, instruct.folder)):

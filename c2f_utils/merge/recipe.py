@@ -1,4 +1,5 @@
-"""The recipe: everything that decides a merge's result, frozen, and the same in YAML, in JSON and as a papermill parameter.
+"""The recipe: everything that decides a merge's result, frozen, and the same in YAML, in JSON and as a papermill
+parameter.
 
 The paper's merging formula is not public. The default, fine = instruct + c * (coarse - base), is ours.
 """
@@ -48,7 +49,9 @@ class Rule(_Frozen):
 
 
 class Coefficient(_Frozen):
-    """How much residue each tensor gets: `default`, or `knots` by depth (linear between, constant outside), then `rules` in order."""
+    """How much residue each tensor gets: `default`, or `knots` by depth (linear between, constant outside), then
+    `rules` in order.
+    """
 
     default: float = 0.3
     knots: Annotated[tuple[tuple[float, float], ...] | None, BeforeValidator(_tupled)] = None
@@ -68,7 +71,9 @@ class Coefficient(_Frozen):
         return self
 
     def at(self, name: str, layers: int) -> float | None:
-        """Give the coefficient of a tensor in a network of `layers` layers; None when neither depth nor a `set` rule places it."""
+        """Give the coefficient of a tensor in a network of `layers` layers; None when neither depth nor a `set` rule
+        places it.
+        """
         depth = tensor_names.depth_of(name, layers)
         value = None if depth is None else self.default
         if depth is not None and self.knots is not None:
@@ -89,9 +94,10 @@ class Weighted(_Frozen):
 class Recipe(_Frozen):
     """A merge of three models; raises C2FError listing every problem at once.
 
-    `base`, `instruct`, `coarse` are folders or hub ids of safetensors checkpoints, or PEFT LoRA adapters trained on `base`. `operator` is
-    {"name": ..., own keys}. `vocab`: `equal`, or `common_prefix` to merge the rows all models share and copy the others from instruct.
-    `allow` names config keys that may differ; `ignore` are regular expressions for tensors of base or coarse to leave out.
+    `base`, `instruct`, `coarse` are folders or hub ids of safetensors checkpoints, or PEFT LoRA adapters trained on
+    `base`. `operator` is {"name": ..., own keys}. `vocab`: `equal`, or `common_prefix` to merge the rows all models
+    share and copy the others from instruct. `allow` names config keys that may differ; `ignore` are regular
+    expressions for tensors of base or coarse to leave out.
     """
 
     base: str
@@ -150,7 +156,8 @@ class Recipe(_Frozen):
         """Inverse of `to_dict`; raises C2FError."""
         if not isinstance(fields, dict):
             raise C2FError(
-                f"a recipe is a mapping with base, instruct and coarse, got {type(fields).__name__}; see the README's example"
+                f"a recipe is a mapping with base, instruct and coarse, got {type(fields).__name__}; see "
+                f"the README's example"
             )
         return cls(**{str(key): value for key, value in fields.items()})
 

@@ -7,13 +7,17 @@ import importlib.metadata
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from c2f_utils.errors import C2FError
 from c2f_utils.files import read_json
 from c2f_utils.merge import names
-from c2f_utils.merge.operators import Statistics, Threshold
-from c2f_utils.merge.plan import Plan
+from c2f_utils.merge.kernels import Statistics, Threshold
+from c2f_utils.merge.plan import Placement, Plan
 from c2f_utils.merge.rounding import Tally
+
+if TYPE_CHECKING:
+    import pandas
 
 REPORT = "merge_report.json"
 SURVIVAL_WARNING = 0.9
@@ -47,7 +51,7 @@ class Report:
     bytes_written: int = field(default=0, compare=False)
     resumed: bool = field(default=False, compare=False)
 
-    def table(self):  # noqa: ANN201 - pandas is imported only when a table is wanted
+    def table(self) -> "pandas.DataFrame":
         """Give the rows as a DataFrame."""
         import pandas
 
@@ -104,14 +108,22 @@ def build_report(
         rows.append(_row(placement, tally, family, statistics))
     survival = {family: Tally.total(found).survival for family, found in families.items()}
     return Report(
-        out_dir=out_dir, recipe=plan.recipe.to_dict(), key=plan.key, fingerprint=fingerprint, rows=rows, survival=survival,
-        warnings=_warnings(plan, rows, survival), notes=list(plan.notes),
-        formula=f"{plan.operator.formula} (ours: the paper's formula is not public)", inputs=dict(sorted(plan.stamps.items())),
-        versions=_versions(), statistics=statistics,
-    )  # fmt: skip
+        out_dir=out_dir,
+        recipe=plan.recipe.to_dict(),
+        key=plan.key,
+        fingerprint=fingerprint,
+        rows=rows,
+        survival=survival,
+        warnings=_warnings(plan, rows, survival),
+        notes=list(plan.notes),
+        formula=f"{plan.operator.formula} (ours: the paper's formula is not public)",
+        inputs=dict(sorted(plan.stamps.items())),
+        versions=_versions(),
+        statistics=statistics,
+    )
 
 
-def _row(placement, tally: Tally, family: str, statistics: dict[str, dict]) -> dict:  # noqa: ANN001
+def _row(placement: Placement, tally: Tally, family: str, statistics: dict[str, dict]) -> dict:
     reads_base = "base" in placement.sources and tally.elements > 0
     stats = statistics.get(placement.name) or statistics.get("*")
     thresholds = decode_statistics(stats).thresholds if stats and placement.merged else ()
@@ -163,7 +175,8 @@ def _warnings(plan: Plan, rows: list[dict], survival: dict[str, float | None]) -
     far = [row for row in known if row["norm_coarse"] and row["norm_instruct"] > 30 * row["norm_coarse"]]
     if len(far) > len(known) / 2:
         found.append(
-            "instruct lies more than 30 times farther from base than coarse does: base may not be the ancestor of instruct"
+            "instruct lies more than 30 times farther from base than coarse does: base may not be the "
+            "ancestor of instruct"
         )
     return found
 
@@ -185,13 +198,35 @@ def model_card(report: Report) -> str:
         recipe["coarse"] if isinstance(recipe["coarse"], str) else ", ".join(item["path"] for item in recipe["coarse"])
     )
     lines = [
-        "---", "library_name: transformers", "tags:", "- merge", "---", "", "# Merged model", "",
-        f"Fine Actor by knowledge residue merging: `{report.formula}`.", "",
-        f"base `{recipe['base']}`, instruct `{recipe['instruct']}`, coarse `{coarse}`; r = coarse - base, d_I = instruct - base.", "",
-        "Recipe:", "", "```json", json.dumps(recipe, indent=1, ensure_ascii=False), "```", "",
-        "| module family | share of the wanted change left after rounding |", "|---|---|",
-        *(f"| {family} | {'no change wanted' if value is None else f'{value:.3f}'} |" for family, value in sorted(report.survival.items())),
-        "", *(f"Warning: {warning}" for warning in report.warnings), "",
-        f"Tensors: {len(report.rows)}. Fingerprint of the weights: `{report.fingerprint}`. Details: `{REPORT}`.", "",
-    ]  # fmt: skip
+        "---",
+        "library_name: transformers",
+        "tags:",
+        "- merge",
+        "---",
+        "",
+        "# Merged model",
+        "",
+        f"Fine Actor by knowledge residue merging: `{report.formula}`.",
+        "",
+        f"base `{recipe['base']}`, instruct `{recipe['instruct']}`, coarse `{coarse}`; r = coarse - base, "
+        f"d_I = instruct - base.",
+        "",
+        "Recipe:",
+        "",
+        "```json",
+        json.dumps(recipe, indent=1, ensure_ascii=False),
+        "```",
+        "",
+        "| module family | share of the wanted change left after rounding |",
+        "|---|---|",
+        *(
+            f"| {family} | {'no change wanted' if value is None else f'{value:.3f}'} |"
+            for family, value in sorted(report.survival.items())
+        ),
+        "",
+        *(f"Warning: {warning}" for warning in report.warnings),
+        "",
+        f"Tensors: {len(report.rows)}. Fingerprint of the weights: `{report.fingerprint}`. Details: `{REPORT}`.",
+        "",
+    ]
     return "\n".join(lines)

@@ -1,7 +1,8 @@
 """Output rounding, and how much of the wanted change is left after it.
 
-A 16-bit output swallows small residues: a change below half a unit in the last place disappears, whatever the arithmetic was. So the
-change is measured after rounding (`Tally`), and stochastic rounding is offered: unbiased, at the price of noise.
+A 16-bit output swallows small residues: a change below half a unit in the last place disappears, whatever the
+arithmetic was. So the change is measured after rounding (`Tally`), and stochastic rounding is offered: unbiased, at
+the price of noise.
 """
 
 import math
@@ -15,8 +16,9 @@ from torch import Tensor
 from c2f_utils.merge import philox
 
 TORCH = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
-    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool, "U16":
+    torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
 }  # fmt: skip
 _ROW = (
     4096  # elements summed in float32 before float64 takes over; fixed, so that sums do not depend on chunks or threads
@@ -33,8 +35,8 @@ def round_to(merged: Tensor, dtype: str, stochastic: bool, seed: int, name: str,
 def stochastic_bfloat16(values: Tensor, bits: np.ndarray) -> Tensor:
     """Round float32 to bfloat16 up with the probability that makes the expectation exact.
 
-    Adding 16 random bits below the kept ones and cutting carries with just that probability, across exponents too. Finite values never
-    become infinite (they saturate); infinities and NaN pass untouched.
+    Adding 16 random bits below the kept ones and cutting carries with just that probability, across exponents too.
+    Finite values never become infinite (they saturate); infinities and NaN pass untouched.
     """
     raw = values.contiguous().view(torch.int32)
     magnitude = raw & 0x7FFFFFFF
@@ -62,7 +64,9 @@ def inner(left: Tensor, right: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Tally:
-    """Sums over the elements of one tensor, in float64; the last three are 0 where the operator does not read the base."""
+    """Sums over the elements of one tensor, in float64; the last three are 0 where the operator does not read the
+    base.
+    """
 
     elements: float = 0.0
     wanted: float = 0.0  # |merged - instruct|^2 before rounding
@@ -86,7 +90,7 @@ class Tally:
 
     @property
     def survival(self) -> float | None:
-        """Projection of the stored change on the wanted one: 1 when nothing was lost; None when no change was wanted."""
+        """Projection of the stored change on the wanted one: 1 when nothing was lost, None without a change."""
         return self.kept / self.wanted if self.wanted > 0 else None
 
     @property

@@ -1,7 +1,7 @@
 """Where a tensor's values come from, and reading any range of them into reused buffers.
 
-A source is a stored tensor, or a stored tensor of the base plus a low-rank change. Ranges are in elements of the flat tensor. Buffers belong
-to a `Workspace`, one per thread, so that memory depends on the chunk and never on the tensor.
+A source is a stored tensor, or a stored tensor of the base plus a low-rank change. Ranges are in elements of the flat
+tensor. Buffers belong to a `Workspace`, one per thread, so that memory depends on the chunk and never on the tensor.
 """
 
 import os
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from c2f_utils.errors import C2FError
 from c2f_utils.merge.headers import ITEM_BYTES, TensorInfo
+from c2f_utils.merge.kernels import BLOCK
 from c2f_utils.merge.lora import Delta
-from c2f_utils.merge.operators import BLOCK
 from c2f_utils.merge.rounding import TORCH
 
 
@@ -61,7 +61,8 @@ class Files:
                 ) from None
             if count == 0:
                 raise C2FError(
-                    f"{info.file}: ends inside tensor {info.name!r}; the file changed since the plan was made: plan again"
+                    f"{info.file}: ends inside tensor {info.name!r}; the file changed since the plan was "
+                    f"made: plan again"
                 )
             done += count
         return view
@@ -86,7 +87,9 @@ def as_tensor(raw: np.ndarray, dtype: str) -> Tensor:
 
 
 class Factors:
-    """The two factors of one low-rank change in float64; rows are computed in fixed blocks, so that chunks cannot change a bit."""
+    """The two factors of one low-rank change in float64; rows are computed in fixed blocks, so that chunks cannot
+    change a bit.
+    """
 
     def __init__(self, delta: Delta, files: Files) -> None:
         a, b = (_whole(info, files).double() for info in (delta.a, delta.b))
@@ -179,7 +182,8 @@ class Loaded:
                 where, value = low + int(bad[0]), float(part[bad[0]])
                 file = self.origins.get(role, role)
                 raise C2FError(
-                    f"{file}: tensor {name!r} of {role} has {value} at element {where}; a merge would spread it: mend or retrain {role}"
+                    f"{file}: tensor {name!r} of {role} has {value} at element {where}; a merge would "
+                    f"spread it: mend or retrain {role}"
                 )
         for role, values in self.deltas.items():
             if not bool(torch.isfinite(values[low - self.start : high - self.start]).all()):

@@ -1,7 +1,8 @@
 """The pass before the kernel: inner products of residues, and exact magnitude thresholds, in bounded memory.
 
-A threshold is the k-th largest |d|. A sample brackets it, one pass counts what lies above the bracket and collects what lies inside, and
-the k-th is chosen among those. It is exact, so it cannot depend on chunks, threads or luck: a bad bracket only costs another pass.
+A threshold is the k-th largest |d|. A sample brackets it, one pass counts what lies above the bracket and collects
+what lies inside, and the k-th is chosen among those. It is exact, so it cannot depend on chunks, threads or luck: a
+bad bracket only costs another pass.
 """
 
 import math
@@ -14,7 +15,8 @@ import numpy as np
 
 from c2f_utils.errors import C2FError
 from c2f_utils.merge import philox
-from c2f_utils.merge.operators import BLOCK, Operator, Statistics, Threshold
+from c2f_utils.merge.kernels import BLOCK, Statistics, Threshold
+from c2f_utils.merge.operators import Operator
 from c2f_utils.merge.rounding import inner
 from c2f_utils.merge.sources import Loaded, Workspace
 from c2f_utils.merge.workers import Workers

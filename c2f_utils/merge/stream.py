@@ -1,7 +1,9 @@
-"""Run a plan: read, merge and write in chunks, with memory that depends on the chunk alone and a single rename as the commit.
+"""Run a plan: read, merge and write in chunks, with memory that depends on the chunk alone and a single rename as the
+commit.
 
-Output files are laid out from their headers first, so every chunk has its place and any thread may write it. Work is journalled in spans
-of a tensor; a killed merge continues after its last span. Until the final rename everything lies in `<out>.partial-<key>`.
+Output files are laid out from their headers first, so every chunk has its place and any thread may write it. Work is
+journalled in spans of a tensor; a killed merge continues after its last span. Until the final rename everything lies
+in `<out>.partial-<key>`.
 """
 
 import errno
@@ -25,9 +27,10 @@ from c2f_utils import files as small_files
 from c2f_utils.errors import C2FError, problems
 from c2f_utils.merge import statistics
 from c2f_utils.merge.checkpoint import INDEX, stamp
+from c2f_utils.merge.compute import apply, copied_row, make_piece, overflow_row, recipe_weights
 from c2f_utils.merge.headers import ITEM_BYTES, read_header
 from c2f_utils.merge.journal import Journal
-from c2f_utils.merge.operators import BLOCK, Operator, Piece, Statistics, residue
+from c2f_utils.merge.kernels import BLOCK, Statistics
 from c2f_utils.merge.plan import Placement, Plan, Segment
 from c2f_utils.merge.report import (
     REPORT,
@@ -38,7 +41,7 @@ from c2f_utils.merge.report import (
     load_report,
     model_card,
 )
-from c2f_utils.merge.rounding import Tally, inner, measure, round_to
+from c2f_utils.merge.rounding import Tally, measure, round_to
 from c2f_utils.merge.sources import Files, Loaded, Opened, Workspace, as_tensor
 from c2f_utils.merge.workers import Workers
 
@@ -68,11 +71,13 @@ class Done:
 def run_merge(
     plan: Plan, out_dir: Path | str, chunk_mib: float = 4, resume: bool = True, threads: int | None = None
 ) -> Report:
-    """Merge into `out_dir`, which must not exist or be empty; a finished merge of the same plan there is returned as it is.
+    """Merge into `out_dir`, which must not exist or be empty; a finished merge of the same plan there is returned as
+    it is.
 
-    `chunk_mib` is MiB per buffer, `threads` the number of workers (default 2); neither changes a byte. Raises C2FError for a plan with
-    problems, inputs changed since planning, NaN or infinity in any input, an overflow of the output dtype, a full disk (then the partial
-    folder stays for resuming), and an output folder that holds something else.
+    `chunk_mib` is MiB per buffer, `threads` the number of workers (default 2); neither changes a byte. Raises
+    C2FError for a plan with problems, inputs changed since planning, NaN or infinity in any input, an overflow of the
+    output dtype, a full disk (then the partial folder stays for resuming), and an output folder that holds something
+    else.
     """
     out_dir = Path(out_dir).absolute()
     threads = 2 if threads is None else threads
@@ -131,9 +136,10 @@ def _refuse_bad_call(plan: Plan, out_dir: Path, chunk_mib: float, threads: int) 
 
 def _check_stamps(plan: Plan) -> None:
     changed = [
-        f"{path} changed since the plan was made" for label, path in plan.stamped.items()
+        f"{path} changed since the plan was made"
+        for label, path in plan.stamped.items()
         if not path.exists() or stamp(path, read_header(path).digest) != plan.stamps[label]
-    ]  # fmt: skip
+    ]
     if changed:
         raise problems("the inputs are not those of the plan; plan again:", changed)
 
@@ -186,7 +192,8 @@ class _Merge:
         free = shutil.disk_usage(self.partial.parent).free
         if free < self.plan.bytes_written:
             raise C2FError(
-                f"{self.partial.parent}: the merge needs {self.plan.bytes_written} bytes, {free} are free; free space or choose another disk"
+                f"{self.partial.parent}: the merge needs {self.plan.bytes_written} bytes, {free} are free; "
+                f"free space or choose another disk"
             )
         self.partial.mkdir()
         for file in self.plan.files:
@@ -226,8 +233,12 @@ class _Merge:
 
         def same(item: tuple, workspace: Workspace) -> bool:
             (left, right), start, stop = item
-            parts = [inputs.read(info, start, stop, workspace.bytes(side, info.nbytes and (stop - start) * ITEM_BYTES[info.dtype]))
-                     for side, info in enumerate((left, right))]  # fmt: skip
+            parts = [
+                inputs.read(
+                    info, start, stop, workspace.bytes(side, info.nbytes and (stop - start) * ITEM_BYTES[info.dtype])
+                )
+                for side, info in enumerate((left, right))
+            ]
             return bool(np.array_equal(*parts))
 
         items = [
@@ -244,7 +255,8 @@ class _Merge:
                     else "use models that agree"
                 )
                 raise C2FError(
-                    f"{left.file}: {left.name!r} differs from {right.name!r} of {right.file}, but both must be equal; {remedy}"
+                    f"{left.file}: {left.name!r} differs from {right.name!r} of {right.file}, but both must "
+                    f"be equal; {remedy}"
                 )
 
     def _merge_all(self, inputs: Files, workers: Workers) -> None:
@@ -315,7 +327,8 @@ class _Merge:
             out = workspace.bytes("out", 0)
             view = loaded.raw[taken].view(torch.uint8).numpy() if task.stop > task.start else out
             rows = [
-                _copied(loaded, placement, taken, low, high) for low, high in statistics.blocks(task.start, task.stop)
+                copied_row(loaded, placement, taken, low, high)
+                for low, high in statistics.blocks(task.start, task.stop)
             ]
         else:
             view = workspace.bytes("out", (task.stop - task.start) * size)
@@ -353,7 +366,7 @@ class _Merge:
             row = measure(merged, part, instruct, deltas)
             if not all(map(isfinite, row)):
                 loaded.blame(placement.name, low, high)
-                row = _overflow(self.plan, placement, merged, part, instruct, deltas, low)
+                row = overflow_row(self.plan, placement, merged, part, instruct, deltas, low)
             rows.append((row[0], *(0.0,) * 8) if taken else row)
         return rows
 
@@ -384,64 +397,6 @@ class _Merge:
         _sync(self.out_dir.parent)
         self.journal.remove()
         return report
-
-
-def recipe_weights(recipe) -> tuple[float, ...]:  # noqa: ANN001
-    return tuple(model.weight for model in recipe.coarse_models)
-
-
-def make_piece(
-    loaded: Loaded,
-    weights: tuple[float, ...],
-    name: str,
-    shape: tuple[int, ...],
-    low: int,
-    high: int,
-    stats: Statistics | None,
-    seed: int,
-) -> Piece:
-    """Give the kernel's view of elements low .. high."""
-    return Piece(name, shape, low, lambda what: loaded.read(what, low, high), weights, stats, seed)
-
-
-def apply(operator: Operator, options: dict, piece: Piece, c: float) -> torch.Tensor:
-    """Run the operator's kernel and check that what it gives can be stored; a matrix operator leaves other shapes to `residue`."""
-    if operator.matrix and len(piece.shape) != 2:
-        return residue(piece, c)
-    merged = operator.kernel(piece, c, **options)
-    if operator.builtin:
-        return merged
-    if (
-        not isinstance(merged, torch.Tensor)
-        or merged.shape != piece.instruct.shape
-        or merged.dtype != piece.instruct.dtype
-    ):
-        got = f"{tuple(merged.shape)} {merged.dtype}" if isinstance(merged, torch.Tensor) else type(merged).__name__
-        raise C2FError(
-            f"operator {operator.name!r} gave {got} for a piece of {piece.name!r}, expected a tensor of shape {tuple(piece.instruct.shape)} and "
-            f"{piece.instruct.dtype}; return one value per element"
-        )
-    return merged
-
-
-def _copied(loaded: Loaded, placement: Placement, role: str, low: int, high: int) -> tuple[float, ...]:
-    if loaded.raw[role].is_floating_point():
-        values = loaded.read(role, low, high)
-        if not isfinite(inner(values, values)):
-            loaded.blame(placement.name, low, high)
-    return (float(high - low), *(0.0,) * 8)
-
-
-def _overflow(plan: Plan, placement: Placement, merged, part, instruct, deltas, low: int) -> tuple[float, ...]:  # noqa: ANN001
-    """Finite inputs gave a sum that is not: an output that overflows is an error, large squares are merely summed in float64."""
-    bad = torch.nonzero(~torch.isfinite(part.float()))
-    if len(bad):
-        raise C2FError(
-            f"{placement.file}: tensor {placement.name!r} overflows {placement.dtype} at element {low + int(bad[0])} with operator "
-            f"{plan.operator.name} and coefficient {placement.coefficient}; use out_dtype: float32 or bfloat16, or a smaller coefficient"
-        )
-    doubles = None if deltas is None else tuple(delta.double() for delta in deltas)
-    return measure(merged.double(), part.double(), instruct.double(), doubles)
 
 
 def _spans(placement: Placement, segment: Segment) -> Iterator[tuple[int, int]]:

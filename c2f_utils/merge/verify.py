@@ -1,4 +1,6 @@
-"""Check a finished merge: random slices recomputed in float64 from the inputs, with another reader than the one that wrote them."""
+"""Check a finished merge: random slices recomputed in float64 from the inputs, with another reader than the one that
+wrote them.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,13 +10,14 @@ import torch
 from safetensors import safe_open
 
 from c2f_utils.errors import C2FError, problems
+from c2f_utils.merge.compute import apply, make_piece, recipe_weights
 from c2f_utils.merge.headers import ITEM_BYTES, TensorInfo, read_header
+from c2f_utils.merge.kernels import Piece
 from c2f_utils.merge.plan import Placement, Plan, plan_merge
 from c2f_utils.merge.recipe import Recipe
 from c2f_utils.merge.report import Report, load_report
 from c2f_utils.merge.rounding import TORCH
 from c2f_utils.merge.sources import Source
-from c2f_utils.merge.stream import apply, make_piece, recipe_weights
 
 _LENGTH = 256  # elements per slice
 _HALF_UNIT = {
@@ -28,7 +31,9 @@ _TINY = {"F64": 1e-38, "F32": 1e-38, "F16": 6e-8, "BF16": 1e-38}
 
 @dataclass(frozen=True)
 class Verified:
-    """Outcome of a verification: slices checked, elements checked, and the worst error in units of what rounding allows (at most 1)."""
+    """Outcome of a verification: slices checked, elements checked, and the worst error in units of what rounding
+    allows (at most 1).
+    """
 
     slices: int
     elements: int
@@ -36,9 +41,11 @@ class Verified:
 
 
 def verify(out_dir: Path | str, recipe: Recipe, samples: int = 64, seed: int = 0) -> Verified:
-    """Recompute `samples` random slices of the output in float64 and compare; raises C2FError naming every slice that differs.
+    """Recompute `samples` random slices of the output in float64 and compare; raises C2FError naming every slice that
+    differs.
 
-    Also compares tensors, shapes and dtypes of the output with the plan. Thresholds and inner products are taken from the report.
+    Also compares tensors, shapes and dtypes of the output with the plan. Thresholds and inner products are taken from
+    the report.
     """
     out_dir = Path(out_dir)
     report, plan = load_report(out_dir), plan_merge(recipe)
@@ -64,7 +71,8 @@ def verify(out_dir: Path | str, recipe: Recipe, samples: int = 64, seed: int = 0
         worst, elements = max(worst, error), elements + stop - start
         if not error <= 1.0:
             bad.append(
-                f"{placement.file}: tensor {placement.name!r}, elements {start} to {stop}: off by {error:.3g} times the rounding error"
+                f"{placement.file}: tensor {placement.name!r}, elements {start} to {stop}: off by "
+                f"{error:.3g} times the rounding error"
             )
     if bad:
         raise problems(f"{out_dir} is not what its recipe gives; merge again:", bad)
@@ -81,8 +89,11 @@ def _check_layout(out_dir: Path, plan: Plan) -> list[str]:
             continue
         wanted = {p.name: (p.dtype, p.shape) for p in plan.placements if p.file == file.name}
         have = {name: (info.dtype, info.shape) for name, info in header.tensors.items()}
-        found += [f"{file.name}: tensor {name!r} is {have.get(name)}, expected {wanted.get(name)}" for name in sorted(set(wanted) | set(have))
-                  if wanted.get(name) != have.get(name)]  # fmt: skip
+        found += [
+            f"{file.name}: tensor {name!r} is {have.get(name)}, expected {wanted.get(name)}"
+            for name in sorted(set(wanted) | set(have))
+            if wanted.get(name) != have.get(name)
+        ]
     return found
 
 
@@ -147,5 +158,5 @@ def _compare(out_dir: Path, plan: Plan, report: Report, placement: Placement, st
     return float(((stored.double() - wanted).abs() / allowed).max())
 
 
-def _terms(piece, plan: Plan) -> list[torch.Tensor]:  # noqa: ANN001
+def _terms(piece: Piece, plan: Plan) -> list[torch.Tensor]:
     return [piece.base, piece.residue] if "base" in plan.operator.reads else [piece.coarse]

@@ -17,8 +17,8 @@ Result = TypeVar("Result")
 class Workers:
     """Run `function(item, workspace)` over items; with one thread, in the caller's.
 
-    Inside the `with` block torch itself uses one thread: the parallelism is over chunks, and its own would only contend for the same cores.
-    The caller's setting returns afterwards.
+    Inside the `with` block torch itself uses one thread: the parallelism is over chunks, and its own would only
+    contend for the same cores. The caller's setting returns afterwards.
     """
 
     def __init__(self, threads: int) -> None:

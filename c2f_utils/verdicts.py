@@ -1,0 +1,359 @@
+"""What the numbers say, in words computed from them; no outcome is written down beforehand.
+
+Inputs: results of stages 02, 04, 06 and 07 as read from disk. Outputs: sentences. A difference with a paired interval
+is judged by the interval; without one the plain difference is stated and said to be without interval. With one seed no
+law is called better than another. Nulls are named, never guessed.
+"""
+
+from collections.abc import Iterable
+
+from c2f_utils import stats
+
+MAIN = ("base", "instruct", "coarse", "fine")
+QUANTITIES = {
+    "accuracy_last": "last-answer accuracy",
+    "accuracy_first": "first-answer accuracy",
+    "utility": "utility",
+    "reward": "reward",
+}
+UNCHECKED = "the exact checker knows only the embedded domain"
+
+
+def outcome(difference: float, low: float | None = None, high: float | None = None) -> str:
+    """better, worse or tie for a - b by its interval; without interval by sign (a tie only when exactly equal)."""
+    if low is not None and high is not None:
+        return "better" if low > 0 else "worse" if high < 0 else "tie"
+    return "better" if difference > 1e-12 else "worse" if difference < -1e-12 else "tie"
+
+
+def difference_words(difference: float, low: float | None, high: float | None, digits: int = 3) -> str:
+    """The difference with its 95 % interval, or with the remark that there is none."""
+    shown = f"difference {difference:+.{digits}f}"
+    if low is None or high is None:
+        return f"{shown}, no interval recorded"
+    return f"{shown}, 95 % interval {low:+.{digits}f} to {high:+.{digits}f}"
+
+
+def paired_row(paired: Iterable[dict], a: str, b: str, metric: str, decoding: str) -> dict | None:
+    """The recorded paired comparison a - b, turned round if it was recorded as b - a; None when there is none."""
+    for row in paired:
+        if row.get("metric") != metric or row.get("decoding") != decoding or row.get("difference") is None:
+            continue
+        if (row["a"], row["b"]) == (a, b):
+            return row
+        if (row["a"], row["b"]) == (b, a):
+            low, high = row.get("high"), row.get("low")
+            turned = {"low": None if low is None else -low, "high": None if high is None else -high}
+            return {**row, "a": a, "b": b, "difference": -row["difference"], **turned}
+    return None
+
+
+def parent_sentence(
+    fine: str, parent: str, quantity: str, values: tuple[float, float], interval: tuple = (None, None), after: str = ""
+) -> str:
+    """Is the merged model better than a model it was made from? `values` are (fine, parent)."""
+    difference = values[0] - values[1]
+    numbers = f"{values[0]:.3f} against {values[1]:.3f}, {difference_words(difference, *interval)}{after}"
+    return {
+        "better": f"{fine} is better than {parent} on {quantity}: {numbers}.",
+        "worse": f"{fine} is worse than {parent} on {quantity}: {numbers}.",
+        "tie": f"{fine} and {parent} cannot be told apart on {quantity}: {numbers}.",
+    }[outcome(difference, *interval)]
+
+
+def control_sentence(
+    control: str, quantity: str, values: tuple[float, float], interval: tuple = (None, None), after: str = ""
+) -> str:
+    """Is a control as good as the method? `values` are (method, control)."""
+    difference = values[0] - values[1]
+    numbers = f"{values[0]:.3f} against {values[1]:.3f}, {difference_words(difference, *interval)}{after}"
+    return {
+        "better": f"The method beats the control “{control}” on {quantity}: {numbers}.",
+        "worse": f"The control “{control}” is better than the method on {quantity}: {numbers}.",
+        "tie": f"The control “{control}” is as good as the method on {quantity}: {numbers}.",
+    }[outcome(difference, *interval)]
+
+
+def fine_against_all(results: dict, decoding: str = "sampled_t1") -> list[str]:
+    """The merged model against its parents, the base and every control, on last- and first-answer accuracy.
+
+    Falls back to the reward, with a sentence that says so, where the checker scored nothing. An interval that excludes
+    zero but does not survive Holm's correction over all comparisons listed is marked.
+    """
+    models, paired = results.get("models") or {}, results.get("paired") or []
+    fine = (models.get("fine") or {}).get(decoding)
+    if not fine:
+        return ["The merged model was not evaluated, so nothing is said about it."]
+    metrics, words = ["accuracy_last", "accuracy_first"], []
+    if fine.get("accuracy_last") is None and fine.get("accuracy_first") is None:
+        metrics = ["reward"]
+        words.append(
+            f"Accuracy is not available ({UNCHECKED}); the reward is compared instead, and it can favour length."
+        )
+    pairs = [(other, metric) for other in models if other != "fine" for metric in metrics]
+    rows = {pair: paired_row(paired, "fine", pair[0], pair[1], decoding) for pair in pairs}
+    tested = [pair for pair in pairs if rows[pair] and rows[pair].get("p") is not None]
+    adjusted = dict(zip(tested, stats.holm([rows[pair]["p"] for pair in tested]), strict=True))
+    for other, metric in pairs:
+        model, name = models[other], models[other].get("label") or other
+        mine, theirs = fine.get(metric), (model.get(decoding) or {}).get(metric)
+        quantity = QUANTITIES[metric]
+        if mine is None or theirs is None:
+            words.append(f"{name}: {quantity} was not measured, so it is not compared.")
+            continue
+        row = rows[other, metric] or {}
+        interval, after = (row.get("low"), row.get("high")), ""
+        p = adjusted.get((other, metric))
+        if p is not None and p > 0.05 and outcome(mine - theirs, *interval) != "tie":
+            after = f"; not after Holm's correction over {len(adjusted)} comparisons (p = {p:.3f})"
+        if model.get("role") == "control":
+            words.append(control_sentence(name, quantity, (mine, theirs), interval, after))
+        else:
+            label = models["fine"].get("label") or "fine"
+            words.append(parent_sentence(label, name, quantity, (mine, theirs), interval, after))
+    return words
+
+
+def rambling(coarse: dict, instruct: dict, base: dict | None = None) -> list[str]:
+    """Does the coarse actor ramble, and is it more analytical than the base?
+
+    Rambling (our definition): under half of the answers end by themselves, and they are at least twice as long as the
+    instruction model's.
+    """
+    eos, tokens, other = coarse.get("eos_rate"), coarse.get("mean_tokens"), instruct.get("mean_tokens")
+    if None in (eos, tokens, other):
+        return ["Whether the Coarse Actor rambles is not known: its length or ending was not measured."]
+    numbers = f"{tokens:.0f} tokens on average ({tokens / max(other, 1e-9):.1f} times the instruction model's)"
+    numbers += f", {_percent(eos)} of answers end by themselves"
+    if coarse.get("rep4") is not None:
+        numbers += f", {_percent(coarse['rep4'])} of 4-grams are repeats"
+    long, endless = tokens >= 2 * other, eos < 0.5
+    verdict = "rambles" if long and endless else "does not ramble"
+    words = [f"The Coarse Actor {verdict}: {numbers}."]
+    first, last = coarse.get("accuracy_first"), coarse.get("accuracy_last")
+    if first is not None and last is not None:
+        if last < first - 0.02:
+            words.append(f"Going on costs it right answers: first answer {first:.3f}, last answer {last:.3f}.")
+        elif last > first + 0.02:
+            words.append(f"Going on mends wrong answers: first answer {first:.3f}, last answer {last:.3f}.")
+        else:
+            words.append(f"Going on changes little: first answer {first:.3f}, last answer {last:.3f}.")
+    steps, before = coarse.get("correct_steps"), (base or {}).get("correct_steps")
+    if steps is not None and before is not None:
+        more = "more analytical than" if steps > before + 0.1 else "less analytical than" if steps < before - 0.1 else (
+            "as analytical as"
+        )  # fmt: skip
+        words.append(f"It is {more} the base: {steps:.2f} correct steps per answer against {before:.2f}.")
+    return words
+
+
+def conciseness(fine: dict, coarse: dict) -> list[str]:
+    """What the merge does to length, repetition and ending, compared with the coarse actor."""
+    words = []
+    for key, name, digits in (("mean_tokens", "length", 0), ("rep4", "share of repeated 4-grams", 3)):
+        mine, theirs = fine.get(key), coarse.get(key)
+        if mine is None or theirs is None:
+            words.append(f"The {name} of the two actors was not measured.")
+            continue
+        change = "lowers" if mine < theirs else "raises" if mine > theirs else "leaves"
+        ratio = f" ({mine / theirs:.2f} times)" if theirs else ""
+        unit = " tokens" if key == "mean_tokens" else ""
+        words.append(f"The merge {change} the {name} from {theirs:.{digits}f} to {mine:.{digits}f}{unit}{ratio}.")
+    mine, theirs = fine.get("eos_rate"), coarse.get("eos_rate")
+    if mine is not None and theirs is not None:
+        word = (
+            "ends by itself more often"
+            if mine > theirs
+            else "ends by itself less often"
+            if mine < theirs
+            else "ends as often"
+        )
+        words.append(f"The Fine Actor {word}: {_percent(mine)} of answers against {_percent(theirs)}.")
+    return words
+
+
+def reward_against_accuracy(fine: dict, coarse: dict) -> list[str]:
+    """Do reward and accuracy choose the same actor? If not, the reward model is no guide to the merge."""
+    rewards, accuracies = (
+        (fine.get("reward"), coarse.get("reward")),
+        (fine.get("accuracy_last"), coarse.get("accuracy_last")),
+    )
+    if None in rewards or None in accuracies:
+        return []
+    numbers = (
+        f"reward {rewards[0]:.2f} against {rewards[1]:.2f}, accuracy {accuracies[0]:.3f} against {accuracies[1]:.3f}"
+    )
+    by_reward, by_accuracy = outcome(rewards[0] - rewards[1]), outcome(accuracies[0] - accuracies[1])
+    if {by_reward, by_accuracy} == {"better", "worse"}:
+        liked = "Coarse" if by_reward == "worse" else "Fine"
+        return [
+            f"Reward and accuracy disagree: the reward model prefers the {liked} Actor; fine against coarse: {numbers}."
+        ]
+    return [f"Reward and accuracy do not disagree on fine against coarse: {numbers}."]
+
+
+def evaluation(results: dict, decoding: str = "sampled_t1") -> list[str]:
+    """Every sentence about stage 07."""
+    rows = {name: model[decoding] for name, model in (results.get("models") or {}).items() if model.get(decoding)}
+    words = fine_against_all(results, decoding)
+    if "coarse" in rows and "instruct" in rows:
+        words += rambling(rows["coarse"], rows["instruct"], rows.get("base"))
+    if "coarse" in rows and "fine" in rows:
+        words += conciseness(rows["fine"], rows["coarse"]) + reward_against_accuracy(rows["fine"], rows["coarse"])
+    return words
+
+
+# Laws
+
+
+def law_pairs(results: dict, a: str, b: str, metric: str) -> tuple[list[float], list[float], list[str]]:
+    """Final values of two laws on the seeds both have, and those seeds; `rollout_tokens` counts as a metric."""
+    found: tuple[list, list, list] = ([], [], [])
+    laws = results.get("laws") or {}
+    first, second = (laws.get(name, {}).get("seeds", {}) for name in (a, b))
+    for seed in first:
+        if seed in second:
+            values = [
+                run[metric] if metric in run else (run.get("final") or {}).get(metric)
+                for run in (first[seed], second[seed])
+            ]
+            if None not in values:
+                found[0].append(values[0])
+                found[1].append(values[1])
+                found[2].append(seed)
+    return found
+
+
+def law_against_law(results: dict, a: str, b: str) -> list[str]:
+    """Quality and rollout tokens of law a against law b over their common seeds; with one seed no verdict."""
+    laws = results.get("laws") or {}
+    names = [laws.get(name, {}).get("label") or name for name in (a, b)]
+    missing = [name for name in (a, b) if name not in laws]
+    if missing:
+        return [f"No comparison of {names[0]} with {names[1]}: {' and '.join(missing)} was not run."]
+    metric = "utility"
+    values = law_pairs(results, a, b, metric)
+    prefix = ""
+    if not values[2]:
+        metric, prefix = "reward", f"(Utility is not available: {UNCHECKED}.) "
+        values = law_pairs(results, a, b, metric)
+    if not values[2]:
+        return [f"No comparison of {names[0]} with {names[1]}: they share no seed with a measured result."]
+    seeds = len(values[2])
+    gap = stats.seed_interval([x - y for x, y in zip(values[0], values[1], strict=True)])
+    tokens = law_pairs(results, a, b, "rollout_tokens")
+    ratio = stats.log_ratio_interval(tokens[0], tokens[1]) if tokens[2] and min(*tokens[0], *tokens[1]) > 0 else None
+    cost = ""
+    if ratio:
+        bounds = "" if ratio.low is None else f" (95 % interval {ratio.low:.2f} to {ratio.high:.2f})"
+        cost = f" It generated {ratio.value:.2f} times the tokens{bounds}."
+    if gap.low is None:
+        relation = {"better": "above", "worse": "below", "tie": "from"}[outcome(gap.value)]
+        said = f"On one seed the {metric} of {names[0]} is {abs(gap.value):.3f} {relation} that of {names[1]}"
+        return [f"{prefix}{said}; one seed allows no verdict.{cost}"]
+    numbers = f"{difference_words(*gap[:3])} over {seeds} seeds"
+    verdict = {
+        "better": f"{names[0]} is better than {names[1]} on {metric}: {numbers}.",
+        "worse": f"{names[0]} is worse than {names[1]} on {metric}: {numbers}.",
+        "tie": f"{names[0]} and {names[1]} cannot be told apart on {metric}: {numbers}.",
+    }[outcome(gap.value, gap.low, gap.high)]
+    return [prefix + verdict + cost]
+
+
+def linear_against_logistic(results: dict) -> list[str]:
+    """Do the signals of the logistic law buy anything over a plain linear ramp?"""
+    words = law_against_law(results, "logistic", "clock_linear")
+    utility = law_pairs(results, "logistic", "clock_linear", "utility")
+    values = utility if utility[2] else law_pairs(results, "logistic", "clock_linear", "reward")
+    if len(values[2]) < 2:
+        return words
+    gap = stats.seed_interval([x - y for x, y in zip(values[0], values[1], strict=True)])
+    return words + [
+        {
+            "better": "The signals of the logistic law buy quality here that a linear ramp does not.",
+            "worse": "A plain linear ramp, which reads no signal, does better here than the logistic law.",
+            "tie": "No advantage of the signals over a plain linear ramp can be measured here.",
+        }[outcome(gap.value, gap.low, gap.high)]
+    ]
+
+
+def schedules(results: dict) -> list[str]:
+    """Every sentence about stage 04."""
+    return law_against_law(results, "logistic", "fixed_long") + linear_against_logistic(results)
+
+
+# Reward model and merge
+
+
+def reward_model(results: dict) -> list[str]:
+    """Does the reward model rank better than chance, and does it favour length?"""
+    words, accuracy, n = [], results.get("pair_accuracy"), results.get("n_pairs")
+    if accuracy is None or not n:
+        words.append("The reward model was not tried on held-out pairs.")
+    else:
+        found = stats.wilson(accuracy * n, n)
+        numbers = f"{accuracy:.3f} of {n} held-out pairs, 95 % interval {found.low:.3f} to {found.high:.3f}"
+        word = {
+            "better": "ranks better than chance",
+            "worse": "ranks worse than chance",
+            "tie": "does not rank better than chance",
+        }
+        words.append(f"The reward model {word[outcome(accuracy - 0.5, found.low - 0.5, found.high - 0.5)]}: {numbers}.")
+    bias = results.get("length_bias") or {}
+    if bias.get("pearson") is not None:
+        direction = "longer" if bias["pearson"] > 0.1 else "shorter" if bias["pearson"] < -0.1 else ""
+        start = f"It scores {direction} answers higher" if direction else "Its score hardly depends on length"
+        words.append(f"{start} (correlation {bias['pearson']:+.2f}).")
+        partial = bias.get("partial_given_utility")
+        if partial is None:
+            words.append(f"Whether the length deserves it is not known: {UNCHECKED}.")
+        elif partial > 0.1:
+            words.append(f"At equal utility it still prefers length (partial correlation {partial:+.2f}).")
+        elif partial < -0.1:
+            words.append(f"At equal utility it prefers brevity (partial correlation {partial:+.2f}).")
+        else:
+            words.append(f"At equal utility length hardly matters (partial correlation {partial:+.2f}).")
+    return words
+
+
+def merging(results: dict) -> list[str]:
+    """Was the chosen coefficient an inner optimum, and did another operator score better?"""
+    chosen, words = results.get("chosen") or {}, []
+    scored = [(row["coefficient"], row["score"]) for row in results.get("sweep") or [] if row.get("score") is not None]
+    if not scored or chosen.get("coefficient") is None:
+        return ["No coefficient was chosen by score."]
+    scored.sort()
+    best, value = max(scored, key=lambda pair: pair[1])
+    where = (
+        "at the edge of the range that was tried"
+        if best in (scored[0][0], scored[-1][0])
+        else "inside the range that was tried"
+    )
+    words.append(f"The best score, {value:.3f}, is {where} (coefficient {best:g}).")
+    if abs(best - chosen["coefficient"]) > 1e-9:
+        words.append(f"The chosen coefficient is {chosen['coefficient']:g}, not the one that scores best.")
+    operators = [row for row in results.get("operators") or [] if row.get("score") is not None]
+    mine = [row["score"] for row in operators if row.get("operator") == chosen.get("operator")]
+    if mine and len(operators) > 1:
+        better = sorted(row["operator"] for row in operators if row["score"] > mine[0])
+        words.append(
+            f"Operators that score better than {chosen['operator']}: {', '.join(better)}."
+            if better
+            else f"No other operator scores better than {chosen['operator']}."
+        )
+    return words
+
+
+def everything(results: dict[str, dict | None], decoding: str = "sampled_t1") -> dict[str, list[str]]:
+    """Sentences per stage for the results at hand (stage name -> results or None)."""
+    makers = {
+        "02_reward_model": reward_model,
+        "04_length_schedules": schedules,
+        "06_residue_merging": merging,
+        "07_evaluation": lambda found: evaluation(found, decoding),
+    }
+    return {stage: make(results[stage]) for stage, make in makers.items() if results.get(stage)}
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"

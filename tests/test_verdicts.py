@@ -1,0 +1,251 @@
+"""Promises of the sentences: each outcome, ties and nulls, follow from the numbers alone."""
+
+import copy
+import json
+
+import pytest
+from fake_results import fake_run
+
+from c2f_utils import verdicts as v
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    run = fake_run(tmp_path_factory.mktemp("run"))
+    return {path.parent.name: json.loads(path.read_text()) for path in run.glob("*/results.json")}
+
+
+@pytest.mark.parametrize(
+    ("numbers", "expected"),
+    [
+        ((0.1, 0.02, 0.2), "better"),
+        ((-0.1, -0.2, -0.02), "worse"),
+        ((0.1, -0.02, 0.2), "tie"),
+        ((0.0, 0.0, 0.0), "tie"),
+        ((0.1,), "better"),
+        ((-0.1,), "worse"),
+        ((0.0,), "tie"),
+    ],
+)
+def test_an_interval_decides_and_only_without_one_the_sign(numbers, expected):
+    assert v.outcome(*numbers) == expected
+
+
+def test_a_comparison_recorded_the_other_way_round_is_turned():
+    row = {
+        "a": "coarse",
+        "b": "fine",
+        "metric": "m",
+        "decoding": "d",
+        "difference": -0.3,
+        "low": -0.4,
+        "high": -0.1,
+        "p": 0.01,
+    }
+    found = v.paired_row([row], "fine", "coarse", "m", "d")
+    assert (found["difference"], found["low"], found["high"]) == (0.3, 0.1, 0.4)
+    assert v.paired_row([row], "fine", "base", "m", "d") is None
+    assert v.paired_row([row], "fine", "coarse", "m", "greedy") is None
+    assert v.paired_row([row | {"low": None, "high": None}], "fine", "coarse", "m", "d")["low"] is None
+
+
+@pytest.mark.parametrize(
+    ("values", "interval", "start"),
+    [
+        ((0.8, 0.4), (0.3, 0.5), "Fine is better than Coarse on q"),
+        ((0.4, 0.8), (-0.5, -0.3), "Fine is worse than Coarse on q"),
+        ((0.8, 0.79), (-0.05, 0.07), "Fine and Coarse cannot be told apart on q"),
+        ((0.8, 0.4), (None, None), "Fine is better than Coarse on q"),
+    ],
+)
+def test_parents_all_three_ways(values, interval, start):
+    said = v.parent_sentence("Fine", "Coarse", "q", values, interval)
+    assert said.startswith(start)
+    assert ("no interval recorded" in said) == (interval[0] is None)
+
+
+@pytest.mark.parametrize(
+    ("values", "interval", "words"),
+    [
+        ((0.8, 0.4), (0.3, 0.5), "The method beats the control “PPO”"),
+        ((0.4, 0.8), (-0.5, -0.3), "The control “PPO” is better than the method"),
+        ((0.8, 0.79), (-0.05, 0.07), "The control “PPO” is as good as the method"),
+    ],
+)
+def test_controls_all_three_ways(values, interval, words):
+    said = v.control_sentence("PPO", "q", values, interval)
+    assert said.startswith(words) and f"interval {interval[0]:+.3f} to {interval[1]:+.3f}" in said
+
+
+def models(fine: float | None, coarse: float | None, paired=()) -> dict:
+    def row(value):
+        return {"accuracy_last": value, "accuracy_first": value, "reward": 0.5}
+
+    return {
+        "models": {
+            "fine": {"label": "Fine", "role": "fine", "sampled_t1": row(fine)},
+            "coarse": {"label": "Coarse", "role": "coarse", "sampled_t1": row(coarse)},
+        },
+        "paired": list(paired),
+    }
+
+
+def test_both_first_and_last_answers_are_compared_with_every_other_model(results):
+    said = v.fine_against_all(results["07_evaluation"])
+    assert len(said) == 2 * 9
+    for label in ("Base", "Instruct", "Coarse Actor", "“PPO on instruct”", "“Residue of fixed-long”"):
+        assert sum(
+            f"{label} on last-answer" in line or f"{label} is as good as the method on last" in line for line in said
+        )
+        assert sum(
+            f"{label} on first-answer" in line or f"{label} is as good as the method on first" in line for line in said
+        )
+
+
+def test_without_the_checker_the_reward_is_compared_and_that_is_said():
+    said = v.fine_against_all(models(None, None))
+    assert said[0].startswith("Accuracy is not available") and "on reward" in said[1] and len(said) == 2
+    assert "not measured" in " ".join(v.fine_against_all(models(0.5, None)))
+    assert v.fine_against_all({}) == ["The merged model was not evaluated, so nothing is said about it."]
+
+
+def test_a_difference_that_does_not_survive_holm_is_marked():
+    def pair(metric, p):
+        same = {"a": "fine", "b": "coarse", "decoding": "sampled_t1", "difference": 0.1, "low": 0.01, "high": 0.2}
+        return same | {"metric": metric, "p": p}
+
+    weak = v.fine_against_all(models(0.6, 0.5, [pair("accuracy_last", 0.04), pair("accuracy_first", 0.04)]))
+    assert all("not after Holm's correction over 2 comparisons (p = 0.080)" in line for line in weak)
+    strong = v.fine_against_all(models(0.6, 0.5, [pair("accuracy_last", 0.001), pair("accuracy_first", 0.001)]))
+    assert not any("Holm" in line for line in strong)
+
+
+def test_rambling_follows_from_length_and_ending():
+    long = {"eos_rate": 0.02, "mean_tokens": 159, "rep4": 0.4, "accuracy_first": 0.6, "accuracy_last": 0.4}
+    short = {"eos_rate": 0.9, "mean_tokens": 40, "accuracy_first": 0.4, "accuracy_last": 0.6}
+    instruct = {"mean_tokens": 21}
+    assert (
+        "rambles: 159 tokens" in v.rambling(long, instruct)[0]
+        and "costs it right answers" in v.rambling(long, instruct)[1]
+    )
+    assert (
+        "does not ramble" in v.rambling(short, instruct)[0] and "mends wrong answers" in v.rambling(short, instruct)[1]
+    )
+    assert "does not ramble" in v.rambling({**long, "eos_rate": 0.9}, instruct)[0]
+    assert "changes little" in v.rambling({**long, "accuracy_last": 0.6}, instruct)[1]
+    assert "not known" in v.rambling({**long, "eos_rate": None}, instruct)[0]
+    assert "rambles" in v.rambling({"eos_rate": 0.0, "mean_tokens": 9}, {"mean_tokens": 0})[0]
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "word"), [(3, 1, "more analytical than"), (1, 3, "less"), (1, 1, "as analytical as")]
+)
+def test_more_analytical_only_when_it_takes_more_correct_steps(mine, theirs, word):
+    coarse = {"eos_rate": 0.0, "mean_tokens": 100, "correct_steps": mine}
+    assert word in v.rambling(coarse, {"mean_tokens": 20}, {"correct_steps": theirs})[-1]
+    assert len(v.rambling(coarse, {"mean_tokens": 20}, {"correct_steps": None})) == 1
+
+
+def test_conciseness_in_both_directions_and_with_nulls():
+    a, b = {"mean_tokens": 54, "rep4": 0.04, "eos_rate": 0.97}, {"mean_tokens": 159, "rep4": 0.41, "eos_rate": 0.02}
+    assert "lowers the length from 159 to 54 tokens (0.34 times)" in v.conciseness(a, b)[0]
+    assert "raises the length" in v.conciseness(b, a)[0] and "less often" in v.conciseness(b, a)[2]
+    assert "leaves" in v.conciseness(a, a)[1] and "ends as often" in v.conciseness(a, a)[2]
+    assert "not measured" in v.conciseness({}, b)[0]
+    assert v.conciseness(a, {**b, "rep4": 0.0})[1].endswith("to 0.040.")
+
+
+def test_reward_and_accuracy_may_disagree():
+    fine, coarse = {"reward": 0.6, "accuracy_last": 0.8}, {"reward": 1.4, "accuracy_last": 0.4}
+    assert "prefers the Coarse Actor" in v.reward_against_accuracy(fine, coarse)[0]
+    assert "prefers the Fine Actor" in v.reward_against_accuracy(coarse, fine)[0]
+    assert "do not disagree" in v.reward_against_accuracy({**fine, "reward": 2.0}, coarse)[0]
+    assert v.reward_against_accuracy({"reward": 1.0, "accuracy_last": None}, coarse) == []
+
+
+def laws(logistic, linear, long=(3.0, 3.0, 3.0), metric="utility") -> dict:
+    def law(label, values, tokens):
+        seeds = {str(k): {"rollout_tokens": tokens, "final": {metric: x}} for k, x in enumerate(values)}
+        return {"label": label, "seeds": seeds}
+
+    made = {"logistic": law("logistic", logistic, 80), "clock_linear": law("linear", linear, 82)}
+    return {"laws": made | {"fixed_long": law("long", long, 145)}}
+
+
+@pytest.mark.parametrize(
+    ("logistic", "linear", "verdict", "lesson"),
+    [
+        ((3.0, 3.1, 3.2), (2.0, 2.2, 2.1), "logistic is better than linear", "buy quality here"),
+        (
+            (2.0, 2.2, 2.1),
+            (3.0, 3.1, 3.2),
+            "logistic is worse than linear",
+            "linear ramp, which reads no signal, does better",
+        ),
+        ((3.0, 2.9, 3.1), (2.9, 3.1, 3.0), "cannot be told apart", "No advantage"),
+        ((3.0, 3.0), (3.0, 3.0), "cannot be told apart", "No advantage"),
+    ],
+)
+def test_logistic_against_linear_all_three_ways(logistic, linear, verdict, lesson):
+    said = v.linear_against_logistic(laws(logistic, linear))
+    assert verdict in said[0] and "0.98 times the tokens" in said[0] and lesson in said[1]
+
+
+def test_one_seed_allows_no_verdict():
+    said = v.linear_against_logistic(laws((3.0,), (2.0,)))
+    assert len(said) == 1 and "1.000 above" in said[0] and "one seed allows no verdict" in said[0]
+    assert "below" in v.linear_against_logistic(laws((1.0,), (2.0,)))[0]
+
+
+def test_laws_that_were_not_run_or_not_checked_are_named():
+    missing = laws((3.0,), (3.0,))
+    del missing["laws"]["clock_linear"]
+    assert "clock_linear was not run" in v.linear_against_logistic(missing)[0]
+    unchecked = v.schedules(laws((3.0, 2.0), (3.0, 2.0), (3.0, 2.0), metric="reward"))
+    assert all("Utility is not available" in line and "on reward" in line for line in unchecked[:2])
+    apart = laws((3.0,), (3.0,))
+    apart["laws"]["clock_linear"]["seeds"] = {"7": apart["laws"]["clock_linear"]["seeds"]["0"]}
+    assert "share no seed" in v.linear_against_logistic(apart)[0]
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "word"), [(0.74, "ranks better"), (0.3, "ranks worse"), (0.51, "does not rank better")]
+)
+def test_the_reward_model_is_held_against_chance(accuracy, word):
+    assert word in v.reward_model({"pair_accuracy": accuracy, "n_pairs": 400})[0]
+    assert "not tried" in v.reward_model({"pair_accuracy": None, "n_pairs": 0})[0]
+
+
+@pytest.mark.parametrize(
+    ("pearson", "partial", "first", "second"),
+    [
+        (0.5, 0.3, "longer answers higher", "still prefers length"),
+        (-0.5, -0.3, "shorter answers higher", "prefers brevity"),
+        (0.0, 0.0, "hardly depends on length", "hardly matters"),
+        (0.5, None, "longer", "not known"),
+    ],
+)
+def test_length_bias_in_words(pearson, partial, first, second):
+    said = v.reward_model({"length_bias": {"pearson": pearson, "partial_given_utility": partial}})
+    assert first in said[1] and second in said[2]
+
+
+def test_merge_says_whether_the_optimum_lies_inside_and_whether_an_operator_is_better(results):
+    found = copy.deepcopy(results["06_residue_merging"])
+    said = " ".join(v.merging(found))
+    assert "inside the range" in said and "No other operator scores better than task_arithmetic" in said
+    found["sweep"][-1]["score"] = 99.0
+    found["operators"][1]["score"] = 99.0
+    said = " ".join(v.merging(found))
+    assert "at the edge" in said and "not the one that scores best" in said and "than task_arithmetic: linear." in said
+    assert v.merging({"sweep": []}) == ["No coefficient was chosen by score."]
+
+
+def test_everything_covers_the_stages_at_hand(results):
+    assert set(v.everything(results)) == {
+        "02_reward_model",
+        "04_length_schedules",
+        "06_residue_merging",
+        "07_evaluation",
+    }
+    assert v.everything({"07_evaluation": None}) == {}

@@ -73,7 +73,7 @@ class Data(_Section):
     stop_strings: list[str] = Field([], description="texts that end an answer, e.g. the next turn's header")
     operations: tuple[Positive, Positive] = Field((3, 5), description="fewest and most steps of an embedded problem", strict=False)
     max_prompt_tokens: Positive = Field(64, description="longer prompts are left out and counted, tokens")
-    validation_prompts: Positive = Field(128, description="problems for choices such as the merge coefficient")
+    validation_prompts: Positive = Field(256, description="problems for choices such as the merge coefficient")
     test_prompts: Positive = Field(256, description="problems for reported figures; disjoint from all others")
 
 
@@ -86,7 +86,7 @@ class Pretrain(_Section):
     key_value_heads: Positive = 2
     intermediate_size: Positive = 160
     max_positions: Positive = Field(1024, description="positions of the model, tokens")
-    tokens: Positive = Field(2_800_000, description="training tokens")
+    tokens: Positive = Field(4_400_000, description="training tokens")
     tokens_per_step: Positive = Field(2048, description="tokens of one optimiser step")
     learning_rate_matrices: Rate = Field(6e-3, description="Muon, layer matrices")
     learning_rate_other: Rate = Field(4e-3, description="AdamW, embeddings, head and norms")
@@ -97,7 +97,7 @@ class Pretrain(_Section):
 class Reward(_Section):
     """Reward model training (TRL `RewardTrainer`, Bradley-Terry loss)."""
 
-    pairs: Positive = Field(4000, description="preference pairs for training")
+    pairs: Positive = Field(7000, description="preference pairs for training")
     held_out_pairs: Positive = Field(500, description="pairs for calibration, never trained on")
     base_share: Share = Field(0.4, description="embedded: share of pairs made of base samples, the rest is synthetic")
     cut_share: Share = Field(0.42, description="embedded: share of answers cut at a random token")

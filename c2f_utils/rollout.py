@@ -22,11 +22,15 @@ Stop = Literal["eos", "limit", "string"]
 
 @dataclass(frozen=True)
 class Prompt:
-    """A question as token ids and text; `problem` is set on the embedded domain, where answers can be checked."""
+    """A question as token ids and text; `problem` is set on the embedded domain, where answers can be checked.
+
+    `forced` are the last ids of the prompt when they are the beginning of an answer that the model did not choose itself.
+    """
 
     ids: tuple[int, ...]
     text: str
     problem: Problem | None = None
+    forced: tuple[int, ...] = ()
 
 
 @dataclass
@@ -43,6 +47,11 @@ class Sample:
     @property
     def tokens(self) -> int:
         return len(self.ids)
+
+    @property
+    def answer(self) -> list[int]:
+        """The whole answer as a reader sees it: a forced beginning and what was generated."""
+        return [*self.prompt.forced, *self.ids]
 
     @property
     def cut(self) -> bool:
@@ -76,7 +85,7 @@ class KVDecoder:
         self.causal = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.trunk = getattr(self.causal, "model", None)
         if not hasattr(self.trunk, "layers") or not hasattr(self.trunk.layers[0].mlp, "gate_proj"):
-            raise C2FError(f"{type(self.causal).__name__} is not of the Llama layout; use coarse sampling through transformers instead")
+            raise C2FError(f"{type(self.causal).__name__} is not of the Llama layout; only Mistral and Llama models are decoded here")
         self.config = self.causal.config
         self.tokenizer = tokenizer
         self.eos = _eos_ids(tokenizer, self.config)
@@ -273,4 +282,4 @@ def make_prompts(problems: Sequence[Problem], prefix: str = "") -> list[Prompt]:
     from c2f_utils.tasks import encode
 
     forced = encode(prefix.split())
-    return [Prompt((*p.prompt_ids, *forced), " ".join([*p.words, *prefix.split()]), p) for p in problems]
+    return [Prompt((*p.prompt_ids, *forced), " ".join([*p.words, *prefix.split()]), p, tuple(forced)) for p in problems]

@@ -114,20 +114,20 @@ def fine_against_all(results: dict, decoding: str = "sampled_t1") -> list[str]:
     return words
 
 
-def rambling(coarse: dict, instruct: dict, base: dict | None = None) -> list[str]:
+def rambling(coarse: dict, instruct: dict, base: dict | None = None, reference: str = "instruction model") -> list[str]:
     """Does the coarse actor ramble, and is it more analytical than the base?
 
     Rambling (our definition): under half of the answers end by themselves, and they are at least twice as long as the
-    instruction model's.
+    instruction model's. Before there is one, `instruct` may be the metrics of another model, named by `reference`.
     """
     eos, tokens, other = coarse.get("eos_rate"), coarse.get("mean_tokens"), instruct.get("mean_tokens")
     if None in (eos, tokens, other):
         return ["Whether the Coarse Actor rambles is not known: its length or ending was not measured."]
-    numbers = f"{tokens:.0f} tokens on average ({tokens / max(other, 1e-9):.1f} times the instruction model's)"
+    numbers = f"{tokens:.0f} tokens on average ({tokens / max(other, 1e-9):.1f} times the {reference}'s)"
     numbers += f", {_percent(eos)} of answers end by themselves"
     if coarse.get("rep4") is not None:
         numbers += f", {_percent(coarse['rep4'])} of 4-grams are repeats"
-    long, endless = tokens >= 2 * other, eos < 0.5
+    long, endless = tokens >= (2 if reference == "instruction model" else 1) * other, eos < 0.5
     verdict = "rambles" if long and endless else "does not ramble"
     words = [f"The Coarse Actor {verdict}: {numbers}."]
     first, last = coarse.get("accuracy_first"), coarse.get("accuracy_last")

@@ -1,0 +1,278 @@
+"""Laws for the output-length limit l(t): one protocol, `limit = law.update(signals)`, decisions with reasons.
+
+Which law is whose: the paper extends the limit by a logistic function of reward and critic and publishes no constants; `Logistic`
+is our form of that description. `Fixed` and `Clock` are controls, `Tail`, `Gated` and `Probe` are ours.
+A law keeps its own state (`state_dict`), so that a resumed run continues with the same l(t). Everything that depends on the limit
+reads the law's `limit`. A law written in a notebook cell needs only `limit`, `needs` and `update` (see `Law`).
+"""
+
+import math
+import random
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from c2f_utils.config import Law as LawSettings
+from c2f_utils.errors import C2FError
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What one iteration tells a law; fields that were not measured are None, and a law declares which it needs."""
+
+    iteration: int
+    reward: float | None = None  # mean raw reward, before clipping and scaling
+    value_error: float | None = None  # critic's squared error / Var(returns) = 1 - explained variance, centred
+    truncated_share: float | None = None  # share of answers that the limit ended
+    tail_return: float | None = None  # reward gained in the last quarter of the limit minus the quarter before (normalised)
+    value_slope: float | None = None  # critic: V at the cut minus V at three quarters, mean over cut answers
+    tail_repetition: float | None = None  # share of repeated 4-grams in the last quarter of the answers
+    kl_per_token: float | None = None  # nats
+    rewards: tuple[float, ...] = ()  # per answer, normalised
+    limits: tuple[int, ...] = ()  # per answer
+
+
+@dataclass
+class Law:
+    """Base of all laws: a limit in tokens, and an `update` that moves it and says why."""
+
+    limit: int
+    reason: str = field(default="start", init=False)
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    def update(self, signals: Signals) -> int:
+        """Move and return the limit for the next iteration, tokens."""
+        raise NotImplementedError
+
+    def draw(self, count: int, rng: random.Random) -> list[int]:
+        """Limits of the next `count` requests; the same for all unless the law experiments."""
+        return [self.limit] * count
+
+    @property
+    def largest(self) -> int:
+        """The largest limit the law can ever ask for, tokens; memory is checked against it before work starts."""
+        return getattr(self, "maximum", self.limit)
+
+    def state_dict(self) -> dict[str, object]:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        for key, value in state.items():
+            setattr(self, key, value)
+
+    def checked(self, signals: Signals) -> Signals:
+        """The same signals; raises C2FError when one that this law needs was not measured."""
+        missing = [name for name in self.needs if getattr(signals, name) in (None, ())]
+        if missing:
+            raise C2FError(f"law {type(self).__name__} needs {', '.join(missing)}, which this trainer or reward does not measure; choose another law")
+        return signals
+
+
+@dataclass
+class Fixed(Law):
+    """The same limit for ever."""
+
+    def update(self, signals: Signals) -> int:
+        self.reason = "fixed"
+        return self.limit
+
+
+@dataclass
+class Clock(Law):
+    """From `start` to `maximum` in `duration` iterations without looking at anything; staged context lengthening is `steps`."""
+
+    maximum: int
+    duration: int
+    shape: str = "linear"
+    stages: list[int] = field(default_factory=list)
+    start: int = 0
+
+    def __post_init__(self) -> None:
+        self.start = self.start or self.limit
+
+    def update(self, signals: Signals) -> int:
+        progress = min(1.0, (signals.iteration + 1) / self.duration)
+        if self.shape == "steps":
+            self.limit = self.stages[min(len(self.stages) - 1, int(progress * len(self.stages)))]
+        elif self.shape == "geometric":
+            self.limit = round(self.start * (self.maximum / self.start) ** progress)
+        else:
+            eased = progress if self.shape == "linear" else 0.5 * (1 - math.cos(math.pi * progress))
+            self.limit = round(self.start + (self.maximum - self.start) * eased)
+        self.reason = f"{self.shape} clock at {progress:.0%}"
+        return self.limit
+
+
+@dataclass
+class Logistic(Law):
+    """l <- min(l_max, l + step * sigma(w0 + w_R z(R) - w_V value_error + w_rho (rho - rho_0))), our form of the paper's description.
+
+    z standardises the mean raw reward against its own running mean and deviation (weights 0.7 / 0.3, clamped to +-3); value_error is
+    the critic's loss over Var(returns), because the raw loss grows with the limit itself. rho is the truncated share; the paper knows
+    no such term, so `w_rho = 0` is the paper mode.
+    """
+
+    maximum: int
+    step: int
+    w0: float = 0.7
+    w_reward: float = 1.0
+    w_value: float = 1.0
+    w_truncation: float = 2.0
+    truncation_target: float = 0.3
+    mean: float | None = None
+    variance: float = 0.0
+    exact: float | None = None  # the limit before rounding: rounding each step would swallow small growth
+    needs: ClassVar[tuple[str, ...]] = ("reward", "value_error", "truncated_share")
+
+    def update(self, signals: Signals) -> int:
+        signals = self.checked(signals)
+        trend = 0.0 if self.mean is None else (signals.reward - self.mean) / math.sqrt(self.variance + 1e-4)
+        z = max(-3.0, min(3.0, trend))
+        logit = self.w0 + self.w_reward * z - self.w_value * signals.value_error
+        logit += self.w_truncation * (signals.truncated_share - self.truncation_target)
+        growth = self.step / (1.0 + math.exp(-max(-30.0, min(30.0, logit))))
+        change = signals.reward - (signals.reward if self.mean is None else self.mean)
+        self.mean = signals.reward if self.mean is None else self.mean + 0.3 * change
+        self.variance = 0.7 * (self.variance + 0.3 * change * change)
+        self.exact = min(float(self.maximum), (self.limit if self.exact is None else self.exact) + growth)
+        self.limit = round(self.exact)
+        self.reason = f"z(reward) {z:+.2f}, value error {signals.value_error:.2f}, cut {signals.truncated_share:.0%}: +{growth:.1f}"
+        return self.limit
+
+
+@dataclass
+class Tail(Law):
+    """Geometric growth with a brake: grow by `growth` until the tail return, once productive, has faded below its peak.
+
+    e is the running mean (1/2, 1/2) of the tail return and P its peak; growth is scaled by clip((e - 0.2 P) / 0.3 P, 0, 1) once e has
+    exceeded `productive`. Never holds before that: a limit that stands still below the useful length teaches the policy to please the
+    reward at the cut. Never shrinks.
+    """
+
+    maximum: int
+    growth: float = 0.12
+    productive: float = 0.1
+    mean: float = 0.0
+    peak: float = 0.0
+    awake: bool = False
+    exact: float | None = None
+    needs: ClassVar[tuple[str, ...]] = ("tail_return",)
+
+    def update(self, signals: Signals) -> int:
+        signals = self.checked(signals)
+        self.mean = 0.5 * self.mean + 0.5 * signals.tail_return
+        self.peak = max(self.peak, self.mean)
+        self.awake = self.awake or self.mean > self.productive
+        share = min(1.0, max(0.0, (self.mean - 0.2 * self.peak) / (0.3 * self.peak))) if self.awake else 1.0
+        self.exact = min(float(self.maximum), (self.limit if self.exact is None else self.exact) * (1 + self.growth * share))
+        self.limit = round(self.exact)
+        self.reason = f"tail return {signals.tail_return:+.2f} (mean {self.mean:+.2f}, peak {self.peak:.2f}): {share:.0%} of full growth"
+        return self.limit
+
+
+@dataclass
+class Gated(Law):
+    """Additive trust, multiplicative retreat: grow only when several witnesses agree, shrink when the tail is redundant.
+
+    Grows by `growth` when answers are cut, the critic expects no loss at the cut and the tail is not repetition; shrinks by half of it
+    when the tail is mostly repetition; else holds. Witnesses that the reward model does not produce, hence harder to please.
+    """
+
+    maximum: int
+    growth: float = 0.2
+    minimum: int = 0
+    repetition: float | None = None
+    needs: ClassVar[tuple[str, ...]] = ("truncated_share", "value_slope", "tail_repetition")
+
+    def __post_init__(self) -> None:
+        self.minimum = self.minimum or self.limit
+
+    def update(self, signals: Signals) -> int:
+        signals = self.checked(signals)
+        old = self.repetition
+        self.repetition = signals.tail_repetition if old is None else 0.5 * old + 0.5 * signals.tail_repetition
+        if self.repetition > 0.8:
+            factor, why = 1 - self.growth / 2, "tail repeats itself: back"
+        elif signals.truncated_share > 0.3 and signals.value_slope > -0.02 and self.repetition < 0.65:
+            factor, why = 1 + self.growth, "cut, value holds, tail is new: grow"
+        else:
+            factor, why = 1.0, "witnesses disagree: hold"
+        self.limit = max(self.minimum, min(self.maximum, round(self.limit * factor)))
+        self.reason = f"cut {signals.truncated_share:.0%}, value slope {signals.value_slope:+.3f}, tail repetition {self.repetition:.2f}; {why}"
+        return self.limit
+
+
+@dataclass
+class Probe(Law):
+    """Randomise the limit per request, so that the slope of reward on log limit is causal, and follow the slope.
+
+    l_i ~ U[(1 - jitter) l, (1 + jitter) l]; the slope is averaged over about 10 iterations, because one batch hardly sees it. Growth is
+    `growth` x clip(slope / productive, -1/2, 1); until the average has settled (5 iterations) the law grows at full speed.
+    """
+
+    maximum: int
+    growth: float = 0.12
+    jitter: float = 0.25
+    productive: float = 0.5
+    slope: float = 0.0
+    seen: int = 0
+    minimum: int = 0
+    needs: ClassVar[tuple[str, ...]] = ("rewards", "limits")
+
+    def __post_init__(self) -> None:
+        self.minimum = self.minimum or self.limit
+
+    def draw(self, count: int, rng: random.Random) -> list[int]:
+        low, high = (1 - self.jitter) * self.limit, min(self.maximum, (1 + self.jitter) * self.limit)
+        return [max(1, round(rng.uniform(low, high))) for _ in range(count)]
+
+    def update(self, signals: Signals) -> int:
+        signals = self.checked(signals)
+        logs = [math.log(limit) for limit in signals.limits]
+        mean_log, mean_reward = sum(logs) / len(logs), sum(signals.rewards) / len(logs)
+        variance = sum((x - mean_log) ** 2 for x in logs)
+        slope = sum((x - mean_log) * (r - mean_reward) for x, r in zip(logs, signals.rewards, strict=True)) / variance if variance else 0.0
+        self.seen += 1
+        self.slope += (slope - self.slope) / min(self.seen, 10)
+        share = 1.0 if self.seen < 5 else min(1.0, max(-0.5, self.slope / self.productive))
+        self.limit = max(self.minimum, min(self.maximum, round(self.limit * (1 + self.growth * share))))
+        self.reason = f"dR/dlog l {slope:+.2f} (mean {self.slope:+.2f}): {share:+.0%} of full growth"
+        return self.limit
+
+
+_KEYS = {
+    "fixed": (("limit",), ()),
+    "clock": (("start", "maximum", "duration", "shape"), ("steps",)),
+    "logistic": (("start", "maximum", "step"), ("weights",)),
+    "tail": (("start", "maximum"), ("growth",)),
+    "gated": (("start", "maximum"), ("growth",)),
+    "probe": (("start", "maximum"), ("growth",)),
+}
+_WEIGHTS = {"w0": "w0", "reward": "w_reward", "value_loss": "w_value", "truncation": "w_truncation", "truncation_target": "truncation_target"}
+
+
+def make_law(settings: LawSettings) -> Law:
+    """A law in its first state; raises C2FError for keys that are missing or that this law does not use."""
+    given = settings.model_dump(exclude_none=True)
+    name = given.pop("name")
+    needed, optional = _KEYS[name]
+    missing, extra = [k for k in needed if k not in given], [k for k in given if k not in (*needed, *optional)]
+    if missing or extra:
+        wrong = [f"missing: {', '.join(missing)}"] * bool(missing) + [f"not used by it: {', '.join(extra)}"] * bool(extra)
+        raise C2FError(f"law {name!r}: {'; '.join(wrong)}; it takes {', '.join((*needed, *optional))}")
+    start, maximum = given.get("start", given.get("limit")), given.get("maximum", given.get("limit"))
+    if start > maximum:
+        raise C2FError(f"law {name!r}: start {start} is above maximum {maximum}; expected start <= maximum (tokens)")
+    growth = {"growth": given["growth"]} if "growth" in given else {}
+    if name == "fixed":
+        return Fixed(start)
+    if name == "clock":
+        stages = given.get("steps", [])
+        if (given["shape"] == "steps") != bool(stages):
+            raise C2FError("law 'clock': shape 'steps' and the list `steps` belong together; give both or neither")
+        return Clock(stages[0] if stages else start, maximum, given["duration"], given["shape"], stages)
+    if name == "logistic":
+        weights = given.get("weights", {})
+        if unknown := [k for k in weights if k not in _WEIGHTS]:
+            raise C2FError(f"law 'logistic': unknown weights {', '.join(unknown)}; expected {', '.join(_WEIGHTS)}")
+        return Logistic(start, maximum, given["step"], **{_WEIGHTS[k]: float(v) for k, v in weights.items()})
+    return {"tail": Tail, "gated": Gated, "probe": Probe}[name](start, maximum, **growth)

@@ -1,0 +1,39 @@
+"""Keep library trainers quiet in notebooks: no progress-bar spam, no advice about choices made on purpose."""
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence transformers' and TRL's console output and progress bars inside the block; all of it comes back afterwards."""
+    from transformers.utils import logging as hf_logging
+
+    before, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    trl = logging.getLogger("trl")
+    trl_level = trl.level
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    trl.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        hf_logging.set_verbosity(before)
+        trl.setLevel(trl_level)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def fit(trainer, log: Callable[[dict], None]) -> None:
+    """Run a Hugging Face trainer without its printing and hand its loss rows, {"step", "loss"}, to `log`."""
+    from transformers import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    for row in trainer.state.log_history:
+        if "loss" in row:
+            log({"step": row["step"], "loss": round(row["loss"], 5)})

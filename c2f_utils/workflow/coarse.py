@@ -1,0 +1,111 @@
+"""03: what does RLHF straight on the base give as the limit grows? Also the loop that 04 and 06 reuse."""
+
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import nn
+
+from c2f_utils import evaluate, limits, models, provenance
+from c2f_utils.coarse import CoarseTrainer
+from c2f_utils.config import Coarse
+from c2f_utils.rewards import RewardFunction
+from c2f_utils.rollout import KVDecoder
+from c2f_utils.runs import Run
+from c2f_utils.workflow.inputs import Inputs, keep_samples
+
+
+def trainer(
+    inputs: Inputs,
+    law: limits.Law,
+    folder: Path,
+    *,
+    start: nn.Module | None = None,
+    reward: RewardFunction | None = None,
+    config: Coarse | None = None,
+    seed: int | None = None,
+    evaluated: bool = True,
+) -> CoarseTrainer:
+    """A trainer that continues from the checkpoints in `folder`; it starts from the base model unless `start` is given."""
+    settings = inputs.settings
+    config = config or settings.coarse
+    model = inputs.base() if start is None else start
+    actor = models.add_lora(model, settings.models.lora) if settings.models.lora else model
+    if settings.models.gradient_checkpointing:
+        actor.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.critic == "separate" and config.critic_head == "reward":
+        critic = models.Critic.from_reward(inputs.reward.model, inputs.reward.mean, inputs.reward.std)
+    else:
+        critic = models.Critic(model.config.hidden_size, inputs.base().model if config.critic == "separate" else None)
+    policy = models.ActorCritic(actor, critic.to(models.device(settings.models)))
+    decoder = KVDecoder(actor, inputs.tokenizer, config.tokens_in_cache, settings.data.stop_strings)
+    return CoarseTrainer(
+        policy, reward or inputs.reward, decoder, inputs.prompts("train"), law, config, folder=folder,
+        seed=settings.seed if seed is None else seed, pad_id=inputs.tokenizer.pad_token_id,
+        evaluate=_evaluator(inputs, config) if evaluated else None, stop=inputs.run.here.stop_requested,
+    )  # fmt: skip
+
+
+def _evaluator(inputs: Inputs, config: Coarse):
+    """Metrics on validation problems at a fixed limit, T=1, with the answers to the first few as probes."""
+    prompts = inputs.prompts("validation", config.evaluation_prompts)
+
+    def evaluator(actor: nn.Module) -> dict:
+        samples = inputs.answers(actor, prompts, limit=config.evaluation_tokens)
+        rows = evaluate.rows(samples[: config.probes], "coarse", "sampled_t1", inputs.reward)
+        probes = [{key: row[key] for key in ("prompt", "text", "reward", "tokens", "stop")} for row in rows]
+        return evaluate.measure(samples, inputs.reward) | {"probes": probes}
+
+    return evaluator
+
+
+def train(run: Run, law: limits.Law | None = None, reward: RewardFunction | None = None) -> Iterator[dict]:
+    """Train the Coarse Actor of notebook 03, yielding one metrics row per iteration; a stage done before yields nothing.
+
+    `law` and `reward` may be your own objects; the stage then remembers their source and refuses to mix two of them.
+    """
+    here = run.here
+    if here.loaded:
+        return
+    for name, own in (("law", law), ("reward", reward)):
+        if own is not None:
+            here.add_input(name, provenance.fingerprint({"source": _source(own)}))
+    inputs = Inputs(run)
+    process = trainer(inputs, law or limits.make_law(run.settings.coarse.law), here.path("checkpoints"), reward=reward)
+    here.rewind("metrics.jsonl", "iteration", process.iteration)
+    with here.timer("training"):
+        for row in process:
+            here.log(row)
+            yield row
+    with here.timer("evaluation"):
+        finish(run, inputs, process)
+
+
+def finish(run: Run, inputs: Inputs, process: CoarseTrainer) -> None:
+    """Save the actor, its answers on test problems and the results of 03."""
+    here, actor = run.here, process.policy.actor
+    models.save_model(actor, inputs.tokenizer, here.path("model"))
+    samples = inputs.answers(actor, inputs.prompts("test"))
+    keep_samples(here, evaluate.rows(samples, "coarse", "sampled_t1", inputs.reward), run.settings)
+    here.save_results({"law": type(process.law).__name__.lower()} | summary(process, evaluate.measure(samples, inputs.reward)))
+
+
+def summary(process: CoarseTrainer, final: dict) -> dict:
+    """What 03 and 04 keep of one training run; `final` are test metrics at T=1."""
+    probes = [{"iteration": point["iteration"], **probe} for point in process.curve for probe in point["probes"]]
+    return {
+        "rollout_tokens": process.rollout_tokens,
+        "iterations": process.iteration,
+        "final": final,
+        "curve": [{key: value for key, value in point.items() if key != "probes"} for point in process.curve],
+        "limits": [row["limit"] for row in process.history],
+        "probes": probes,
+    }
+
+
+def _source(thing: object) -> str:
+    """Source text of an object's class or function; its name when it was typed where no source is kept."""
+    try:
+        return inspect.getsource(thing if inspect.isfunction(thing) else type(thing))
+    except (OSError, TypeError):
+        return repr(type(thing))

@@ -1,0 +1,85 @@
+"""What a stage works on: models and prompts of the earlier stages, loaded when first asked for."""
+
+from functools import cached_property
+from pathlib import Path
+
+from torch import nn
+
+from c2f_utils import data, models, rewards, tasks
+from c2f_utils.config import Settings
+from c2f_utils.evaluate import answers, measure
+from c2f_utils.rollout import Prompt, Sample
+from c2f_utils.runs import Run
+
+TRAIN_PROMPTS = 2000
+
+
+class Inputs:
+    """Models, tokenizer and prompts for one run; a missing earlier stage is an error that names the notebook to run."""
+
+    def __init__(self, run: Run):
+        self.run, self.settings = run, run.settings
+
+    @cached_property
+    def base_source(self) -> str:
+        """Folder or hub id of the base model."""
+        return self.settings.models.base or str(self.run.parent("01_base_model").dir / "model")
+
+    @cached_property
+    def instruct_source(self) -> str:
+        return self.settings.models.instruct or str(self.run.parent("05_instruction_model").dir / "model")
+
+    @cached_property
+    def coarse_source(self) -> str:
+        return str(self.run.parent("03_coarse_rlhf").dir / "model")
+
+    @cached_property
+    def tokenizer(self):
+        return models.load_tokenizer(self.base_source, self.settings.models.base_revision)
+
+    def base(self) -> nn.Module:
+        """A fresh copy of the base model; callers may train it."""
+        return models.load_causal(self.base_source, self.settings.models, self.settings.models.base_revision)
+
+    def instruct(self) -> nn.Module:
+        return models.load_causal(self.instruct_source, self.settings.models)
+
+    def coarse(self) -> nn.Module:
+        """The Coarse Actor as one ordinary model (adapters merged)."""
+        return models.load_actor(Path(self.coarse_source), self.settings.models)
+
+    @cached_property
+    def reward(self) -> rewards.RewardModel:
+        """The reward model with the normalisation that notebook 02 measured on base samples."""
+        stage = self.run.parent("02_reward_model")
+        found = stage.results()
+        source = self.settings.models.reward or stage.dir / "model"
+        return rewards.load_reward_model(source, self.settings, self.tokenizer.pad_token_id, found["mean"], found["std"])
+
+    def prompts(self, split: tasks.Split, count: int | None = None) -> list[Prompt]:
+        """Prompts of a split; the default counts are those of the settings."""
+        sizes = {"train": TRAIN_PROMPTS, "validation": self.settings.data.validation_prompts, "test": self.settings.data.test_prompts}
+        return data.prompts(self.settings, split, count or sizes[split], self.tokenizer)
+
+    def answers(self, model: nn.Module, prompts: list[Prompt], decoding: str = "sampled_t1", limit: int | None = None) -> list[Sample]:
+        """One answer per prompt under the evaluation's limit (tokens) and this run's seed."""
+        limit = limit or self.settings.evaluation.max_tokens
+        return answers(model, self.tokenizer, prompts, decoding, limit, self.settings.seed, self.settings.data.stop_strings)
+
+    def measured(self, model: nn.Module, prompts: list[Prompt], decoding: str = "sampled_t1", limit: int | None = None) -> dict:
+        return measure(self.answers(model, prompts, decoding, limit), self.reward)
+
+
+def keep_samples(stage, table: list[dict], settings: Settings) -> None:
+    """Replace a stage's samples.jsonl by the first `samples_kept` answers of each model and decoding."""
+    from c2f_utils.files import write_text
+    import json
+
+    seen: dict[tuple, int] = {}
+    lines = []
+    for row in table:
+        key = (row["model"], row["decoding"])
+        seen[key] = seen.get(key, 0) + 1
+        if seen[key] <= settings.evaluation.samples_kept:
+            lines.append(json.dumps(row, ensure_ascii=False))
+    write_text(stage.path("samples.jsonl"), "".join(line + "\n" for line in lines))

@@ -1,0 +1,62 @@
+"""04: which law for l(t) buys most reward per generated token?"""
+
+from c2f_utils import evaluate, limits
+from c2f_utils.files import read_json, write_json
+from c2f_utils.models import save_model
+from c2f_utils.runs import Run
+from c2f_utils.workflow import coarse
+from c2f_utils.workflow.inputs import Inputs
+
+REUSED = "logistic"  # the name under which the law of 03 appears
+KEPT_MODEL = "fixed_long"  # the actor whose residue is a control in 06
+
+
+def make(run: Run, on_start=lambda name, seed: None) -> dict:
+    """Train one actor per law (and seed, with study=True) and compare; each finished one is kept, so a killed study continues."""
+    here, settings = run.here, run.settings
+    if here.loaded:
+        return here.results()
+    inputs = Inputs(run)
+    laws = dict(settings.schedules.laws) | (settings.schedules.study_laws if settings.study else {})
+    for law in laws.values():
+        limits.make_law(law)  # refuse all impossible laws before the first one trains
+    seeds = sorted({settings.seed, *settings.schedules.study_seeds}) if settings.study else [settings.seed]
+    results = {"laws": {}}
+    for name, law in {REUSED: settings.coarse.law, **laws}.items():
+        by_seed = {}
+        for seed in seeds:
+            if here.stop_requested():
+                break
+            on_start(name, seed)
+            reuse = name == REUSED and seed == settings.seed
+            by_seed[str(seed)] = run.parent("03_coarse_rlhf").results() if reuse else _one(run, inputs, name, law, seed)
+        results["laws"][name] = {"label": label(law), "law": law.model_dump(exclude_none=True), "seeds": by_seed}
+    here.save_results(results)
+    return results
+
+
+def _one(run: Run, inputs: Inputs, name: str, law, seed: int) -> dict:
+    here = run.here
+    done = here.path("laws", f"{name}-s{seed}.json")
+    if done.exists():
+        return read_json(done)
+    process = coarse.trainer(inputs, limits.make_law(law), here.path("checkpoints", f"{name}-s{seed}"), seed=seed)
+    with here.timer(name):
+        for row in process:
+            here.log({"law": name, "seed": seed, **row})
+    if here.stop_requested():
+        return coarse.summary(process, {})
+    final = evaluate.measure(inputs.answers(process.policy.actor, inputs.prompts("test")), inputs.reward)
+    if name == KEPT_MODEL and seed == run.settings.seed:
+        save_model(process.policy.actor, inputs.tokenizer, here.path("model"))
+    result = coarse.summary(process, final)
+    write_json(done, result)
+    return result
+
+
+def label(law) -> str:
+    """A short name for figures, with the law's own numbers."""
+    if law.name == "fixed":
+        return f"fixed {law.limit}"
+    shape = f" {law.shape}" if law.shape else ""
+    return f"{law.name}{shape} {law.start or ''}-{law.maximum or ''}"

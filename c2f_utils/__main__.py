@@ -49,11 +49,14 @@ def _table(options: argparse.Namespace) -> int:
 def _merge(options: argparse.Namespace) -> int:
     from c2f_utils.merge import load_recipe, plan_merge, run_merge
 
-    recipe = load_recipe(options.recipe)
+    plan = plan_merge(load_recipe(options.recipe))
     if options.plan:
-        print(plan_merge(recipe))
-    else:
-        print(run_merge(recipe, options.out, resume=options.resume))
+        print(plan.table().to_string(index=False))
+        size = f"{plan.bytes_read / 2**20:.1f} MiB to read, {plan.bytes_written / 2**20:.1f} MiB to write"
+        print("\n".join([*plan.notes, f"{size}; nothing was written"]))
+        return 0
+    report = run_merge(plan, options.out, resume=options.resume)
+    print("\n".join([*report.warnings, f"{report.formula}\nwritten to {report.out_dir}"]))
     return 0
 
 

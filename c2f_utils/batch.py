@@ -169,8 +169,11 @@ def _assigned(assignments: Sequence[str], known: dict[str, parameters.Parameter]
         name, equals, value = text.partition("=")
         if not equals:
             raise C2FError(f"-p {text}: expected name=value, e.g. -p seed=1 or -p coarse.iterations=5")
-        if "." in name:
-            values.setdefault("overrides", {})[name] = parameters.literal(value)
+        if "." in name or name == "overrides":
+            found = parameters.literal(value)
+            if name == "overrides" and not isinstance(found, dict):
+                raise C2FError(f"-p {text}: expected a dict, e.g. -p \"overrides={{'coarse.iterations': 5}}\"")
+            values.setdefault("overrides", {}).update(found if name == "overrides" else {name: found})
         else:
             values[name] = known[name].parse(value) if name in known else value
     return values

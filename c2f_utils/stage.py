@@ -301,9 +301,10 @@ class Stage:
 
     def release(self) -> None:
         """Stop the heartbeat and give up the claim without a verdict; the stage can be continued."""
-        if self._over:
-            self._over.set()
-        self._over = None
+        with self._writing:  # a beat under way ends first: its late write must not land on what follows
+            if self._over:
+                self._over.set()
+            self._over = None
         if _AT_WORK.get(self.dir) is self:
             del _AT_WORK[self.dir]
         claims.release(self._claim)

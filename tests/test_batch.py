@@ -67,6 +67,7 @@ def test_a_run_leaves_an_executed_notebook_a_log_and_one_line(project, capsys):
         (["01", "-p", "study=false"], "write False, without quotes"),
         (["01", "-p", "seed=one"], "seed = 'one' is text; expected int"),
         (["01", "-p", "seed"], "expected name=value"),
+        (["01", "-p", "overrides=many"], "expected a dict"),
         (["01", "--seed", "1", "-p", "seed=2"], "given twice"),
         (["01", "-p", "pretrain.tokens=many"], "pretrain.tokens"),
         (["01", "-p", "pretrain.tokns=5"], "pretrain.tokns"),
@@ -270,3 +271,10 @@ def test_the_table_command_lists_runs(project, capsys):
     capsys.readouterr()
     assert main(["table", "--run-id", "r"]) == 0
     assert BASE in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [[], ["--plan"], ["--resume"]])
+def test_a_bad_recipe_is_refused_in_words(tmp_path, capsys, flags):
+    (tmp_path / "recipe.yaml").write_text("base: nowhere\n")
+    assert main(["merge", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "out"), *flags]) == batch.BAD_INPUT
+    assert capsys.readouterr().err.startswith("c2f: ") and not (tmp_path / "out").exists()

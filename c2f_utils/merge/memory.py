@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from c2f_utils.errors import problems
-from c2f_utils.merge import names, philox, statistics
+from c2f_utils.merge import names, philox, ranges, statistics
 from c2f_utils.merge.compute import apply, make_piece, recipe_weights
 from c2f_utils.merge.kernels import BLOCK, Statistics
 from c2f_utils.merge.operators import Operator, resolve
@@ -30,8 +30,10 @@ class _Held:
     def __init__(self, models: dict[str, Tensor]) -> None:
         self.models = {role: tensor.detach().reshape(-1) for role, tensor in models.items()}
 
-    def load(self, start: int, stop: int, workspace: Workspace | None = None) -> Loaded:
-        return Loaded(start, {role: tensor[start:stop] for role, tensor in self.models.items()}, {})
+    def load(
+        self, start: int, stop: int, workspace: Workspace | None = None, roles: tuple[str, ...] | None = None
+    ) -> Loaded:
+        return Loaded(start, {role: self.models[role][start:stop] for role in roles or self.models}, {})
 
 
 def merge_state_dicts(
@@ -65,7 +67,7 @@ def merge_state_dicts(
             roles = {"instruct": instruct, **models}
             work[name] = (_Held({role: model[name] for role, model in roles.items()}), tensor.numel())
     with Workers(1) as workers:
-        targets = [statistics.Target(name, held, count) for name, (held, count) in work.items() if count]
+        targets = [ranges.Target(name, held, count) for name, (held, count) in work.items() if count]
         found = {}
         if operator.statistics:
             stats = statistics.gather(operator, options, targets, len(several), recipe.seed, 1 << 20, workers)
@@ -94,10 +96,8 @@ def _merge(
     code = _out_code(recipe, tensor.dtype)
     out = torch.empty(count, dtype=TORCH[code])
     matrix = operator.matrix and tensor.dim() == 2
-    for low, high in [(0, count)] if matrix else statistics.blocks(0, count):
-        piece = make_piece(
-            held.load(low, high), recipe_weights(recipe), name, tuple(tensor.shape), low, high, stats, recipe.seed
-        )
+    for low, high in [(0, count)] if matrix else ranges.blocks(0, count):
+        piece = make_piece(held.load(low, high), recipe, name, tuple(tensor.shape), low, high, stats)
         part = apply(operator, options, piece, c)
         out[low:high] = round_to(part, code, recipe.out_dtype == "bfloat16_stochastic", recipe.seed, name, low)
     return out.view(tensor.shape)

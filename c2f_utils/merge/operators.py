@@ -15,10 +15,10 @@ from c2f_utils.merge.kernels import Kernel
 class Operator:
     """A kernel and what it asks of the plan.
 
-    `reads`: the models it needs. `statistics`: subset of {"gram", "thresholds"}. `options`: keys with default values.
-    `zero_is_instruct`: c = 0 gives instruct, so bytes are copied. `one_is_coarse`: c = 1 gives coarse, likewise.
-    `several`: takes more than one coarse model. `matrix`: the kernel gets whole 2-D tensors (others are merged as
-    `residue`).
+    `reads`: the models it needs. `statistics`: a choice of "gram", "thresholds" (of residues), "instruct_threshold".
+    `options`: keys with default values. `zero_is_instruct`: c = 0 gives instruct, so bytes are copied; `one_is_coarse`:
+    c = 1 gives coarse, likewise. `several`: takes more than one coarse model. `matrix`: the kernel gets whole 2-D
+    tensors (others are merged as `residue`).
     """
 
     name: str
@@ -32,6 +32,7 @@ class Operator:
     several: bool = False
     matrix: bool = False
     negative: bool = True  # whether c < 0 means anything
+    hides: bool = True  # whether a NaN of an input may vanish from the result, so that inputs must be looked at too
     check: Callable[[Mapping[str, object]], list[str]] | None = None
     builtin: bool = False
 
@@ -62,12 +63,13 @@ def _check_rank(options: Mapping[str, object]) -> list[str]:
 
 
 _BUILT_IN = (
-    Operator("residue", kernels.residue, "instruct + c * r", zero_is_instruct=True, several=True),
+    Operator("residue", kernels.residue, "instruct + c * r", hides=False, zero_is_instruct=True, several=True),
     Operator(
         "lerp",
         kernels.lerp,
         "(1 - c) * instruct + c * coarse",
         reads=("instruct", "coarse"),
+        hides=False,
         zero_is_instruct=True,
         one_is_coarse=True,
     ),
@@ -76,6 +78,7 @@ _BUILT_IN = (
         kernels.slerp,
         "base + slerp(d_I, r; c) per tensor",
         statistics=("gram",),
+        hides=False,
         zero_is_instruct=True,
         one_is_coarse=True,
     ),
@@ -103,7 +106,7 @@ _BUILT_IN = (
         kernels.ties,
         "base + elected mean of top(d_I), top(d_k) with weights 1, c",
         {"density": 0.2, "scope": "tensor"},
-        statistics=("thresholds",),
+        statistics=("thresholds", "instruct_threshold"),
         several=True,
         negative=False,
         check=_check_density,
@@ -113,6 +116,7 @@ _BUILT_IN = (
         kernels.orthogonal,
         "instruct + c * (r - proj(r on d_I))",
         statistics=("gram",),
+        hides=False,
         zero_is_instruct=True,
         several=True,
     ),
@@ -155,8 +159,8 @@ def register_operator(
         found.append(f"{name!r} is a built-in operator; choose another name")
     if not name.isidentifier():
         found.append(f"{name!r} is not a plain name; use letters, digits and underscores")
-    if unknown := sorted(set(statistics) - {"gram", "thresholds"}):
-        found.append(f"statistics {unknown} are unknown; expected gram or thresholds")
+    if unknown := sorted(set(statistics) - {"gram", "thresholds", "instruct_threshold"}):
+        found.append(f"statistics {unknown} are unknown; expected gram, thresholds or instruct_threshold")
     if "thresholds" in statistics and "density" not in options:
         found.append("statistics thresholds needs the option density")
     if "name" in options:

@@ -20,6 +20,18 @@ def bits(seed: int, stream: str, start: int, count: int, width: int) -> np.ndarr
     return words.view(np.uint16 if width == 16 else np.uint32)[start - first * lanes :][:count]
 
 
+def scattered(seed: int, stream: str, positions: np.ndarray) -> np.ndarray:
+    """Give 32 random bits for single elements, as uint32: a mixing function (splitmix64) of key and position.
+
+    Used where few elements of a block need one, because a Philox block costs the same for one element as for all.
+    """
+    key = hashlib.sha256(f"{seed}|{stream}".encode()).digest()
+    word = positions.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.frombuffer(key[:8], np.uint64)
+    word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((word ^ (word >> np.uint64(31))) >> np.uint64(32)).astype(np.uint32)
+
+
 def normal(seed: int, stream: str, count: int) -> np.ndarray:
     """Give `count` standard normal float32 numbers for a whole tensor; not addressable by element, so never used in a
     stream.

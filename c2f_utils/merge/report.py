@@ -104,7 +104,7 @@ def build_report(
     for placement in plan.placements:
         tally = tallies.get(placement.name, Tally())
         family = names.family_of(placement.name)
-        families.setdefault(family, []).append(tally.row)
+        families.setdefault(family, []).append(tuple(_scale(placement, tally) * value for value in tally.row))
         rows.append(_row(placement, tally, family, statistics))
     survival = {family: Tally.total(found).survival for family, found in families.items()}
     return Report(
@@ -123,9 +123,15 @@ def build_report(
     )
 
 
+def _scale(placement: Placement, tally: Tally) -> float:
+    """Large tensors are measured in part; sums over them are scaled up."""
+    return placement.merged / tally.elements if tally.elements else 0.0
+
+
 def _row(placement: Placement, tally: Tally, family: str, statistics: dict[str, dict]) -> dict:
     reads_base = "base" in placement.sources and tally.elements > 0
     stats = statistics.get(placement.name) or statistics.get("*")
+    scale = _scale(placement, tally)
     thresholds = decode_statistics(stats).thresholds if stats and placement.merged else ()
     return {
         "tensor": placement.name,
@@ -136,15 +142,16 @@ def _row(placement: Placement, tally: Tally, family: str, statistics: dict[str, 
         "action": placement.action,
         "dtype": placement.dtype,
         "elements": placement.numel,
-        "norm_instruct": tally.instruct**0.5 if reads_base else None,
-        "norm_coarse": tally.coarse**0.5 if reads_base else None,
+        "measured": tally.elements / placement.merged if placement.merged else None,
+        "norm_instruct": (scale * tally.instruct) ** 0.5 if reads_base else None,
+        "norm_coarse": (scale * tally.coarse) ** 0.5 if reads_base else None,
         "cosine": tally.cosine if reads_base else None,
-        "norm_change": tally.wanted**0.5,
-        "changed": tally.changed / placement.merged if placement.merged else 0.0,
-        "stored_changed": tally.stored_changed / placement.merged if placement.merged else 0.0,
+        "norm_change": (scale * tally.wanted) ** 0.5,
+        "changed": tally.changed / tally.elements if tally.elements else 0.0,
+        "stored_changed": tally.stored_changed / tally.elements if tally.elements else 0.0,
         "survival": tally.survival,
         "rounding_error": (tally.error / tally.wanted) ** 0.5 if tally.wanted > 0 else None,
-        "density": [threshold.density for threshold in thresholds] or None,
+        "density": [threshold.density for threshold in thresholds if threshold.value >= 0] or None,
     }
 
 

@@ -17,12 +17,11 @@ from c2f_utils.merge import philox
 
 TORCH = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool, "U16":
-    torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
 }  # fmt: skip
-_ROW = (
-    4096  # elements summed in float32 before float64 takes over; fixed, so that sums do not depend on chunks or threads
-)
+_ROW = 4096  # elements summed in float32 before float64 takes over; fixed: sums must not depend on chunks or threads
+_SATURATING = 3.38e38  # below it, no rounding up can leave bfloat16's range
 
 
 def round_to(merged: Tensor, dtype: str, stochastic: bool, seed: int, name: str, start: int) -> Tensor:
@@ -38,16 +37,15 @@ def stochastic_bfloat16(values: Tensor, bits: np.ndarray) -> Tensor:
     Adding 16 random bits below the kept ones and cutting carries with just that probability, across exponents too.
     Finite values never become infinite (they saturate); infinities and NaN pass untouched.
     """
-    raw = values.contiguous().view(torch.int32)
-    magnitude = raw & 0x7FFFFFFF
-    moved = torch.clamp(magnitude + torch.from_numpy(bits.astype(np.int32)), max=0x7F7FFFFF)
-    moved = torch.where(magnitude >= 0x7F800000, magnitude, moved)
-    top = ((moved | (raw & -0x80000000)) >> 16).to(torch.int16)
-    rounded = top.view(torch.bfloat16)
-    special = magnitude > 0x7F800000  # a NaN whose payload sits in the lower half would turn into an infinity
-    return (
-        torch.where(special, torch.tensor(math.nan, dtype=torch.bfloat16), rounded) if bool(special.any()) else rounded
-    )
+    raw = values.contiguous().view(torch.int32).numpy()
+    moved = raw + bits.astype(np.int32)  # sign and magnitude: adding to the pattern moves away from zero on both sides
+    least, most = (float(bound) for bound in torch.aminmax(values)) if values.numel() else (0.0, 0.0)
+    if not (least > -_SATURATING and most < _SATURATING):
+        magnitude, sign = raw & 0x7FFFFFFF, raw & np.int32(-(2**31))
+        kept = np.minimum(magnitude + bits.astype(np.int32), 0x7F7FFFFF)
+        kept = np.where(magnitude >= 0x7F800000, magnitude | (magnitude > 0x7F800000).astype(np.int32) << 22, kept)
+        moved = kept.astype(np.int32) | sign
+    return torch.from_numpy((moved >> 16).astype(np.int16)).view(torch.bfloat16)
 
 
 def inner(left: Tensor, right: Tensor) -> float:

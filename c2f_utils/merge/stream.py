@@ -16,21 +16,18 @@ import time
 import zlib
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
-from math import isfinite
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from c2f_utils import files as small_files
 from c2f_utils.errors import C2FError, problems
-from c2f_utils.merge import statistics
+from c2f_utils.merge import ranges, statistics
 from c2f_utils.merge.checkpoint import INDEX, stamp
-from c2f_utils.merge.compute import apply, copied_row, make_piece, overflow_row, recipe_weights
+from c2f_utils.merge.compute import Done, Task, merge_chunk
 from c2f_utils.merge.headers import ITEM_BYTES, read_header
 from c2f_utils.merge.journal import Journal
-from c2f_utils.merge.kernels import BLOCK, Statistics
+from c2f_utils.merge.kernels import BLOCK
 from c2f_utils.merge.plan import Placement, Plan, Segment
 from c2f_utils.merge.report import (
     REPORT,
@@ -41,31 +38,11 @@ from c2f_utils.merge.report import (
     load_report,
     model_card,
 )
-from c2f_utils.merge.rounding import Tally, measure, round_to
-from c2f_utils.merge.sources import Files, Loaded, Opened, Workspace, as_tensor
+from c2f_utils.merge.rounding import Tally
+from c2f_utils.merge.sources import Files, Opened, Workspace
 from c2f_utils.merge.workers import Workers
 
 SPAN = 1 << 24  # elements per journal line; fixed, because a resumed merge may use another chunk size
-
-
-@dataclass(frozen=True)
-class Task:
-    """One chunk of one span."""
-
-    placement: Placement
-    segment: Segment
-    opened: Opened
-    stats: Statistics | None
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True)
-class Done:
-    """What a chunk leaves: one tally row and one checksum per block."""
-
-    rows: list[tuple[float, ...]]
-    checks: list[int]
 
 
 def run_merge(
@@ -217,7 +194,7 @@ class _Merge:
             placement = by_name[name]
             size = ITEM_BYTES[placement.dtype]
             checks = []
-            for low, high in statistics.blocks(start, stop):
+            for low, high in ranges.blocks(start, stop):
                 view = workspace.bytes("recheck", (high - low) * size)
                 os.preadv(self.outputs[placement.file], [view], placement.offset + low * size)
                 checks.append(zlib.crc32(view))
@@ -242,9 +219,7 @@ class _Merge:
             return bool(np.array_equal(*parts))
 
         items = [
-            (pair, low, high)
-            for pair in self.plan.equal
-            for low, high in statistics.chunks(0, pair[0].numel, self.chunk)
+            (pair, low, high) for pair in self.plan.equal for low, high in ranges.chunks(0, pair[0].numel, self.chunk)
         ]
         for (pair, _, _), equal in zip(items, workers.map(same, items), strict=True):
             if not equal:
@@ -262,15 +237,17 @@ class _Merge:
     def _merge_all(self, inputs: Files, workers: Workers) -> None:
         operator, options = self.plan.operator, self.plan.options
         opened = {placement.name: Opened(placement.sources, inputs) for placement in self.plan.placements}
-        targets = {
-            p.name: statistics.Target(p.name, opened[p.name], p.merged) for p in self.plan.placements if p.merged
-        }
+        targets = {p.name: ranges.Target(p.name, opened[p.name], p.merged) for p in self.plan.placements if p.merged}
         if operator.statistics and options.get("scope") == "global" and targets:
             if "*" not in self.statistics:
                 self._gather("*", list(targets.values()), workers)
+
+        def chunk(task: Task, workspace: Workspace) -> Done:
+            return merge_chunk(self.plan, task, self.outputs, workspace)
+
         waiting: deque[Task] = deque()
         rows, checks = [], []
-        for done in workers.map(self._chunk, self._tasks(opened, targets, workers, waiting)):
+        for done in workers.map(chunk, self._tasks(opened, targets, workers, waiting)):
             task = waiting.popleft()
             rows += done.rows
             checks += done.checks
@@ -290,7 +267,7 @@ class _Merge:
                 self.spans[task.placement.name, start] = line
                 rows, checks = [], []
 
-    def _gather(self, name: str, targets: list[statistics.Target], workers: Workers) -> None:
+    def _gather(self, name: str, targets: list[ranges.Target], workers: Workers) -> None:
         recipe = self.plan.recipe
         found = statistics.gather(
             self.plan.operator, self.plan.options, targets, len(recipe.coarse_models), recipe.seed, self.chunk, workers
@@ -310,65 +287,10 @@ class _Merge:
                         if "*" not in self.statistics and placement.name not in self.statistics:
                             self._gather(placement.name, [targets[placement.name]], workers)
                         stats = decode_statistics(self.statistics.get(placement.name) or self.statistics["*"])
-                    for low, high in (
-                        [(start, stop)] if placement.rank_two else statistics.chunks(start, stop, self.chunk)
-                    ):
+                    for low, high in [(start, stop)] if placement.rank_two else ranges.chunks(start, stop, self.chunk):
                         task = Task(placement, segment, opened[placement.name], stats, low, high)
                         waiting.append(task)
                         yield task
-
-    def _chunk(self, task: Task, workspace: Workspace) -> Done:
-        placement = task.placement
-        size = ITEM_BYTES[placement.dtype]
-        taken = {"instruct": "instruct", "coarse": "coarse.0"}.get(task.segment.kind)
-        source = placement.sources[taken] if taken else None
-        loaded = task.opened.load(task.start, task.stop, workspace, (taken,) if taken else None)
-        if source and source.info.dtype == placement.dtype and not source.delta:
-            out = workspace.bytes("out", 0)
-            view = loaded.raw[taken].view(torch.uint8).numpy() if task.stop > task.start else out
-            rows = [
-                copied_row(loaded, placement, taken, low, high)
-                for low, high in statistics.blocks(task.start, task.stop)
-            ]
-        else:
-            view = workspace.bytes("out", (task.stop - task.start) * size)
-            rows = self._compute(task, loaded, taken, as_tensor(view, placement.dtype))
-        position = placement.offset + task.start * size
-        written = 0
-        while written < view.nbytes:
-            written += os.pwrite(self.outputs[placement.file], view[written:], position + written)
-        checks = [
-            zlib.crc32(view[(low - task.start) * size : (high - task.start) * size])
-            for low, high in statistics.blocks(task.start, task.stop)
-        ]
-        return Done(rows, checks)
-
-    def _compute(self, task: Task, loaded: Loaded, taken: str | None, out: torch.Tensor) -> list[tuple[float, ...]]:
-        recipe, placement = self.plan.recipe, task.placement
-        rows = []
-        ranges = [(task.start, task.stop)] if placement.rank_two else statistics.blocks(task.start, task.stop)
-        for low, high in ranges:
-            piece = make_piece(
-                loaded, recipe_weights(recipe), placement.name, placement.shape, low, high, task.stats, recipe.seed
-            )
-            merged = (
-                loaded.read(taken, low, high)
-                if taken
-                else apply(self.plan.operator, self.plan.options, piece, placement.coefficient)
-            )
-            part = out[low - task.start : high - task.start]
-            if recipe.out_dtype == "bfloat16_stochastic":
-                part.copy_(round_to(merged, placement.dtype, True, recipe.seed, placement.name, low))
-            else:
-                part.copy_(merged)
-            deltas = (piece.instruct_residue, piece.residue) if not taken and "base" in loaded.raw else None
-            instruct = merged if taken else piece.instruct
-            row = measure(merged, part, instruct, deltas)
-            if not all(map(isfinite, row)):
-                loaded.blame(placement.name, low, high)
-                row = overflow_row(self.plan, placement, merged, part, instruct, deltas, low)
-            rows.append((row[0], *(0.0,) * 8) if taken else row)
-        return rows
 
     def _commit(self) -> Report:
         """Write the small files, flush, and make the folder appear under its final name in one step."""

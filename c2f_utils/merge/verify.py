@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 
 from c2f_utils.errors import C2FError, problems
-from c2f_utils.merge.compute import apply, make_piece, recipe_weights
+from c2f_utils.merge.compute import apply, make_piece
 from c2f_utils.merge.headers import ITEM_BYTES, TensorInfo, read_header
 from c2f_utils.merge.kernels import Piece
 from c2f_utils.merge.plan import Placement, Plan, plan_merge
@@ -144,8 +144,8 @@ def _compare(out_dir: Path, plan: Plan, report: Report, placement: Placement, st
         wanted = exact.read("instruct" if segment.kind == "instruct" else "coarse.0")
         scale = wanted.abs()
     else:
-        weights, stats = recipe_weights(plan.recipe), report.get_statistics(placement.name)
-        piece = make_piece(exact, weights, placement.name, placement.shape, low, high, stats, plan.recipe.seed)
+        stats = report.get_statistics(placement.name)
+        piece = make_piece(exact, plan.recipe, placement.name, placement.shape, low, high, stats)
         wanted = apply(plan.operator, plan.options, piece, placement.coefficient)
         scale = piece.instruct.abs() + wanted.abs() + sum(part.abs() for part in _terms(piece, plan))
     wanted, scale = wanted[start - low : stop - low], scale[start - low : stop - low]

@@ -1,0 +1,222 @@
+"""Exact magnitude thresholds in bounded memory.
+
+A threshold is the k-th largest |d|. A sample brackets it, one pass counts what lies above the bracket and collects what
+lies inside, and the k-th is chosen among those. It is exact, so it cannot depend on chunks, threads or luck: a bad
+bracket only costs another pass.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from c2f_utils.errors import C2FError
+from c2f_utils.merge import philox
+from c2f_utils.merge.kernels import Threshold
+from c2f_utils.merge.ranges import Target, blocks, chunks
+from c2f_utils.merge.sources import Loaded, Workspace
+from c2f_utils.merge.workers import Workers
+
+COLLECT = 3 << 20  # float32 values held at most per threshold (12 MB)
+KEEP_ALL, KEEP_NONE = Threshold(-1.0, 0, 1.0), Threshold(math.inf, 0, 0.0)
+_RUNS, _RUN = 256, 4096  # sampled runs of consecutive elements, spread evenly
+_MARGIN = 18.0  # standard errors of a sample quantile; far more than chance needs, as the elements of a run are alike
+
+
+def thresholds(
+    targets: list[Target], first: int, models: int, density: float, seed: int, chunk: int, workers: Workers
+) -> tuple[Threshold, ...]:
+    """Give the thresholds that keep the share `density` of |d| over all targets together.
+
+    Index 0 of the result is d_I's, k + 1 that of residue k; with `first` = 1 d_I is not asked for and kept whole.
+    Raises C2FError for NaN, infinity and residues beyond float32.
+    """
+    total = sum(target.count for target in targets)
+    wanted = 0 if density <= 0 else max(1, int(density * total))
+    skipped = (KEEP_ALL,) * first
+    if wanted == 0 or total == 0:
+        return skipped + (KEEP_NONE,) * (models + 1 - first)
+    if wanted >= total:
+        return (KEEP_ALL,) * (models + 1)
+    roles = ["delta.instruct", *(f"delta.coarse.{k}" for k in range(models))][first:]
+    searches = {role: _Search(wanted) for role in roles}
+    if total > COLLECT:
+        for role, sample in _sample(targets, total, roles).items():
+            searches[role].aim(sample, wanted / total)
+    while left := {role: search for role, search in searches.items() if search.value is None}:
+        _count(targets, left, chunk, workers)
+    found = []
+    for index, role in enumerate(roles, start=first):
+        found.append(_settle(searches[role], targets, total, role, f"tie:{index}", seed))
+    return skipped + tuple(found)
+
+
+@dataclass
+class _Search:
+    """The state of one search: the `wanted`-th largest lies within low .. high, `pivot` is the best guess."""
+
+    wanted: int
+    low: float = 0.0
+    high: float = math.inf
+    pivot: float = math.nan
+    value: float | None = None
+    greater: int = 0  # elements above the value found
+    tied: int = 0  # elements equal to it
+    above: int = 0
+    inside: int = 0
+    stride: int = 1
+    values: list[np.ndarray] = field(default_factory=list)
+
+    def start_pass(self) -> None:
+        self.above = self.inside = 0
+        self.stride, self.values = 1, []
+
+    def take(self, above: int, values: np.ndarray) -> None:
+        """Count, and hold the values inside the bracket, thinned when they are too many."""
+        self.above += above
+        self.inside += values.size
+        self.values.append(values[:: self.stride])
+        while sum(part.size for part in self.values) > COLLECT:
+            self.stride *= 2
+            self.values = [np.concatenate([part[::2] for part in self.values])]
+
+    def finish_pass(self, more: int, equal: int) -> None:
+        """Settle, or narrow the bracket around the wanted rank; `more` and `equal` are exact counts for the pivot."""
+        if more < self.wanted <= more + equal:
+            self.value, self.greater, self.tied = self.pivot, more, equal
+        elif self.above < self.wanted <= self.above + self.inside and self.stride == 1:
+            found = np.concatenate(self.values)
+            rank = found.size - (self.wanted - self.above)
+            found.partition(rank)
+            self.value = float(found[rank])
+            self.greater = self.above + int(np.count_nonzero(found > self.value))
+            self.tied = int(np.count_nonzero(found == self.value))
+        elif self.above >= self.wanted:  # the sample misled: look above the bracket
+            self._narrow(_after(self.high), math.inf, 0.5)
+        elif self.above + self.inside < self.wanted:  # ... or below it
+            self._narrow(0.0, _before(self.low), 0.5)
+        elif self.wanted <= more:
+            self._narrow(_after(self.pivot), self.high, (self.wanted - self.above) / (more - self.above))
+        else:
+            rest = self.above + self.inside - more - equal
+            self._narrow(self.low, _before(self.pivot), (self.wanted - more - equal) / rest)
+
+    def _narrow(self, low: float, high: float, share: float) -> None:
+        self.low, self.high = low, high
+        sample = np.concatenate(self.values)
+        self.aim(sample[(sample >= low) & (sample <= high)], share)
+
+    def aim(self, sample: np.ndarray, share: float) -> None:
+        """Choose pivot and bracket from a sample in which the wanted share lies above the threshold."""
+        if not sample.size:
+            self.pivot = self.low
+            return
+        sample = np.sort(sample)
+        share = min(1.0, max(0.0, share))
+        centre = min(sample.size - 1, max(0, round(sample.size * (1 - share)) - 1))
+        margin = round(_MARGIN * math.sqrt(sample.size * share * (1 - share))) + 32
+        self.pivot = float(sample[centre])
+        if centre - margin >= 0:
+            self.low = max(self.low, float(sample[centre - margin]))
+        if centre + margin < sample.size:
+            self.high = min(self.high, float(sample[centre + margin]))
+
+
+def _after(value: float) -> float:
+    return float(np.nextafter(np.float32(value), np.float32(math.inf)))
+
+
+def _before(value: float) -> float:
+    return float(np.nextafter(np.float32(value), np.float32(-math.inf)))
+
+
+def _models(roles: list[str]) -> tuple[str, ...]:
+    return ("base", *(role.removeprefix("delta.") for role in roles))
+
+
+def _sizes(target: Target, loaded: Loaded, role: str, low: int, high: int) -> np.ndarray:
+    delta = loaded.read(role, low, high)
+    if not math.isfinite(float(delta.sum())) and not bool(np.isfinite(delta.numpy()).all()):
+        loaded.blame(target.name, low, high)
+        where = f"elements {low} to {high}"
+        raise C2FError(f"tensor {target.name!r}: a residue overflows float32 at {where}; mend the models")
+    return np.abs(delta.numpy())
+
+
+def _sample(targets: list[Target], total: int, roles: list[str]) -> dict[str, np.ndarray]:
+    workspace, first = Workspace(), 0
+    step = (total - _RUN) / (_RUNS - 1)
+    positions = [int(number * step) for number in range(_RUNS)]
+    drawn: dict[str, list[np.ndarray]] = {role: [] for role in roles}
+    for target in targets:
+        for position in positions:
+            if first <= position < first + target.count:
+                low, high = position - first, min(target.count, position - first + _RUN)
+                loaded = target.reader.load(low, high, workspace, _models(roles))
+                for role, sizes in drawn.items():
+                    sizes.append(_sizes(target, loaded, role, low, high))
+        first += target.count
+    return {role: np.concatenate(sizes) for role, sizes in drawn.items()}
+
+
+def _count(targets: list[Target], searches: dict[str, _Search], chunk: int, workers: Workers) -> None:
+    """One pass over the data for all thresholds still open."""
+    bounds = {role: (search.low, search.high, search.pivot) for role, search in searches.items()}
+    needed = _models(list(searches))
+
+    def tally(piece: tuple[Target, int, int], workspace: Workspace) -> dict[str, tuple[int, np.ndarray, int, int]]:
+        target, start, stop = piece
+        loaded = target.reader.load(start, stop, workspace, needed)
+        above, inside = dict.fromkeys(bounds, 0), {role: [] for role in bounds}
+        for low, high in blocks(start, stop):
+            for role, (least, most, _) in bounds.items():
+                size = _sizes(target, loaded, role, low, high)
+                over = size > most
+                above[role] += int(np.count_nonzero(over))
+                inside[role].append(size[(size >= least) & ~over])
+        found = {}
+        for role, (_, _, pivot) in bounds.items():
+            values = np.concatenate(inside[role])
+            more, equal = np.count_nonzero(values > pivot), np.count_nonzero(values == pivot)
+            found[role] = (above[role], values, int(more), int(equal))
+        return found
+
+    more, equal = dict.fromkeys(searches, 0), dict.fromkeys(searches, 0)
+    for search in searches.values():
+        search.start_pass()
+    for found in workers.map(tally, _pieces(targets, chunk)):
+        for role, (above, values, greater, same) in found.items():
+            searches[role].take(above, values)
+            more[role] += greater
+            equal[role] += same
+    for role, search in searches.items():
+        search.finish_pass(search.above + more[role], equal[role])
+
+
+def _pieces(targets: list[Target], chunk: int) -> Iterator[tuple[Target, int, int]]:
+    for target in targets:
+        for low, high in chunks(0, target.count, chunk):
+            yield target, low, high
+
+
+def _settle(search: _Search, targets: list[Target], total: int, role: str, purpose: str, seed: int) -> Threshold:
+    """Turn a magnitude into a rule that keeps the wanted number although many elements may share that magnitude.
+
+    Up to COLLECT elements the number is met exactly; beyond, in expectation, which is then as good and saves a pass.
+    """
+    value, need = float(search.value), search.wanted - search.greater
+    if value == 0.0:
+        return Threshold(0.0, 0, search.greater / total)  # only zeros are left to choose from
+    if need == search.tied:
+        return Threshold(_before(value), 0, search.wanted / total)
+    if total > COLLECT:
+        return Threshold(value, round(need / search.tied * 2**32), search.wanted / total)
+    words, workspace = [], Workspace()
+    for target in targets:
+        for low, high in blocks(0, target.count):
+            loaded = target.reader.load(low, high, workspace, _models([role]))
+            tied = np.flatnonzero(np.abs(loaded.read(role, low, high).numpy()) == value)
+            words.append(philox.scattered(seed, f"{target.name}|{purpose}", tied + low))
+    cut = int(np.sort(np.concatenate(words))[need])
+    return Threshold(value, cut, search.wanted / total)

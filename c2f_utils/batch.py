@@ -26,7 +26,9 @@ from c2f_utils.config import STAGES, load_settings
 from c2f_utils.errors import C2FError, problems
 
 DONE, FAILED, BAD_INPUT, STOPPED, KILLED = 0, 1, 2, 3, 130  # exit codes
-_NOISE = re.compile(r"Kernel is running over TCP without encryption|IProgress not found|TqdmWarning|it/s\]|s/it\]")
+_NOISE = re.compile(
+    r"Kernel is running over TCP without encryption|IProgress not found|TqdmWarning|notebook_tqdm|it/s\]|s/it\]"
+)
 _COLUMNS = ("accuracy_last", "accuracy_first", "mean_tokens", "rep4", "eos_rate")
 
 

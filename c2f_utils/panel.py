@@ -66,7 +66,8 @@ class LivePanel:
 
     def update(self, row: Mapping[str, float]) -> None:
         """Take one row (keys as in metrics.jsonl; missing ones leave a gap); draw if the last time is long ago."""
-        self.rows.append(dict(row))
+        # A run continued from its checkpoint repeats the iterations that were logged after it.
+        self.rows = [old for old in self.rows if old.get("iteration") != row.get("iteration")] + [dict(row)]
         found = alarms(self.rows, self._kl_limit)
         new = [text for kind, text in found.items() if kind not in self.alarms]
         if found.items() - self.alarms.items():

@@ -328,7 +328,10 @@ def test_a_continued_panel_shows_the_rows_before_the_interruption():
     stage = runs.Run(load_settings("smoke", run_id="a")).stage("03_coarse_rlhf")
     stage.begin()
     stage.log(row(0))
-    assert [item["iteration"] for item in panel.LivePanel(stage).rows] == [0]
+    stage.log(row(1, reward=0.3))
+    live = panel.LivePanel(stage)
+    live.update(row(1, reward=0.7))
+    assert [(item["iteration"], item["reward"]) for item in live.rows] == [(0, 0.1), (1, 0.7)], "not twice"
 
 
 def test_in_a_notebook_one_figure_is_redrawn_in_place(tmp_path, monkeypatch):

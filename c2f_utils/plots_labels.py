@@ -9,6 +9,12 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 
+# Where a label may stand: 24 directions at 8 distances (points) from its point, flattened to [192].
+_ANGLES, _REACHES = (
+    grid.ravel() for grid in np.meshgrid(np.arange(24) * math.pi / 12, (1.0, 5.0, 11.0, 18.0, 27.0, 38.0, 52.0, 70.0))
+)
+_DIRECTIONS = np.column_stack([np.cos(_ANGLES), np.sin(_ANGLES)])
+
 
 def end_labels(ax: Axes, ends: Sequence[tuple[float, float, str, str]], size: float = 7) -> None:
     """Name lines at the right edge, (x, y, text, colour) of each, moved apart vertically where they would overlap."""
@@ -55,23 +61,25 @@ def point_labels(
     where = ax.transData.transform(np.array([*points, *obstacles], dtype=float).reshape(-1, 2)) * scale
     frame = np.array(ax.get_window_extent().extents) * scale
     sizes = [_text_size(ax, text, size, bool(bold) and bold[k]) for k, text in enumerate(texts)]
-    angles, reaches = np.arange(24) * math.pi / 12, (1, 5, 11, 18, 27, 38, 52, 70)
-    chosen: list = [None] * len(points)
+    offsets, fixed = [], []  # per label: where it may go [192, 2], and what each place costs whatever the others do
+    for k, extent in enumerate(sizes):
+        offsets.append(_DIRECTIONS * (_REACHES[:, None] + 3 + np.array(extent) / 2))
+        boxes = _boxes(where[k] + offsets[k], extent)
+        fixed.append(_fixed_cost(boxes, where, frame) + _REACHES + 2 * np.abs(_DIRECTIONS[:, 1]))
+    chosen: list[np.ndarray | None] = [None] * len(points)
+    places: list[tuple[float, float]] = [(0.0, 0.0)] * len(points)
     for _ in range(4):
-        for k, (width, height) in enumerate(sizes):
-            taken = [place[0] for j, place in enumerate(chosen) if place and j != k]
-            options = []
-            for reach in reaches:
-                for angle in angles:
-                    offset = _offset(angle, reach + 3, width, height)
-                    box = _box(where[k] + offset, width, height)
-                    cost = _cost(box, taken, where, frame) + reach + 2 * abs(math.sin(angle))
-                    options.append((cost, tuple(offset), box))
-            _, offset, box = min(options, key=lambda option: option[0])
-            chosen[k] = (box, offset)
+        for k, extent in enumerate(sizes):
+            boxes, cost = _boxes(where[k] + offsets[k], extent), fixed[k].copy()
+            for j, other in enumerate(chosen):
+                if other is not None and j != k:
+                    shared = np.minimum(boxes[:, 2:], other[2:]) - np.maximum(boxes[:, :2], other[:2])
+                    cost += np.where((shared > 0).all(axis=1), 500 + shared.prod(axis=1), 0)
+            best = int(cost.argmin())
+            chosen[k], places[k] = boxes[best], tuple(offsets[k][best])
     drawn = []
     for k, ((x, y), text, colour) in enumerate(zip(points, texts, colours, strict=True)):
-        _, (dx, dy) = chosen[k]
+        dx, dy = places[k]
         far = math.hypot(max(0, abs(dx) - sizes[k][0] / 2), max(0, abs(dy) - sizes[k][1] / 2)) > 9
         arrow = {"arrowstyle": "-", "linewidth": 0.5, "color": colour, "shrinkA": 0, "shrinkB": 2} if far else None
         drawn.append(
@@ -90,22 +98,14 @@ def _text_size(ax: Axes, text: str, size: float, bold: bool) -> tuple[float, flo
     return extent.width * 72 / ax.figure.dpi + 2, extent.height * 72 / ax.figure.dpi + 1
 
 
-def _offset(angle: float, reach: float, width: float, height: float) -> np.ndarray:
-    """Centre of a label whose nearest edge is `reach` away in the direction of `angle`."""
-    direction = np.array([math.cos(angle), math.sin(angle)])
-    return direction * reach + direction * np.array([width, height]) / 2
+def _boxes(centres: np.ndarray, extent: tuple[float, float]) -> np.ndarray:
+    """Rectangles [n, 4] as x0, y0, x1, y1 around centres [n, 2]."""
+    half = np.array(extent) / 2
+    return np.hstack([centres - half, centres + half])
 
 
-def _box(centre: np.ndarray, width: float, height: float) -> np.ndarray:
-    return np.array([centre[0] - width / 2, centre[1] - height / 2, centre[0] + width / 2, centre[1] + height / 2])
-
-
-def _cost(box: np.ndarray, taken: Sequence[np.ndarray], points: np.ndarray, frame: np.ndarray) -> float:
-    outside = max(0, frame[0] - box[0]) + max(0, frame[1] - box[1])
-    outside += max(0, box[2] - frame[2]) + max(0, box[3] - frame[3])
-    cost = 30 * outside
-    for other in taken:
-        wide, high = min(box[2], other[2]) - max(box[0], other[0]), min(box[3], other[3]) - max(box[1], other[1])
-        cost += 500 + wide * high if wide > 0 and high > 0 else 0
-    inside = (points > box[:2] - 2.5) & (points < box[2:] + 2.5)
-    return cost + 150 * int(inside.all(axis=1).sum())
+def _fixed_cost(boxes: np.ndarray, points: np.ndarray, frame: np.ndarray) -> np.ndarray:
+    """Cost [n] of rectangles for leaving the frame and for covering points."""
+    outside = np.maximum(0, frame[:2] - boxes[:, :2]).sum(axis=1) + np.maximum(0, boxes[:, 2:] - frame[2:]).sum(axis=1)
+    inside = (points[None] > boxes[:, None, :2] - 2.5) & (points[None] < boxes[:, None, 2:] + 2.5)
+    return 30 * outside + 150 * inside.all(axis=2).sum(axis=1)

@@ -183,13 +183,16 @@ def hero(run_dir: object, decoding: str = "sampled_t1") -> Figure:
     """The whole story in one wide picture: the growing limit, accuracy of the four models, quality against length.
 
     Reads 03 (metrics.jsonl and the curve of results.json) and 07 of one run; a part whose stage is missing says so.
+    `run_dir` may also map those stage names to directories, for stages that another run has lent.
     """
-    run = Path(getattr(run_dir, "dir", run_dir))
+    lent = run_dir if isinstance(run_dir, dict) else {}
+    run = Path(getattr(run_dir, "dir", run_dir)) if not lent else Path(next(iter(lent.values()))).parent
+    coarse, judged = (Path(lent.get(name, run / name)) for name in ("03_coarse_rlhf", STAGE))
     fig, axes = new_figure(1, 3, 10.2, 3.0, "", run, width_ratios=(1.05, 1, 1.35))
     left, middle, right = axes[0]
-    fig.data = pd.concat([_story(left, run), _bars(middle, run, decoding)], ignore_index=True)
+    fig.data = pd.concat([_story(left, coarse), _bars(middle, judged, decoding)], ignore_index=True)
     right.set_title("3  Quality against length")
-    evaluation = run / STAGE / "results.json"
+    evaluation = judged / "results.json"
     if not evaluation.is_file():
         say(right, f"not run yet: notebooks/{STAGE}.ipynb")
         return fig
@@ -199,10 +202,9 @@ def hero(run_dir: object, decoding: str = "sampled_t1") -> Figure:
     return fig
 
 
-def _story(ax: Axes, run: Path) -> pd.DataFrame:
+def _story(ax: Axes, stage: Path) -> pd.DataFrame:
     """The limit and the mean length over training, with quality on the right axis."""
     ax.set_title("1  RLHF on the base: limit and length")
-    stage = run / "03_coarse_rlhf"
     rows = read_jsonl(stage / "metrics.jsonl")
     if not rows:
         say(ax, "not run yet: notebooks/03_coarse_rlhf.ipynb")
@@ -232,9 +234,9 @@ def _story(ax: Axes, run: Path) -> pd.DataFrame:
     return pd.DataFrame(rows).assign(part="training")
 
 
-def _bars(ax: Axes, run: Path, decoding: str) -> pd.DataFrame:
+def _bars(ax: Axes, stage: Path, decoding: str) -> pd.DataFrame:
     """First- and last-answer accuracy of the four models (reward where the checker knows nothing)."""
-    path = run / STAGE / "results.json"
+    path = stage / "results.json"
     rows = [row for row in model_rows(read_json(path), decoding) if row["model"] in MAIN] if path.is_file() else []
     rows.sort(key=lambda row: MAIN.index(row["model"]))
     metric, why = quality(rows, "accuracy_last")

@@ -91,6 +91,8 @@ def test_the_picture_of_the_readme_says_what_is_missing(tmp_path, run):
     said = words(plots.hero(fake_run(tmp_path, skip=("03_coarse_rlhf", "07_evaluation"))))
     assert "notebooks/03_coarse_rlhf.ipynb" in said and said.count("notebooks/07_evaluation.ipynb") == 2
     assert "not run yet" not in words(plots.hero(run))
+    lent = {stage: run / stage for stage in ("03_coarse_rlhf", "07_evaluation")}
+    assert words(plots.hero(lent)) == words(plots.hero(run))
 
 
 @pytest.mark.parametrize("name", ["quality_length_frontier", "quality_redundancy_frontier"])

@@ -1,0 +1,243 @@
+"""Promises of the report: whole, honest about gaps, escaped, and made from results files alone."""
+
+import hashlib
+import html.parser
+import json
+import subprocess
+import sys
+
+import pytest
+from fake_results import STAGES, fake_run
+
+from c2f_utils import plots_style, report
+from c2f_utils.errors import C2FError
+from c2f_utils.report_document import Document, to_html, to_markdown
+
+PNG = (
+    b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\x00\x00\x00\x01\x00\x00\x00\x01\x08\x06\x00\x00\x00\x1f\x15\xc4\x89"
+    b"\x00\x00\x00\rIDATx\x9cc\xf8\xff\xff?\x00\x05\xfe\x02\xfe\xdc\xccY\xe7\x00\x00\x00\x00IEND\xaeB`\x82"
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return fake_run(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def whole(run, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(plots_style.STYLE, "pdf.fonttype", 3)  # twice as fast; the real type is tested on one figure
+        return report.build(run, tmp_path_factory.mktemp("out") / "report").parent
+
+
+@pytest.fixture
+def unpainted(monkeypatch):
+    """Figures are still drawn, but not turned into files: that is tested once, in `whole`."""
+    monkeypatch.setattr(plots_style, "_rendered", lambda fig, kind, dpi=None: PNG)
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """For promises about words and files: figures are neither drawn nor painted."""
+
+    def figure(self, name, draw, caption):
+        for kind in ("pdf", "png", "csv"):
+            plots_style.write_bytes(self.out / "figures" / f"{name}.{kind}", PNG)
+            self.written.append(f"figures/{name}.{kind}")
+        self.document.figure(name, caption)
+
+    monkeypatch.setattr(report._Builder, "_figure", figure)
+
+
+class Page(html.parser.HTMLParser):
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags, self.sources, self.words, self.marked, self._mark = [], [], [], [], False
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self._mark |= tag == "mark"
+        self.sources += [value for name, value in attrs if name in ("src", "href")]
+
+    def handle_endtag(self, tag):
+        self._mark &= tag != "mark"
+
+    def handle_data(self, data):
+        self.words.append(data)
+        if self._mark:
+            self.marked.append(data)
+
+
+def test_a_finished_run_gives_every_figure_and_table_and_misses_nothing(whole):
+    manifest = json.loads((whole / "manifest.json").read_text())
+    assert manifest["missing"] == []
+    assert "Nothing: every stage has been run" in (whole / "report.md").read_text()
+    names = {path.stem for path in (whole / "figures").glob("*.png")}
+    assert {
+        "hero",
+        "01_loss",
+        "02_calibration",
+        "02_length_bias",
+        "02_prefix_reward",
+        "03_training",
+        "04_schedules",
+    } <= names
+    assert {"04_tokens_to_target", "06_coefficients", "06_layers", "06_operators", "06_anatomy", "07_prefixes"} <= names
+    assert {f"07_{kind}_{way}" for kind in ("length", "redundancy") for way in plots_style.DECODINGS} <= names
+    tables = {path.stem for path in (whole / "tables").glob("*.md")}
+    assert {"runs", "models_summary", "04_laws", "06_sweep", "07_models_greedy", "07_paired", "timings"} <= tables
+
+
+def test_the_manifest_lists_every_file_with_its_hash_and_the_results_behind_them(whole, run):
+    manifest = json.loads((whole / "manifest.json").read_text())
+    on_disk = {str(path.relative_to(whole)) for path in whole.rglob("*") if path.is_file()} - {"manifest.json"}
+    assert set(manifest["files"]) == on_disk
+    for name, digest in manifest["files"].items():
+        assert hashlib.sha256((whole / name).read_bytes()).hexdigest() == digest
+    for kind in ("figures", "tables"):
+        ends = {"figures": (".pdf", ".png", ".csv"), "tables": (".csv", ".md", ".tex")}[kind]
+        stems = {name.rsplit(".", 1)[0] for name in on_disk if name.startswith(kind)}
+        assert on_disk >= {stem + end for stem in stems for end in ends}
+    assert set(manifest["results"]["demo"]) == set(STAGES)
+
+
+def test_the_html_needs_no_other_file_and_the_markdown_only_files_that_exist(whole):
+    page = Page((whole / "report.html").read_text())
+    assert page.sources and all(source.startswith("data:image/png;base64,") for source in page.sources)
+    assert "script" not in page.tags and "link" not in page.tags
+    text = (whole / "report.md").read_text()
+    links = [part.split(")")[0] for part in text.split("](")[1:]]
+    assert links and all((whole / link).is_file() for link in links)
+
+
+def test_the_report_names_runs_seeds_commit_versions_threads_time_and_memory(whole):
+    text = (whole / "report.md").read_text()
+    for words in ("demo", "0123456789", "torch 2.13.0", "python 3.11.9", "| 970 |", "188 s of wall time", "tiny"):
+        assert words in text
+    header = next(line for line in text.splitlines() if line.startswith("| run | stage"))
+    assert all(name in header for name in ("profile", "seed", "commit", "threads", "device"))
+    for title in (
+        "What is the paper's and what is ours",
+        "What this does not show",
+        "What is missing",
+        "Time and memory",
+    ):
+        assert f"## {title}" in text
+    assert text.index("## 00 ") < text.index("## 03 ") < text.index("## 07 ")
+
+
+def test_repeated_words_are_marked_in_the_html(whole):
+    page = Page((whole / "report.html").read_text())
+    assert page.marked and all("let us think" in part or "start with 7" in part for part in page.marked)
+
+
+def test_the_same_results_give_the_same_report(run, tmp_path, undrawn):
+    first = report.build(run, tmp_path / "a").parent
+    second = report.build(run, tmp_path / "b").parent
+    assert (first / "manifest.json").read_bytes() == (second / "manifest.json").read_bytes()
+
+
+def test_what_is_missing_is_named_with_its_notebook(tmp_path, undrawn):
+    run = fake_run(tmp_path, skip=("04_length_schedules", "07_evaluation"))
+    out = report.build(run, tmp_path / "report").parent
+    text = (out / "report.md").read_text()
+    missing = json.loads((out / "manifest.json").read_text())["missing"]
+    assert [line.split(":")[0] for line in missing] == ["04_length_schedules", "07_evaluation"]
+    assert all(f"notebooks/{line.split(':')[0]}.ipynb" in line for line in missing)
+    assert text.count("Not run yet: notebooks/") == 2 and "## 07 Evaluation" in text
+
+
+def test_a_run_without_any_result_is_refused_with_the_next_step(tmp_path):
+    with pytest.raises(C2FError, match="c2f run all"):
+        report.build(tmp_path / "nothing", tmp_path / "report")
+
+
+def test_an_unfinished_stage_and_its_alarms_are_called_that(tmp_path, undrawn):
+    run = fake_run(tmp_path)
+    path = run / "03_coarse_rlhf" / "status.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"status": "stopped", "alarms": ["KL 14.2 > 10"]}))
+    text = (report.build(run, tmp_path / "report").parent / "report.md").read_text()
+    assert "This stage is stopped, not done" in text and "KL 14.2" in text
+    assert "03_coarse_rlhf: stopped, not done" in text
+
+
+def test_a_damaged_result_costs_its_figure_only_and_is_named(tmp_path, unpainted):
+    run = fake_run(tmp_path)
+    path = run / "06_residue_merging" / "results.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"sweep": [{"score": 1}], "anatomy": None}))
+    out = report.build(run, tmp_path / "report").parent
+    missing = json.loads((out / "manifest.json").read_text())["missing"]
+    assert any("figure 06_coefficients: could not be made (KeyError" in line for line in missing)
+    assert (out / "figures" / "06_operators.png").is_file()
+
+
+def test_hub_data_show_rewards_and_say_why(tmp_path, unpainted):
+    run = fake_run(tmp_path, "hub", checker=False)
+    text = (report.build(run, tmp_path / "report").parent / "report.md").read_text()
+    assert "exact checker knows only the embedded domain" in text.split("## What is missing")[1]
+    assert "Accuracy is not available" in text and "could not be made" not in text
+
+
+def test_several_runs_are_shown_each_with_mean_and_interval(tmp_path, undrawn):
+    runs = [fake_run(tmp_path, f"s{seed}", seed) for seed in (11, 12, 13)]
+    out = report.build(runs[0], tmp_path / "report", runs=["s11", runs[1], str(runs[2]), "absent"]).parent
+    text = (out / "report.md").read_text()
+    assert "s11 (seed 11), s12 (seed 12), s13 (seed 13)" in text
+    header = next(line for line in text.splitlines() if line.startswith("| model | metric"))
+    assert header == "| model | metric | s11 | s12 | s13 | mean | low | high |"
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["runs"] == ["s11", "s12", "s13"] and manifest["missing"] == ["run absent: no results in absent"]
+    assert "share a seed" not in text
+
+
+def test_copies_of_one_seed_are_not_passed_off_as_seeds(tmp_path, undrawn):
+    runs = [fake_run(tmp_path, name, 5) for name in ("a", "b")]
+    text = (report.build(runs[0], tmp_path / "report", runs=runs).parent / "report.md").read_text()
+    assert "some runs share a seed" in text
+
+
+def test_stages_lent_by_another_run_are_found_and_named(tmp_path, undrawn):
+    fake_run(tmp_path, "lab")
+    run = fake_run(tmp_path, "mine", skip=("01_base_model", "03_coarse_rlhf"))
+    path = run / "07_evaluation" / "provenance.json"
+    lent = {"01_base_model": "lab", "03_coarse_rlhf": "lab"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"parents": lent}))
+    out = report.build(run, tmp_path / "report").parent
+    text = (out / "report.md").read_text()
+    assert "03_coarse_rlhf comes from run lab" in text
+    assert json.loads((out / "manifest.json").read_text())["missing"] == []
+
+
+def test_files_of_an_earlier_report_that_are_no_longer_made_go_and_others_stay(tmp_path, undrawn):
+    run = fake_run(tmp_path)
+    out = report.build(run, tmp_path / "report").parent
+    (out / "figures" / "mine.png").write_bytes(PNG)
+    (run / "04_length_schedules" / "results.json").unlink()
+    report.build(run, out)
+    assert not (out / "figures" / "04_schedules.png").exists() and (out / "figures" / "mine.png").exists()
+
+
+def test_text_of_models_and_data_never_becomes_markup(tmp_path):
+    evil = "</pre><script>alert(1)</script> <img src=x onerror=y> ```\n# head | cell | [l](javascript:x)"
+    doc = Document(evil)
+    doc.heading(evil)
+    doc.text(evil)
+    doc.bullets([evil])
+    doc.code(evil)
+    doc.answers(evil, [(evil, [(evil, True), ("end", False)])])
+    page = Page(to_html(doc, tmp_path))
+    assert not {"script", "img", "a"} & set(page.tags) and page.tags.count("mark") == 1
+    assert not page.sources and any("alert(1)" in words for words in page.words)
+    text = to_markdown(doc)
+    fenced = text.split("````text")
+    assert "<script>" not in fenced[0].replace("\\<script\\>", "") and len(fenced) == 5 - 1
+    assert "\\[l\\](javascript:x)" in text
+
+
+def test_the_report_needs_no_torch():
+    code = (
+        "import sys, c2f_utils.report; sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'trl')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,0 +1,150 @@
+"""Promises of the tables: every row, honest nulls, and files that cannot be broken by what is in them."""
+
+import html.parser
+import json
+
+import pandas as pd
+import pytest
+from fake_results import MODELS, fake_run
+
+from c2f_utils import tables as t
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return fake_run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    return fake_run(tmp_path_factory.mktemp("hub"), "hub", checker=False)
+
+
+def test_model_table_has_every_model_and_all_metrics(run, hub):
+    frame = t.model_table(run, "greedy")
+    assert list(frame["model"]) == [label for label, *_ in MODELS.values()]
+    assert list(frame.columns) == ["model", "role", *t.METRICS]
+    assert t.model_table(hub)["accuracy_last"].isna().all() and t.model_table(hub)["reward"].notna().all()
+    assert t.model_table({}).empty
+
+
+def test_law_table_shows_each_seed_and_the_mean(run):
+    frame = t.law_table(run / "04_length_schedules")
+    mine = frame[frame["law"] == "logistic"]
+    assert list(mine["seed"]) == ["0", "1", "2", "mean of 3"]
+    assert mine["utility"].iloc[3] == pytest.approx(mine["utility"].iloc[:3].astype(float).mean())
+    assert 0.5 < mine["of_fixed_long"].iloc[0] < 0.65
+    assert t.law_table({}).empty
+
+
+def test_a_single_seed_has_no_mean_row(run):
+    results = json.loads((run / "04_length_schedules" / "results.json").read_text())
+    for law in results["laws"].values():
+        law["seeds"] = {"0": law["seeds"]["0"]}
+    assert list(t.law_table(results)["seed"]) == ["0"] * 4
+
+
+def test_the_chosen_row_is_marked_once(run):
+    for frame in (t.sweep_table(run), t.operator_table(run)):
+        assert list(frame["chosen"]).count(True) == 1
+    assert t.sweep_table(run).loc[t.sweep_table(run)["chosen"], "coefficient"].item() == 0.7
+    assert len(t.layer_table(run)) == 5
+
+
+def test_paired_table_corrects_within_a_family():
+    pair = {"a": "fine", "metric": "m", "decoding": "d", "difference": 0.1, "low": 0.0, "high": 0.2}
+    frame = t.paired_table(
+        {"paired": [pair | {"b": "x", "p": 0.02}, pair | {"b": "y", "p": 0.5}, pair | {"b": "z", "p": None}]}
+    )
+    assert frame["p_holm"].iloc[:2].tolist() == [0.04, 0.5] and pd.isna(frame["p_holm"].iloc[2])
+
+
+def test_prefix_table_counts_answers_long_enough(run):
+    frame = t.prefix_table(run)
+    assert len(frame) == 30 and set(frame["prefix"]) == {32, 64, 128}
+    assert frame.loc[frame["n"] == 0, "rep4"].isna().all()
+
+
+def test_timings_table_has_wall_time_memory_and_timers(run, tmp_path):
+    frame = t.timings_table(run)
+    row = frame[frame["stage"] == "07_evaluation"].iloc[0]
+    assert row["wall_s"] == 27 and row["peak_mb"] == 970 and "compute 19.5" in row["timers (s)"]
+    (tmp_path / "r" / "03_coarse_rlhf").mkdir(parents=True)
+    (tmp_path / "r" / "03_coarse_rlhf.old-1").mkdir()
+    running = t.timings_table(tmp_path / "r")
+    assert list(running["stage"]) == ["03_coarse_rlhf"] and running["wall_s"].isna().all()
+
+
+def test_seed_table_gives_each_run_mean_and_interval(run):
+    results = json.loads((run / "07_evaluation" / "results.json").read_text())
+    other = json.loads(json.dumps(results))
+    other["models"]["fine"]["sampled_t1"]["accuracy_last"] = (
+        results["models"]["fine"]["sampled_t1"]["accuracy_last"] + 0.1
+    )
+    frame = t.seed_table([results, other], ["s11", "s12"], "sampled_t1")
+    row = frame[(frame["model"] == "Fine Actor") & (frame["metric"] == "accuracy, last")].iloc[0]
+    assert row["s12"] - row["s11"] == pytest.approx(0.1) and row["mean"] == pytest.approx((row["s11"] + row["s12"]) / 2)
+    assert row["low"] < row["s11"] and row["high"] > row["s12"]
+    alone = t.seed_table([results], ["s11"], "sampled_t1")
+    assert alone["low"].isna().all()
+
+
+NASTY = pd.DataFrame(
+    {
+        "model_name": ["a|b\n<b>c</b>", "50 % & $x_1$ \\frac{1}{2} #1 ~ ^", "_em_ *strong* `code` [l](u)"],
+        "accuracy_last": [0.51234, None, 1.0],
+        "n": [256, 1, 0],
+    }
+)
+
+
+def test_markdown_rows_keep_their_columns_whatever_they_hold():
+    lines = t.markdown(NASTY).strip().split("\n")
+    assert lines[1] == "| --- | ---: | ---: |" and len(lines) == 5
+    for line in lines:
+        assert line.replace("\\|", "").count("|") == 4
+    assert r"a\|b \<b\>c\</b\>" in lines[2] and "0.512" in lines[2]
+    assert t.DASH in lines[3] and r"\_em\_ \*strong\* \`code\` \[l\](u)" in lines[4]
+    assert t.escape_markdown("07_evaluation") == "07_evaluation"
+
+
+def test_latex_escapes_every_special_character():
+    text = t.latex(NASTY, "100 % of_all", "x")
+    assert r"50 \% \& \$x\_1\$ \textbackslash{}frac\{1\}\{2\} \#1 \textasciitilde{} \textasciicircum{}" in text
+    assert r"\begin{tabular}{lrr}" in text and r"\caption{100 \% of\_all}" in text and "model name" in text
+    body = text.split(r"\hline")[2]
+    assert all(row.replace(r"\&", "").count("&") == 2 for row in body.strip().split("\n"))
+
+
+def test_html_cells_are_text_not_markup():
+    class Tags(html.parser.HTMLParser):
+        seen: set = set()
+
+        def handle_starttag(self, tag, attrs):
+            self.seen.add(tag)
+
+    Tags().feed(t.html(NASTY))
+    assert Tags.seen == {"table", "thead", "tbody", "tr", "th", "td"}
+
+
+def test_saving_writes_three_files_and_the_csv_keeps_full_precision(tmp_path):
+    stage = tmp_path / "07_evaluation"
+    assert t.save_table(NASTY, stage, "models_t1").equals(NASTY)
+    assert sorted(path.name for path in (stage / "tables").iterdir()) == [
+        "models_t1.csv",
+        "models_t1.md",
+        "models_t1.tex",
+    ]
+    assert pd.read_csv(stage / "tables" / "models_t1.csv")["accuracy_last"][0] == 0.51234
+    assert r"\label{tab:models-t1}" in (stage / "tables" / "models_t1.tex").read_text()
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "shown"),
+    [
+        ("mean_tokens", 54.123, "54.1"), ("coefficient", 0.7, "0.7"), ("n", 256.0, "256"), ("rep4", 0.0, "0.000"),
+        ("x", float("nan"), t.DASH), ("x", None, t.DASH), ("x", True, "yes"), ("x", 3, "3"),
+    ],
+)  # fmt: skip
+def test_rounding_by_column(column, value, shown):
+    assert t.cell(column, value) == shown

@@ -29,6 +29,7 @@ from c2f_utils.plots_style import (
     say,
     styled,
 )  # fmt: skip
+from c2f_utils.verdicts import operator_name
 
 STAGE = "06_residue_merging"
 _PANELS = ("mean_tokens", "rep4", "score")
@@ -58,10 +59,12 @@ def parents_of(place: Path | None) -> dict[str, dict]:
 def coefficient_sweep(source: object, parents: dict[str, dict] | None = None) -> Figure:
     """Accuracy, length, repetition and score against the residue coefficient; the chosen one and both parents marked.
 
-    `parents` maps instruct and coarse to their metrics; by default they are read from stages 05 and 03 of the same run.
+    `parents` maps instruct and coarse to their metrics; by default those that stage 06 measured on the same problems,
+    else those of stages 05 and 03 of the same run.
     """
     results, place = load(source, STAGE)
-    parents = parents_of(place) if parents is None else parents
+    parents = parents or results.get("parents") or parents_of(place)
+    parents = {role: row for role, row in parents.items() if role in _PARENTS and row}
     rows = sorted(rows_of(results, "sweep"), key=lambda row: row["coefficient"])
     first_metric, why = quality(rows, "accuracy_last")
     title = "Residue coefficient: quality against length and repetition" + (f" ({why})" if why else "")
@@ -119,7 +122,7 @@ def layer_sweep(source: object) -> Figure:
 def operator_table(source: object) -> Figure:
     """What each merge operator gives, one row per operator."""
     results, place = load(source, STAGE)
-    chosen = (results.get("chosen") or {}).get("operator")
+    chosen = operator_name((results.get("chosen") or {}).get("operator"))
     rows = rows_of(results, "operators")
     return _rows_figure(rows, "operator", "Merge operators", place, "no other operator was tried", chosen)
 

@@ -104,7 +104,9 @@ def prefix_redundancy(source: object) -> Figure:
     """Repeated 4-grams of the first k tokens, over the answers that long: redundancy grows with length for anyone."""
     results, place = load(source, STAGE)
     found, models = results.get("prefix_redundancy") or {}, results.get("models") or {}
-    fig, axes = new_figure(1, 1, DOUBLE, 2.8, "Redundancy at fixed prefixes", place)
+    decoding = results.get("decoding_of_prefixes")
+    title = "Redundancy at fixed prefixes" + (f", {DECODINGS.get(decoding, decoding)}" if decoding else "")
+    fig, axes = new_figure(1, 1, DOUBLE, 2.8, title, place)
     ax, ends, obstacles = axes[0, 0], [], []
     fig.data = pd.DataFrame([{"model": name, **row} for name, rows in found.items() for row in rows])
     for name, rows in found.items():

@@ -85,7 +85,7 @@ def reward_calibration(source: object) -> Figure:
     ax.scatter(predicted, observed, 8 + 60 * n / n.max(), color=ROLE_COLOURS["control"], zorder=3)
     accuracy = results.get("pair_accuracy")
     if accuracy is not None:
-        pairs = results.get("n_pairs")
+        pairs = results.get("held_out_pairs", results.get("n_pairs"))
         note(ax, f"pair accuracy {accuracy:.3f}" + (f"\non {pairs} held-out pairs" if pairs else ""))
     ax.set(xlabel="predicted probability", ylabel="observed share")
     note(ax, "area: pairs; bars: 95 % Wilson\ndashed: perfect calibration", "lower right")
@@ -224,7 +224,7 @@ def _against_right(ax: Axes, x: np.ndarray, share: np.ndarray, label: str, colou
     twin = ax.twinx()
     twin.grid(False)
     twin.spines["right"].set_visible(True)
-    low = min(0.0, float(np.nanmin(share)))
+    low = max(-1.0, min(0.0, float(np.nanmin(share))))  # an untrained critic can be arbitrarily bad: cut at -1
     twin.set(ylim=(low, low + 1.45 * (1 - low)), yticks=[0, 0.5, 1])
     twin.tick_params(colors=colour, labelcolor=colour)
     twin.plot(x, share, color=colour, linewidth=1)
@@ -233,11 +233,21 @@ def _against_right(ax: Axes, x: np.ndarray, share: np.ndarray, label: str, colou
 # Stage 04
 
 
+def laws_of(results: dict) -> dict[str, dict]:
+    """The laws of 04 with the seeds that have a curve: one that was stopped before its first snapshot is left out."""
+    found = {}
+    for name, law in (results.get("laws") or {}).items():
+        seeds = {seed: run for seed, run in (law.get("seeds") or {}).items() if run.get("curve")}
+        if seeds:
+            found[name] = {**law, "label": law.get("label") or name, "seeds": seeds}
+    return found
+
+
 @styled
 def schedule_comparison(source: object, metric: str = "utility") -> Figure:
     """The limit over iterations, and `metric` against cumulative rollout tokens, for each law; every seed faint."""
     results, place = load(source, "04_length_schedules")
-    laws = results.get("laws") or {}
+    laws = laws_of(results)
     curves = [row for law in laws.values() for run in law["seeds"].values() for row in run["curve"]]
     metric, why = quality(curves, metric)
     title = "Length laws: the limit, and quality per generated token" + (f" ({why})" if why else "")
@@ -315,7 +325,7 @@ def target_tokens(laws: dict, metric: str, share: float, reference: str = "fixed
 def tokens_to_target(source: object, metric: str = "utility", shares: tuple[float, ...] = (0.85, 0.95)) -> Figure:
     """Rollout tokens each law needs to reach shares of fixed-long's gain in `metric`; small dots are seeds."""
     results, place = load(source, "04_length_schedules")
-    laws = results.get("laws") or {}
+    laws = laws_of(results)
     curves = [row for law in laws.values() for run in law["seeds"].values() for row in run["curve"]]
     metric, _ = quality(curves, metric)
     title = f"Tokens to reach a share of fixed-long's gain in {LABELS[metric].split(' (')[0]}"

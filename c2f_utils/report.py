@@ -23,6 +23,7 @@ from c2f_utils.report_sources import (
     PAPER,
     STAGES,
     clip,
+    decodings,
     facts_table,
     find_stages,
     marked_words,
@@ -43,6 +44,26 @@ def build(run_dir: object, out_dir: object, runs: Iterable[object] = ()) -> Path
     by run. If `run_dir` holds no results, the first of `runs` is shown in full. Raises C2FError when no run has any.
     """
     return _Builder(Path(getattr(run_dir, "dir", run_dir)), Path(getattr(out_dir, "dir", out_dir)), runs).build()
+
+
+def overview(run_dir: object) -> str:
+    """The short form of a report as Markdown: the table of models and every sentence, or what has not been run."""
+    run = Path(getattr(run_dir, "dir", run_dir))
+    stages = find_stages(run)
+    parts = []
+    if "07_evaluation" in stages:
+        results = read_json(stages["07_evaluation"] / "results.json")
+        decoding = decodings(results)[0]
+        parts += [f"Models of run {tables.escape_markdown(run.name)}, {DECODINGS[decoding]}"]
+        parts += [tables.markdown(short(tables.model_table(results, decoding)))]
+    for name, path in stages.items():
+        if words := verdicts.everything({name: read_json(path / "results.json")}).get(name):
+            parts.append(
+                f"**{STAGES[name][0]}**\n\n" + "\n".join(f"- {tables.escape_markdown(line)}" for line in words)
+            )
+    if missing := [name for name in STAGES if name not in stages]:
+        parts.append("Not run yet: " + ", ".join(f"notebooks/{name}.ipynb" for name in missing) + ".")
+    return "\n\n".join(parts) + "\n"
 
 
 class _Builder:
@@ -230,8 +251,7 @@ class _Builder:
         return []
 
     def _decodings(self) -> list[str]:
-        models = (self.results["07_evaluation"].get("models") or {}).values()
-        return [way for way in DECODINGS if any(model.get(way) for model in models)] or ["sampled_t1"]
+        return decodings(self.results["07_evaluation"])
 
     def _probes(self) -> None:
         probes = self.results["03_coarse_rlhf"].get("probes") or []

@@ -132,3 +132,9 @@ def marked_words(text: str) -> list[tuple[str, bool]]:
     """Words of an answer with whether they lie in a 4-gram that occurred before."""
     words = clip(text).split()
     return list(zip(words, redundancy.repeated_spans(words, 4).tolist(), strict=True))
+
+
+def decodings(results: dict) -> list[str]:
+    """The decodings that any model of a 07 result was evaluated with, in the order of the house; never empty."""
+    models = (results.get("models") or {}).values()
+    return [way for way in DECODINGS if any(model.get(way) for model in models)] or ["sampled_t1"]

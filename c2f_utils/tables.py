@@ -18,6 +18,8 @@ from c2f_utils.files import read_json, write_text
 from c2f_utils.plots_merge import rows_of
 from c2f_utils.plots_models import model_rows, seed_frame
 from c2f_utils.plots_style import load
+from c2f_utils.plots_training import laws_of
+from c2f_utils.verdicts import operator_name
 
 METRICS = (
     "accuracy_last", "accuracy_first", "correct_steps", "mean_tokens", "rep4", "duplicate_sentences", "eos_rate",
@@ -186,7 +188,7 @@ def prefix_table(source: object) -> pd.DataFrame:
 def law_table(source: object) -> pd.DataFrame:
     """One row per law and seed of stage 04, and a mean per law with more than one seed; tokens also as a ratio."""
     results, _ = load(source, "04_length_schedules")
-    laws = results.get("laws") or {}
+    laws = laws_of(results)
     columns = ("law", "seed", "agnostic", "rollout_tokens", "of_fixed_long", *METRICS)
     rows = []
     for name, law in laws.items():
@@ -194,7 +196,7 @@ def law_table(source: object) -> pd.DataFrame:
         for seed, run in law["seeds"].items():
             reference = laws.get("fixed_long", {}).get("seeds", {}).get(seed, {}).get("rollout_tokens")
             ratio = run["rollout_tokens"] / reference if reference else None
-            shared = {"law": law.get("label") or name, "agnostic": law.get("agnostic")}
+            shared = {"law": law.get("label") or name, "agnostic": agnostic(law)}
             tokens = {"rollout_tokens": run["rollout_tokens"], "of_fixed_long": ratio}
             mine.append(shared | {"seed": str(seed)} | tokens | (run.get("final") or {}))
         rows += mine
@@ -202,6 +204,14 @@ def law_table(source: object) -> pd.DataFrame:
             means = _frame(mine, columns).drop(columns=["law", "seed", "agnostic"]).apply(pd.to_numeric).mean()
             rows.append(shared | {"seed": f"mean of {len(mine)}"} | means.to_dict())
     return _frame(rows, columns)
+
+
+def agnostic(law: dict) -> bool | None:
+    """Whether a law of 04 reads no signal of the training; None when its results do not say."""
+    if law.get("agnostic") is not None:
+        return law["agnostic"]
+    name = (law.get("law") or {}).get("name")
+    return None if name is None else name in ("fixed", "clock")
 
 
 def sweep_table(source: object) -> pd.DataFrame:
@@ -221,7 +231,7 @@ def layer_table(source: object) -> pd.DataFrame:
 def operator_table(source: object) -> pd.DataFrame:
     """The merge operators of stage 06; `chosen` marks the one that was taken."""
     results, _ = load(source, "06_residue_merging")
-    chosen = (results.get("chosen") or {}).get("operator")
+    chosen = operator_name((results.get("chosen") or {}).get("operator"))
     rows = [{**row, "chosen": row["operator"] == chosen} for row in rows_of(results, "operators")]
     return _frame(rows, ("operator", "chosen", *METRICS, "score"))
 

@@ -287,7 +287,7 @@ def schedules(results: dict) -> list[str]:
 
 def reward_model(results: dict) -> list[str]:
     """Does the reward model rank better than chance, and does it favour length?"""
-    words, accuracy, n = [], results.get("pair_accuracy"), results.get("n_pairs")
+    words, accuracy, n = [], results.get("pair_accuracy"), results.get("held_out_pairs", results.get("n_pairs"))
     if accuracy is None or not n:
         words.append("The reward model was not tried on held-out pairs.")
     else:
@@ -316,6 +316,16 @@ def reward_model(results: dict) -> list[str]:
     return words
 
 
+def operator_name(operator: str | dict | None) -> str | None:
+    """An operator as the rows of 06 name it: its name, with its numbers in brackets."""
+    if not isinstance(operator, dict):
+        return operator
+    options = [
+        f"{key} {value:g}" for key, value in operator.items() if isinstance(value, int | float) and key != "seed"
+    ]
+    return f"{operator['name']} ({', '.join(options)})" if options else operator["name"]
+
+
 def merging(results: dict) -> list[str]:
     """Was the chosen coefficient an inner optimum, and did another operator score better?"""
     chosen, words = results.get("chosen") or {}, []
@@ -332,14 +342,15 @@ def merging(results: dict) -> list[str]:
     words.append(f"The best score, {value:.3f}, is {where} (coefficient {best:g}).")
     if abs(best - chosen["coefficient"]) > 1e-9:
         words.append(f"The chosen coefficient is {chosen['coefficient']:g}, not the one that scores best.")
+    operator = operator_name(chosen.get("operator"))
     operators = [row for row in results.get("operators") or [] if row.get("score") is not None]
-    mine = [row["score"] for row in operators if row.get("operator") == chosen.get("operator")]
+    mine = [row["score"] for row in operators if row.get("operator") == operator]
     if mine and len(operators) > 1:
         better = sorted(row["operator"] for row in operators if row["score"] > mine[0])
         words.append(
-            f"Operators that score better than {chosen['operator']}: {', '.join(better)}."
+            f"Operators that score better than {operator}: {', '.join(better)}."
             if better
-            else f"No other operator scores better than {chosen['operator']}."
+            else f"No other operator scores better than {operator}."
         )
     return words
 

@@ -142,7 +142,8 @@ def reward(here: Path, rng, checker: bool) -> dict:
     ]
     return {
         "pair_accuracy": 0.74,
-        "n_pairs": 800,
+        "n_pairs": 4000,
+        "held_out_pairs": 800,
         "loss": [{"step": s, "loss": float(0.69 * np.exp(-s / 400) + 0.3)} for s in range(0, 300, 10)],
         "calibration": calibration,
         "length_bias": {
@@ -210,6 +211,7 @@ def coarse(here: Path, rng, checker: bool) -> dict:
         "iterations": 17,
         "final": metrics(*MODELS["coarse"][2:], n=128, checker=checker),
         "curve": curve,
+        "limits": [row["limit"] for row in rows],
         "probes": probes,
     }
 
@@ -235,13 +237,13 @@ def curve_of(limits, tokens, top, rng, checker) -> list[dict]:
 def schedules(here: Path, rng, checker: bool, seeds: tuple = ("0", "1", "2")) -> dict:
     grow = np.minimum(144, 24 + 7.1 * np.arange(17))
     laws = {
-        "fixed_short": ("fixed 48", True, [48] * 17, 2.2),
-        "fixed_long": ("fixed 144", True, [144] * 17, 2.95),
-        "clock_linear": ("linear clock", True, np.round(grow).tolist(), 2.92),
-        "logistic": ("logistic", False, np.round(grow * 0.98 + 1).tolist(), 2.99),
+        "fixed_short": ("fixed 48", "fixed", [48] * 17, 2.2),
+        "fixed_long": ("fixed 144", "fixed", [144] * 17, 2.95),
+        "clock_linear": ("linear clock", "clock", np.round(grow).tolist(), 2.92),
+        "logistic": ("logistic", "logistic", np.round(grow * 0.98 + 1).tolist(), 2.99),
     }
     out = {}
-    for name, (label, agnostic, limits, top) in laws.items():
+    for name, (label, kind, limits, top) in laws.items():
         runs = {}
         for seed in seeds:
             tokens = np.cumsum([64 * limit * rng.uniform(0.95, 0.99) for limit in limits]).tolist()
@@ -250,7 +252,7 @@ def schedules(here: Path, rng, checker: bool, seeds: tuple = ("0", "1", "2")) ->
                 key: value for key, value in curve[-1].items() if key not in ("iteration", "rollout_tokens", "limit")
             }
             runs[seed] = {"rollout_tokens": int(tokens[-1]), "final": final, "curve": curve, "limits": limits}
-        out[name] = {"label": label, "agnostic": agnostic, "seeds": runs}
+        out[name] = {"label": label, "law": {"name": kind}, "seeds": runs}
     return {"laws": out}
 
 
@@ -289,12 +291,13 @@ def merging(here: Path, rng, checker: bool) -> dict:
         "attention only": (0.52, 0.52, 1.8, 30, 0.01, 0.01, 0.99, 1.9, 0.0),
     }
     operators = {
-        "task_arithmetic": table[0.7],
+        "residue": table[0.7],
         "linear": (0.60, 0.61, 2.33, 48, 0.06, 0.06, 0.94, 2.57, 0.25),
-        "ties": (0.72, 0.78, 3.21, 73, 0.12, 0.11, 0.85, 3.5, 0.78),
+        "ties (density 0.3)": (0.72, 0.78, 3.21, 73, 0.12, 0.11, 0.85, 3.5, 0.78),
         "dare": (0.77, 0.79, 3.14, 52, 0.04, 0.03, 0.98, 3.53, 0.6),
         "trim": (0.79, 0.80, 3.18, 53, 0.04, 0.03, 0.97, 3.59, 0.61),
     }
+    parents = {role: metrics(*MODELS[role][2:], n=128, checker=checker) for role in ("base", "instruct", "coarse")}
     modules = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
     modules += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "input_layernorm", "post_attention_layernorm")
     places = [(layer, module) for layer in range(2) for module in modules]
@@ -312,13 +315,14 @@ def merging(here: Path, rng, checker: bool) -> dict:
         for layer, module in places
     ]
     return {
-        "chosen": {"operator": "task_arithmetic", "coefficient": 0.7},
+        "chosen": {"operator": {"name": "residue"}, "coefficient": 0.7},
+        "parents": parents,
         "score": "utility - 0.01 * tokens" if checker else "reward - 0.01 * tokens",
         "sweep": [{"coefficient": key} | row for key, row in zip(table, named("_", table), strict=True)],
         "layers": [row | {"rules": f"rule of {row['name']}"} for row in named("name", layers)],
         "operators": named("operator", operators),
         "anatomy": anatomy,
-        "survival": None,
+        "survival": {"attention": 1.0, "mlp": 0.99},
     }
 
 
@@ -376,4 +380,11 @@ def evaluation(here: Path, rng, checker: bool) -> dict:
             )
     with open(here / "samples.jsonl", "w", encoding="utf-8") as handle:
         handle.writelines(json.dumps(row) + "\n" for row in samples)
-    return {"models": models, "prefix_redundancy": prefix, "paired": paired, "verdicts": []}
+    return {
+        "models": models,
+        "prefix_redundancy": prefix,
+        "decoding_of_prefixes": "sampled_t1",
+        "paired": paired,
+        "limit": 160,
+        "verdicts": [],
+    }

@@ -193,6 +193,20 @@ def test_tokens_to_target_interpolates_and_says_when_a_seed_never_gets_there():
     assert "fixed-long was not run" in words(plots.tokens_to_target({"laws": laws}))
 
 
+def test_a_law_stopped_before_its_first_snapshot_is_left_out(run):
+    results = json.loads((run / "04_length_schedules" / "results.json").read_text())
+    results["laws"]["fixed_short"]["seeds"] = {}
+    results["laws"]["logistic"]["seeds"]["0"] |= {"curve": []}
+    assert set(plots.schedule_comparison(results).data["law"]) == {"fixed_long", "clock_linear", "logistic"}
+    assert len(plots.tokens_to_target(results).data) == 2 * (3 + 3 + 2)
+
+
+def test_the_chosen_operator_is_the_only_green_one(run):
+    colours = plots.operator_table(run).axes[0].collections[0].get_facecolors()
+    green = [matplotlib.colors.to_hex(colour) == plots.ROLE_COLOURS["fine"] for colour in colours]
+    assert green == [True, False, False, False, False]
+
+
 def test_a_single_seed_is_called_one_seed(run):
     results = json.loads((run / "04_length_schedules" / "results.json").read_text())
     assert "each of 3 seeds" in words(plots.schedule_comparison(results))

@@ -236,6 +236,14 @@ def test_text_of_models_and_data_never_becomes_markup(tmp_path):
     assert "\\[l\\](javascript:x)" in text
 
 
+def test_the_overview_has_the_models_the_sentences_and_what_is_missing(run, tmp_path):
+    text = report.overview(run)
+    assert "| Fine Actor |" in text and "**Length laws**" in text and "rambles" in text and "Not run yet" not in text
+    partial = report.overview(fake_run(tmp_path, skip=("07_evaluation",)))
+    assert "Not run yet: notebooks/07_evaluation.ipynb." in partial and "| Fine Actor |" not in partial
+    assert "notebooks/01_base_model.ipynb" in report.overview(tmp_path / "nothing")
+
+
 def test_the_report_needs_no_torch():
     code = (
         "import sys, c2f_utils.report; sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'trl')))"

@@ -34,6 +34,7 @@ def test_law_table_shows_each_seed_and_the_mean(run):
     assert list(mine["seed"]) == ["0", "1", "2", "mean of 3"]
     assert mine["utility"].iloc[3] == pytest.approx(mine["utility"].iloc[:3].astype(float).mean())
     assert 0.5 < mine["of_fixed_long"].iloc[0] < 0.65
+    assert not mine["agnostic"].any() and frame[frame["law"] == "linear clock"]["agnostic"].all()
     assert t.law_table({}).empty
 
 

@@ -146,6 +146,17 @@ def test_more_analytical_only_when_it_takes_more_correct_steps(mine, theirs, wor
     assert len(v.rambling(coarse, {"mean_tokens": 20}, {"correct_steps": None})) == 1
 
 
+def test_before_there_is_an_instruction_model_another_one_is_named_as_the_measure():
+    said = v.rambling({"eos_rate": 0.02, "mean_tokens": 150}, {"mean_tokens": 100}, reference="base")[0]
+    assert said.startswith("The Coarse Actor rambles: 150 tokens on average (1.5 times the base's)")
+
+
+def test_an_operator_is_named_with_its_numbers():
+    assert v.operator_name({"name": "ties", "density": 0.3, "seed": 1}) == "ties (density 0.3)"
+    assert v.operator_name({"name": "residue"}) == v.operator_name("residue") == "residue"
+    assert v.operator_name(None) is None
+
+
 def test_conciseness_in_both_directions_and_with_nulls():
     a, b = {"mean_tokens": 54, "rep4": 0.04, "eos_rate": 0.97}, {"mean_tokens": 159, "rep4": 0.41, "eos_rate": 0.02}
     assert "lowers the length from 159 to 54 tokens (0.34 times)" in v.conciseness(a, b)[0]
@@ -213,6 +224,8 @@ def test_laws_that_were_not_run_or_not_checked_are_named():
 )
 def test_the_reward_model_is_held_against_chance(accuracy, word):
     assert word in v.reward_model({"pair_accuracy": accuracy, "n_pairs": 400})[0]
+    both = v.reward_model({"pair_accuracy": accuracy, "n_pairs": 9999, "held_out_pairs": 400})[0]
+    assert "of 400 held-out pairs" in both, "training pairs are no evidence"
     assert "not tried" in v.reward_model({"pair_accuracy": None, "n_pairs": 0})[0]
 
 
@@ -233,11 +246,11 @@ def test_length_bias_in_words(pearson, partial, first, second):
 def test_merge_says_whether_the_optimum_lies_inside_and_whether_an_operator_is_better(results):
     found = copy.deepcopy(results["06_residue_merging"])
     said = " ".join(v.merging(found))
-    assert "inside the range" in said and "No other operator scores better than task_arithmetic" in said
+    assert "inside the range" in said and "No other operator scores better than residue" in said
     found["sweep"][-1]["score"] = 99.0
     found["operators"][1]["score"] = 99.0
     said = " ".join(v.merging(found))
-    assert "at the edge" in said and "not the one that scores best" in said and "than task_arithmetic: linear." in said
+    assert "at the edge" in said and "not the one that scores best" in said and "than residue: linear." in said
     assert v.merging({"sweep": []}) == ["No coefficient was chosen by score."]
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from c2f_utils import files as small_files
+from c2f_utils import threads as cores
 from c2f_utils.errors import C2FError, problems
 from c2f_utils.merge import ranges, statistics
 from c2f_utils.merge.checkpoint import INDEX, stamp
@@ -51,13 +52,13 @@ def run_merge(
     """Merge into `out_dir`, which must not exist or be empty; a finished merge of the same plan there is returned as
     it is.
 
-    `chunk_mib` is MiB per buffer, `threads` the number of workers (default 2); neither changes a byte. Raises
+    `chunk_mib` is MiB per buffer, `threads` the number of workers (default `C2F_THREADS`, else 2); neither changes a byte. Raises
     C2FError for a plan with problems, inputs changed since planning, NaN or infinity in any input, an overflow of the
     output dtype, a full disk (then the partial folder stays for resuming), and an output folder that holds something
     else.
     """
     out_dir = Path(out_dir).absolute()
-    threads = 2 if threads is None else threads
+    threads = (cores.requested() or min(2, cores.available())) if threads is None else threads
     _refuse_bad_call(plan, out_dir, chunk_mib, threads)
     if (out_dir / REPORT).exists():
         report = load_report(out_dir)

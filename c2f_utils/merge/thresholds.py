@@ -20,7 +20,7 @@ from c2f_utils.merge.workers import Workers
 
 COLLECT = 3 << 20  # float32 values held at most per threshold (12 MB)
 KEEP_ALL, KEEP_NONE = Threshold(-1.0, 0, 1.0), Threshold(math.inf, 0, 0.0)
-_RUNS, _RUN = 256, 4096  # sampled runs of consecutive elements, spread evenly
+_RUN = 1024  # elements of a sampled run; runs are spread evenly, 64 to 1024 of them by size
 _MARGIN = 18.0  # standard errors of a sample quantile; far more than chance needs, as the elements of a run are alike
 
 
@@ -146,8 +146,9 @@ def _sizes(target: Target, loaded: Loaded, role: str, low: int, high: int) -> np
 
 def _sample(targets: list[Target], total: int, roles: list[str]) -> dict[str, np.ndarray]:
     workspace, first = Workspace(), 0
-    step = (total - _RUN) / (_RUNS - 1)
-    positions = [int(number * step) for number in range(_RUNS)]
+    runs = min(1024, max(64, total >> 16))
+    step = (total - _RUN) / (runs - 1)
+    positions = [int(number * step) for number in range(runs)]
     drawn: dict[str, list[np.ndarray]] = {role: [] for role in roles}
     for target in targets:
         for position in positions:

@@ -45,7 +45,9 @@ def weights(seed: int, like: dict[str, Tensor] | None = None, spread: float = 0.
     generator = torch.Generator().manual_seed(seed)
     if like is None:
         return {name: spread * torch.randn(shape, generator=generator) for name, shape in shapes(**kwargs).items()}
-    return {name: (t.float() + spread * torch.randn(t.shape, generator=generator)).to(t.dtype) for name, t in like.items()}
+    return {
+        name: (t.float() + spread * torch.randn(t.shape, generator=generator)).to(t.dtype) for name, t in like.items()
+    }
 
 
 def save(folder: Path, tensors: dict[str, Tensor], shards: int = 1, **config: object) -> Path:
@@ -84,4 +86,7 @@ def load(folder: Path | str) -> dict[str, Tensor]:
 
 def raw(folder: Path | str) -> dict[str, bytes]:
     """Each tensor's bytes, so that NaN payloads and signed zeros count."""
-    return {name: t.reshape(-1).view(torch.uint8).numpy().tobytes() if t.numel() else b"" for name, t in load(folder).items()}
+    return {
+        name: t.reshape(-1).view(torch.uint8).numpy().tobytes() if t.numel() else b""
+        for name, t in load(folder).items()
+    }

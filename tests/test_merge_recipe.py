@@ -1,4 +1,6 @@
-"""Promises of the recipe: one form in YAML, JSON and Python, refused early with every problem, coefficients by depth and rule."""
+"""Promises of the recipe: one form in YAML, JSON and Python, refused early with every problem, coefficients by depth
+and rule.
+"""
 
 import json
 import re
@@ -37,7 +39,9 @@ finite = st.floats(-2, 2, allow_nan=False)
     default=finite,
     knots=st.none() | st.lists(st.tuples(st.floats(0, 1), finite), min_size=1, max_size=4, unique_by=lambda k: k[0]),
     rules=st.lists(st.sampled_from([{"match": r"mlp\.", "scale": 0.5}, {"match": "lm_head", "set": 0.0}]), max_size=3),
-    operator=st.sampled_from([{"name": "residue"}, {"name": "trim", "density": 0.25, "scope": "global"}, {"name": "dare"}]),
+    operator=st.sampled_from(
+        [{"name": "residue"}, {"name": "trim", "density": 0.25, "scope": "global"}, {"name": "dare"}]
+    ),
     out_dtype=st.sampled_from(["same", "float32", "bfloat16", "bfloat16_stochastic"]),
     seed=st.integers(0, 2**40),
 )
@@ -145,7 +149,11 @@ def test_outside_the_knots_the_coefficient_is_constant():
 
 
 def test_rules_apply_in_order_to_the_full_name():
-    rules = ({"match": r"mlp\.", "scale": 2.0}, {"match": "up_proj", "set": 0.5}, {"match": r"layers\.1\.", "scale": 3.0})
+    rules = (
+        {"match": r"mlp\.", "scale": 2.0},
+        {"match": "up_proj", "set": 0.5},
+        {"match": r"layers\.1\.", "scale": 3.0},
+    )
     coefficient = Coefficient(default=0.1, rules=rules)
     assert coefficient.at("model.layers.0.mlp.down_proj.weight", 20) == pytest.approx(0.2)
     assert coefficient.at("model.layers.0.mlp.up_proj.weight", 20) == 0.5

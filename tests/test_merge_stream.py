@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from merge_models import VOCAB, WIDTH, load, raw, save, shapes, trio, weights
 
 from c2f_utils.errors import C2FError
-from c2f_utils.merge import Recipe, load_report, merge_state_dicts, plan_merge, run_merge, verify
+from c2f_utils.merge import Recipe, kernels, load_report, merge_state_dicts, plan_merge, run_merge, stream, verify
 from c2f_utils.merge import journal as journals
-from c2f_utils.merge import kernels, stream
 
 OPERATORS = [
     {"name": "residue"},
@@ -91,7 +90,7 @@ def test_when_instruct_is_base_the_residue_operator_is_a_blend(tmp_path):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks, spans and samples so small that tiny tensors are cut many times."""
-    for module in ("kernels", "ranges", "compute", "memory", "sources", "stream", "anatomy"):
+    for module in ("kernels", "ranges", "compute", "memory", "sources", "stream", "residues"):
         found = __import__(f"c2f_utils.merge.{module}", fromlist=["BLOCK"])
         if hasattr(found, "BLOCK"):
             monkeypatch.setattr(found, "BLOCK", 64)
@@ -104,7 +103,8 @@ def small_blocks(monkeypatch):
 def test_chunks_shards_and_threads_change_no_byte(tmp_path, monkeypatch, small_blocks, operator, out_dtype):
     paths = trio(tmp_path, torch.float32)
     whole = merge(paths, tmp_path / "whole", operator=operator, out_dtype=out_dtype, threads=1)
-    # chunk_mib counts in MiB; the smallest is 64 Ki elements, more than a whole tensor here, so the chunk is set directly
+    # chunk_mib counts in MiB; the smallest is 64 Ki elements, more than a whole tensor here, so the chunk is set
+    # directly
     plan = plan_merge(Recipe(**paths, operator=operator, out_dtype=out_dtype))
     real = stream._Merge.__init__
 
@@ -122,7 +122,9 @@ def test_chunks_shards_and_threads_change_no_byte(tmp_path, monkeypatch, small_b
     merge(other, tmp_path / "other", operator=operator, out_dtype=out_dtype, threads=2)
     assert (tmp_path / "other/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
     save(tmp_path / "instruct3", load(paths["instruct"]), shards=3)
-    merge({**paths, "instruct": str(tmp_path / "instruct3")}, tmp_path / "sharded", operator=operator, out_dtype=out_dtype)
+    merge(
+        {**paths, "instruct": str(tmp_path / "instruct3")}, tmp_path / "sharded", operator=operator, out_dtype=out_dtype
+    )
     assert raw(tmp_path / "sharded") == raw(tmp_path / "whole")
 
 
@@ -163,7 +165,11 @@ def test_any_length_gives_the_same_values_in_any_block(monkeypatch, count, seed,
         small = merge_state_dicts(recipe, *sets)
     name = next(iter(whole))
     exact = operator["name"] not in ("slerp", "orthogonal")  # their sums are over blocks, whose size is fixed in use
-    assert torch.equal(whole[name], small[name]) if exact else torch.allclose(whole[name], small[name], rtol=1e-5, atol=1e-6)
+    assert (
+        torch.equal(whole[name], small[name])
+        if exact
+        else torch.allclose(whole[name], small[name], rtol=1e-5, atol=1e-6)
+    )
 
 
 def test_the_seed_decides_the_random_operators_and_nothing_else_does(tmp_path):
@@ -424,7 +430,9 @@ def test_transformers_loads_the_result_and_no_residue_gives_instruct_s_logits(tm
     merge(paths, tmp_path / "zero", coefficient={"default": 0.0})
     merge(paths, tmp_path / "out", out_dtype="float32")
     ids = torch.arange(8)[None] + 3
-    models = [AutoModelForCausalLM.from_pretrained(path) for path in (paths["instruct"], tmp_path / "zero", tmp_path / "out")]
+    models = [
+        AutoModelForCausalLM.from_pretrained(path) for path in (paths["instruct"], tmp_path / "zero", tmp_path / "out")
+    ]
     logits = [model(ids).logits for model in models]
     assert torch.equal(logits[0], logits[1])
     assert bool(torch.isfinite(logits[2]).all()) and not torch.equal(logits[0].float(), logits[2].float())
@@ -440,7 +448,14 @@ def test_tokenizer_and_generation_files_follow_instruct_and_stale_ones_do_not(tm
     (instruct / "training_args.bin").write_bytes(b"\x80")
     merge(paths, tmp_path / "out")
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert names == ["README.md", "chat_template.jinja", "config.json", "merge_report.json", "model.safetensors", "tokenizer_config.json"]
+    assert names == [
+        "README.md",
+        "chat_template.jinja",
+        "config.json",
+        "merge_report.json",
+        "model.safetensors",
+        "tokenizer_config.json",
+    ]
     assert "Fine Actor" in (tmp_path / "out/README.md").read_text()
 
 
@@ -512,13 +527,17 @@ def test_extended_vocabularies_need_the_rule_and_keep_instruct_s_rows(tmp_path, 
     merge(paths, tmp_path / "out", vocab="common_prefix", coefficient={"default": 1.0})
     merged = load(tmp_path / "out")["lm_head.weight"]
     assert torch.equal(merged[VOCAB:], wide["lm_head.weight"][VOCAB:])
-    assert torch.equal(merged[:VOCAB], wide["lm_head.weight"][:VOCAB] + (coarse["lm_head.weight"] - base["lm_head.weight"]))
+    assert torch.equal(
+        merged[:VOCAB], wide["lm_head.weight"][:VOCAB] + (coarse["lm_head.weight"] - base["lm_head.weight"])
+    )
     verify(tmp_path / "out", Recipe(**paths, vocab="common_prefix", coefficient={"default": 1.0}))
 
 
 def test_a_padded_coarse_vocabulary_gives_its_common_rows(tmp_path, three):
     base, instruct, _ = three
-    padded = {n: torch.cat([t, torch.ones(24, WIDTH)]) if "embed" in n or "head" in n else t for n, t in three[2].items()}
+    padded = {
+        n: torch.cat([t, torch.ones(24, WIDTH)]) if "embed" in n or "head" in n else t for n, t in three[2].items()
+    }
     paths = roles(tmp_path, base=(base, {}), instruct=(instruct, {}), coarse=(padded, {"vocab_size": VOCAB + 24}))
     merge(paths, tmp_path / "out", vocab="common_prefix")
     assert load(tmp_path / "out")["lm_head.weight"].shape == (VOCAB, WIDTH)
@@ -560,7 +579,9 @@ def test_empty_and_scalar_tensors_pass(tmp_path, three):
     for number, tensors in enumerate(three):
         tensors["model.layers.0.empty"] = torch.empty(0, 4)
         tensors["model.layers.0.scale"] = torch.tensor(float(number))
-    paths = roles(tmp_path, **{role: (tensors, {}) for role, tensors in zip(("base", "instruct", "coarse"), three, strict=True)})
+    paths = roles(
+        tmp_path, **{role: (tensors, {}) for role, tensors in zip(("base", "instruct", "coarse"), three, strict=True)}
+    )
     for operator in OPERATORS:
         merge(paths, tmp_path / label(operator), operator=operator)
         merged = load(tmp_path / label(operator))
@@ -593,7 +614,9 @@ def test_an_overflow_of_the_output_dtype_is_an_error_and_not_an_infinity(tmp_pat
 def test_large_finite_values_are_not_taken_for_overflow(tmp_path, three):
     for tensors in three:
         tensors["model.norm.weight"][:] = 1e30
-    paths = roles(tmp_path, **{role: (tensors, {}) for role, tensors in zip(("base", "instruct", "coarse"), three, strict=True)})
+    paths = roles(
+        tmp_path, **{role: (tensors, {}) for role, tensors in zip(("base", "instruct", "coarse"), three, strict=True)}
+    )
     report = merge(paths, tmp_path / "out")
     assert all(value is None or value == pytest.approx(1.0) for value in report.survival.values())
 

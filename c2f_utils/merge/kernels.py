@@ -216,9 +216,11 @@ def tsv(piece: Piece, c: float, rank: float) -> Tensor:
     lefts, values, rights = [], [], []
     for delta, weight in zip(deltas, weights, strict=True):
         u, s, vh = torch.linalg.svd(delta.reshape(piece.shape), full_matrices=False)
-        lefts.append(u[:, :keep].clone())
-        values.append(weight * s[:keep])
-        rights.append(vh[:keep].clone())
+        # Directions without energy are arbitrary; orthogonalised with the others they would turn those.
+        rank_here = min(keep, int((s > 1e-6 * s[0]).sum())) if s.numel() else 0
+        lefts.append(u[:, :rank_here].clone())
+        values.append(weight * s[:rank_here])
+        rights.append(vh[:rank_here].clone())
     merged = (_polar(torch.cat(lefts, dim=1)) * torch.cat(values)) @ _polar(torch.cat(rights, dim=0))
     return piece.base + merged.reshape(-1)
 

@@ -52,12 +52,11 @@ def merge_state_dicts(
     coefficients = {name: recipe.coefficient.at(name, layers) for name in instruct}
     _refuse(recipe, operator, instruct, models, coefficients, several)
     merged: dict[str, Tensor] = {}
-    shared: dict[tuple, str] = {}
+    owner = _owners(instruct)
     work: dict[str, tuple[_Held, int]] = {}
     for name, tensor in instruct.items():
-        key = (tensor.data_ptr(), tensor.shape)
-        if tensor.numel() and shared.setdefault(key, name) != name:
-            continue  # tied: merged once, under its first name
+        if owner[name] != name:
+            continue  # tied: merged once
         c = coefficients[name]
         if not tensor.is_floating_point() or names.is_buffer(name) or (c == 0 and operator.zero_is_instruct):
             merged[name] = _as_output(recipe, tensor, name)
@@ -76,10 +75,16 @@ def merge_state_dicts(
             merged[name] = _merge(
                 recipe, operator, options, name, instruct[name], held, count, coefficients[name], found.get(name)
             )
-    twin = {
-        name: shared[tensor.data_ptr(), tensor.shape] if tensor.numel() else name for name, tensor in instruct.items()
-    }
-    return {name: merged[twin[name]] for name in instruct}
+    return {name: merged[owner[name]] for name in instruct}
+
+
+def _owners(tensors: StateDict) -> dict[str, str]:
+    """Give for every tensor the name under which it is merged: of tied ones the embedding's, as when stored."""
+    groups: dict[tuple, list[str]] = {}
+    for name, tensor in tensors.items():
+        groups.setdefault((tensor.data_ptr(), tensor.shape) if tensor.numel() else (name,), []).append(name)
+    first = [min(group, key=lambda name: (names.family_of(name) != "embedding", name)) for group in groups.values()]
+    return {name: owner for owner, group in zip(first, groups.values(), strict=True) for name in group}
 
 
 def _merge(
@@ -169,22 +174,18 @@ def random_residue(base: StateDict, coarse: StateDict, seed: int = 0) -> dict[st
 
     Tied tensors stay shared; constants are those of coarse. The noise depends on seed and tensor name only.
     """
-    made: dict[str, Tensor] = {}
-    shared: dict[tuple, str] = {}
-    for name, tensor in coarse.items():
-        key = (tensor.data_ptr(), tensor.shape)
-        twin = shared.setdefault(key, name) if tensor.numel() else name
-        if twin != name:
-            made[name] = made[twin]
-        elif not tensor.is_floating_point() or names.is_buffer(name) or not tensor.numel():
+    owner, made = _owners(coarse), {}
+    for name in dict.fromkeys(owner.values()):
+        tensor = coarse[name]
+        if not tensor.is_floating_point() or names.is_buffer(name) or not tensor.numel():
             made[name] = tensor.detach().clone()
-        else:
-            start = base[name].detach().float().reshape(-1)
-            norm = math.sqrt(_square(tensor.detach().float().reshape(-1) - start))
-            noise = torch.from_numpy(philox.normal(seed, f"{name}|random_residue", start.numel()))
-            scale = norm / math.sqrt(_square(noise))
-            made[name] = (start + scale * noise).to(tensor.dtype).view(tensor.shape)
-    return made
+            continue
+        start = base[name].detach().float().reshape(-1)
+        norm = math.sqrt(_square(tensor.detach().float().reshape(-1) - start))
+        noise = torch.from_numpy(philox.normal(seed, f"{name}|random_residue", start.numel()))
+        scale = norm / math.sqrt(_square(noise))
+        made[name] = (start + scale * noise).to(tensor.dtype).view(tensor.shape)
+    return {name: made[owner[name]] for name in coarse}
 
 
 def _square(flat: Tensor) -> float:

@@ -181,7 +181,7 @@ def register_operator(
     return _REGISTRY[name]
 
 
-def operators() -> dict[str, Operator]:
+def known_operators() -> dict[str, Operator]:
     """Give the operators a recipe may name, built-in and registered."""
     return dict(_REGISTRY)
 

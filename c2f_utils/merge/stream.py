@@ -52,10 +52,10 @@ def run_merge(
     """Merge into `out_dir`, which must not exist or be empty; a finished merge of the same plan there is returned as
     it is.
 
-    `chunk_mib` is MiB per buffer, `threads` the number of workers (default `C2F_THREADS`, else 2); neither changes a byte. Raises
-    C2FError for a plan with problems, inputs changed since planning, NaN or infinity in any input, an overflow of the
-    output dtype, a full disk (then the partial folder stays for resuming), and an output folder that holds something
-    else.
+    `chunk_mib` is MiB per buffer, `threads` the number of workers (default `C2F_THREADS`, else 2); neither changes a
+    byte. Raises C2FError for a plan with problems, inputs changed since planning, NaN or infinity in any input, an
+    overflow of the output dtype, a full disk (then the partial folder stays for resuming), and an output folder that
+    holds something else.
     """
     out_dir = Path(out_dir).absolute()
     threads = (cores.requested() or min(2, cores.available())) if threads is None else threads

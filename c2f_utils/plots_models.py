@@ -35,6 +35,7 @@ from c2f_utils.plots_style import (
 
 STAGE = "07_evaluation"
 MAIN = ("base", "instruct", "coarse", "fine")
+LEAST_ANSWERS = 10  # a mean over the two longest answers of a concise model would say nothing about the model
 
 
 def model_rows(results: dict, decoding: str) -> list[dict]:
@@ -110,7 +111,7 @@ def prefix_redundancy(source: object) -> Figure:
     ax, ends, obstacles = axes[0, 0], [], []
     fig.data = pd.DataFrame([{"model": name, **row} for name, rows in found.items() for row in rows])
     for name, rows in found.items():
-        rows = [row for row in rows if row.get("rep4") is not None]
+        rows = [row for row in rows if row.get("rep4") is not None and row["n"] >= LEAST_ANSWERS]
         if not rows:
             continue
         role = models.get(name, {}).get("role", "control")
@@ -125,14 +126,17 @@ def prefix_redundancy(source: object) -> Figure:
             count = ", ".join(f"{row['n']}" for row in rows)
             ends.append((x[-1], y[-1], f"{models.get(name, {}).get('label', name)} (n {count})", colour))
     if not ax.lines:
-        say(ax, "no answer reached the shortest prefix" if found else "no prefix redundancy recorded")
+        few = f"no prefix was reached by at least {LEAST_ANSWERS} answers of a model"
+        say(ax, few if found else "no prefix redundancy recorded")
         return fig
     prefixes = sorted({row["prefix"] for rows in found.values() for row in rows})
     ax.set_xscale("log", base=2)
     ax.set_xticks(prefixes, [str(prefix) for prefix in prefixes])
     ax.minorticks_off()
     ax.set(xlabel="first k tokens", ylabel=LABELS["rep4"], ylim=(0, None), xlim=(prefixes[0] * 0.9, prefixes[-1] * 1.9))
-    note(ax, "n: answers at least that long; thin violet: controls", "upper left")
+    note(
+        ax, f"n: answers at least that long (fewer than {LEAST_ANSWERS}: left out)\nthin violet: controls", "upper left"
+    )
     ax.set_ylim(-0.06 * ax.get_ylim()[1], 1.1 * ax.get_ylim()[1])
     point_labels(ax, [end[:2] for end in ends], [end[2] for end in ends], [end[3] for end in ends], obstacles, size=7)
     return fig
@@ -229,7 +233,7 @@ def _story(ax: Axes, stage: Path) -> pd.DataFrame:
         twin.plot(column(curve, "iteration"), values, color=blue, marker="o", markersize=3, linewidth=1.1)
         low, high = float(np.nanmin(values)), float(np.nanmax(values))
         low = 0.0 if metric == "accuracy_first" else low - 0.2 * (high - low)
-        twin.set_ylim(low, low + 1.45 * max(1e-9, high - low))
+        twin.set_ylim(low, low + 1.45 * max(0.05, high - low))
         twin.tick_params(colors=blue, labelcolor=blue)
     ax.set_ylim(0, 1.45 * float(np.nanmax(column(rows, "limit"))))
     note(ax, names)

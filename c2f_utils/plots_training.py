@@ -118,7 +118,7 @@ def length_bias(source: object) -> Figure:
         _scatter(right, utility, reward)
         if results.get("utility_correlation") is not None:
             note(right, f"correlation {results['utility_correlation']:+.2f}")
-        note(right, "points: answers; line: mean of ten equal bins", "lower right")
+        note(right, "points: answers; line: means of deciles", "lower right")
     else:
         right.tick_params(labelleft=False)
         right.set_xticks([])
@@ -128,13 +128,16 @@ def length_bias(source: object) -> Figure:
 
 
 def _scatter(ax: Axes, x: np.ndarray, y: np.ndarray) -> None:
-    """Faint points, the mean in ten bins of equal count, and the least-squares line."""
+    """Faint points, the mean per decile, and the least-squares line."""
     keep = np.isfinite(x) & np.isfinite(y)
     x, y = x[keep], y[keep]
     ax.scatter(x, y, 5, color=ROLE_COLOURS["control"], alpha=0.35, linewidths=0)
     if len(x) < 20 or x.min() == x.max():
         return
-    order = np.array_split(np.argsort(x, kind="stable"), 10)
+    # Deciles, fewer where many answers share one length (those cut at the limit): each bin is one place on the axis.
+    edges = np.unique(np.quantile(x, np.linspace(0, 1, 11)))
+    bins = np.clip(np.searchsorted(edges, x, side="right") - 1, 0, len(edges) - 1)
+    order = [np.flatnonzero(bins == k) for k in range(len(edges)) if (bins == k).sum() >= 3]
     slope, offset = np.polyfit(x, y, 1)
     ends = np.array([x.min(), x.max()])
     ax.plot(ends, offset + slope * ends, color=MUTED, linewidth=0.8, linestyle="--")
@@ -225,7 +228,7 @@ def _against_right(ax: Axes, x: np.ndarray, share: np.ndarray, label: str, colou
     twin.grid(False)
     twin.spines["right"].set_visible(True)
     low = max(-1.0, min(0.0, float(np.nanmin(share))))  # an untrained critic can be arbitrarily bad: cut at -1
-    twin.set(ylim=(low, low + 1.45 * (1 - low)), yticks=[0, 0.5, 1])
+    twin.set(ylim=(low, low + 1.45 * (1 - low)), yticks=[0, 0.5, 1] if low > -0.75 else [-1, 0, 1])
     twin.tick_params(colors=colour, labelcolor=colour)
     twin.plot(x, share, color=colour, linewidth=1)
 

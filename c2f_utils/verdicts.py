@@ -55,9 +55,9 @@ def parent_sentence(
     difference = values[0] - values[1]
     numbers = f"{values[0]:.3f} against {values[1]:.3f}, {difference_words(difference, *interval)}{after}"
     return {
-        "better": f"{fine} is better than {parent} on {quantity}: {numbers}.",
-        "worse": f"{fine} is worse than {parent} on {quantity}: {numbers}.",
-        "tie": f"{fine} and {parent} cannot be told apart on {quantity}: {numbers}.",
+        "better": f"{capital(fine)} is better than {parent} on {quantity}: {numbers}.",
+        "worse": f"{capital(fine)} is worse than {parent} on {quantity}: {numbers}.",
+        "tie": f"{capital(fine)} and {parent} cannot be told apart on {quantity}: {numbers}.",
     }[outcome(difference, *interval)]
 
 
@@ -99,7 +99,7 @@ def fine_against_all(results: dict, decoding: str = "sampled_t1") -> list[str]:
         mine, theirs = fine.get(metric), (model.get(decoding) or {}).get(metric)
         quantity = QUANTITIES[metric]
         if mine is None or theirs is None:
-            words.append(f"{name}: {quantity} was not measured, so it is not compared.")
+            words.append(f"{capital(name)}: {quantity} was not measured, so it is not compared.")
             continue
         row = rows[other, metric] or {}
         interval, after = (row.get("low"), row.get("high")), ""
@@ -192,6 +192,24 @@ def reward_against_accuracy(fine: dict, coarse: dict) -> list[str]:
     return [f"Reward and accuracy do not disagree on fine against coarse: {numbers}."]
 
 
+def at_fixed_prefixes(results: dict, least: int = 10) -> list[str]:
+    """Is the merged model less redundant at equal length, or only shorter? At the longest prefix both reach `least` times."""
+    found = results.get("prefix_redundancy") or {}
+    rows = {
+        name: {row["prefix"]: row for row in found.get(name) or [] if row.get("rep4") is not None and row["n"] >= least}
+        for name in ("fine", "coarse")
+    }
+    shared = sorted(set(rows["fine"]) & set(rows["coarse"]))
+    if not shared:
+        return [f"Redundancy at equal length is not compared: no prefix is reached by {least} answers of both actors."]
+    fine, coarse = (rows[name][shared[-1]] for name in ("fine", "coarse"))
+    word = {True: "less redundant", False: "more redundant"}[fine["rep4"] < coarse["rep4"]]
+    if abs(fine["rep4"] - coarse["rep4"]) <= 0.02:
+        word = "about as redundant (within 0.02)"
+    numbers = f"{fine['rep4']:.3f} (n {fine['n']}) against {coarse['rep4']:.3f} (n {coarse['n']}) repeated 4-grams"
+    return [f"Over the first {shared[-1]} tokens of answers that long, the Fine Actor is {word}: {numbers}."]
+
+
 def evaluation(results: dict, decoding: str = "sampled_t1") -> list[str]:
     """Every sentence about stage 07."""
     rows = {name: model[decoding] for name, model in (results.get("models") or {}).items() if model.get(decoding)}
@@ -199,7 +217,8 @@ def evaluation(results: dict, decoding: str = "sampled_t1") -> list[str]:
     if "coarse" in rows and "instruct" in rows:
         words += rambling(rows["coarse"], rows["instruct"], rows.get("base"))
     if "coarse" in rows and "fine" in rows:
-        words += conciseness(rows["fine"], rows["coarse"]) + reward_against_accuracy(rows["fine"], rows["coarse"])
+        words += conciseness(rows["fine"], rows["coarse"]) + at_fixed_prefixes(results)
+        words += reward_against_accuracy(rows["fine"], rows["coarse"])
     return words
 
 
@@ -253,9 +272,9 @@ def law_against_law(results: dict, a: str, b: str) -> list[str]:
         return [f"{prefix}{said}; one seed allows no verdict.{cost}"]
     numbers = f"{difference_words(*gap[:3])} over {seeds} seeds"
     verdict = {
-        "better": f"{names[0]} is better than {names[1]} on {metric}: {numbers}.",
-        "worse": f"{names[0]} is worse than {names[1]} on {metric}: {numbers}.",
-        "tie": f"{names[0]} and {names[1]} cannot be told apart on {metric}: {numbers}.",
+        "better": f"{capital(names[0])} is better than {names[1]} on {metric}: {numbers}.",
+        "worse": f"{capital(names[0])} is worse than {names[1]} on {metric}: {numbers}.",
+        "tie": f"{capital(names[0])} and {names[1]} cannot be told apart on {metric}: {numbers}.",
     }[outcome(gap.value, gap.low, gap.high)]
     return [prefix + verdict + cost]
 
@@ -347,8 +366,9 @@ def merging(results: dict) -> list[str]:
     mine = [row["score"] for row in operators if row.get("operator") == operator]
     if mine and len(operators) > 1:
         better = sorted(row["operator"] for row in operators if row["score"] > mine[0])
+        top = max(row["score"] for row in operators) - mine[0]
         words.append(
-            f"Operators that score better than {operator}: {', '.join(better)}."
+            f"Operators that score better than {operator}: {', '.join(better)}, by at most {top:.3f}."
             if better
             else f"No other operator scores better than {operator}."
         )
@@ -364,6 +384,11 @@ def everything(results: dict[str, dict | None], decoding: str = "sampled_t1") ->
         "07_evaluation": lambda found: evaluation(found, decoding),
     }
     return {stage: make(results[stage]) for stage, make in makers.items() if results.get(stage)}
+
+
+def capital(words: str) -> str:
+    """Words with their first letter as it stands at the beginning of a sentence."""
+    return words[:1].upper() + words[1:]
 
 
 def _percent(share: float) -> str:

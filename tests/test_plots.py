@@ -201,6 +201,16 @@ def test_a_law_stopped_before_its_first_snapshot_is_left_out(run):
     assert len(plots.tokens_to_target(results).data) == 2 * (3 + 3 + 2)
 
 
+def test_a_prefix_that_only_a_handful_of_answers_reach_is_not_drawn(run):
+    results = json.loads((run / "07_evaluation" / "results.json").read_text())
+    found = results["prefix_redundancy"]
+    found["instruct"] = [{"prefix": 32, "rep4": 0.1, "n": 81}, {"prefix": 64, "rep4": 0.9, "n": 3}]
+    said = words(plots.prefix_redundancy(results))
+    assert "Instruct (n 81)" in said and "fewer than 10" in said
+    results["prefix_redundancy"] = {"instruct": found["instruct"][1:]}
+    assert "no prefix was reached by at least 10 answers" in words(plots.prefix_redundancy(results))
+
+
 def test_the_chosen_operator_is_the_only_green_one(run):
     colours = plots.operator_table(run).axes[0].collections[0].get_facecolors()
     green = [matplotlib.colors.to_hex(colour) == plots.ROLE_COLOURS["fine"] for colour in colours]

@@ -166,6 +166,22 @@ def test_conciseness_in_both_directions_and_with_nulls():
     assert v.conciseness(a, {**b, "rep4": 0.0})[1].endswith("to 0.040.")
 
 
+@pytest.mark.parametrize(
+    ("fine", "word"), [(0.1, "less redundant"), (0.6, "more redundant"), (0.41, "about as redundant")]
+)
+def test_redundancy_is_compared_at_the_longest_prefix_both_reach(fine, word):
+    coarse = [
+        {"prefix": 32, "rep4": 0.9, "n": 256},
+        {"prefix": 64, "rep4": 0.4, "n": 250},
+        {"prefix": 128, "rep4": 0.5, "n": 9},
+    ]
+    mine = [{"prefix": 64, "rep4": fine, "n": 40}, {"prefix": 128, "rep4": 0.0, "n": 2}]
+    said = v.at_fixed_prefixes({"prefix_redundancy": {"fine": mine, "coarse": coarse}})[0]
+    assert "first 64 tokens" in said and word in said and "(n 40)" in said
+    few = v.at_fixed_prefixes({"prefix_redundancy": {"fine": mine[1:], "coarse": coarse}})[0]
+    assert "not compared" in few and "not compared" in v.at_fixed_prefixes({})[0]
+
+
 def test_reward_and_accuracy_may_disagree():
     fine, coarse = {"reward": 0.6, "accuracy_last": 0.8}, {"reward": 1.4, "accuracy_last": 0.4}
     assert "prefers the Coarse Actor" in v.reward_against_accuracy(fine, coarse)[0]
@@ -186,11 +202,11 @@ def laws(logistic, linear, long=(3.0, 3.0, 3.0), metric="utility") -> dict:
 @pytest.mark.parametrize(
     ("logistic", "linear", "verdict", "lesson"),
     [
-        ((3.0, 3.1, 3.2), (2.0, 2.2, 2.1), "logistic is better than linear", "buy quality here"),
+        ((3.0, 3.1, 3.2), (2.0, 2.2, 2.1), "Logistic is better than linear", "buy quality here"),
         (
             (2.0, 2.2, 2.1),
             (3.0, 3.1, 3.2),
-            "logistic is worse than linear",
+            "Logistic is worse than linear",
             "linear ramp, which reads no signal, does better",
         ),
         ((3.0, 2.9, 3.1), (2.9, 3.1, 3.0), "cannot be told apart", "No advantage"),
@@ -250,7 +266,9 @@ def test_merge_says_whether_the_optimum_lies_inside_and_whether_an_operator_is_b
     found["sweep"][-1]["score"] = 99.0
     found["operators"][1]["score"] = 99.0
     said = " ".join(v.merging(found))
-    assert "at the edge" in said and "not the one that scores best" in said and "than residue: linear." in said
+    assert (
+        "at the edge" in said and "not the one that scores best" in said and "than residue: linear, by at most " in said
+    )
     assert v.merging({"sweep": []}) == ["No coefficient was chosen by score."]
 
 

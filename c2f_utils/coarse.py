@@ -118,6 +118,8 @@ class CoarseTrainer:
             self._measure()
         while self.iteration < self.config.iterations and not self.stop():
             yield self.step()
+        if self.folder is not None and self.history and self.iteration % self.config.checkpoint_every:
+            checkpoints.save(self, self.folder)  # asked to stop between two checkpoints
 
     def step(self) -> dict:
         """One iteration: the five verbs in order."""
@@ -230,7 +232,7 @@ class CoarseTrainer:
             self._measure()
         row["seconds"] = round(perf_counter() - began, 3)
         self.history.append(row)
-        if self.folder is not None and (self.iteration % self.config.checkpoint_every == 0 or last or self.stop()):
+        if self.folder is not None and (self.iteration % self.config.checkpoint_every == 0 or last):
             checkpoints.save(self, self.folder)
         return row
 

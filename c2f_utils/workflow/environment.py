@@ -81,7 +81,7 @@ def _preferences(run: Run) -> dict:
     models.check_folder(settings.models.instruct, "models.instruct")
     pairs = data.read_preferences(settings.data.preferences, settings.data.preference_split)
     for path, digest in data.checksum(settings).items():
-        run.here.add_input(path, digest)
+        run.here.add_input(f"data:{path}", digest)
     shown = pairs[:SHOWN]
     return {
         "sizes": {"preference pairs": len(pairs), "distinct prompts": len({p.prompt for p in pairs})},

@@ -1,5 +1,6 @@
 """What a stage works on: models and prompts of the earlier stages, loaded when first asked for."""
 
+import json
 from functools import cached_property
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from torch import nn
 from c2f_utils import data, models, rewards, tasks
 from c2f_utils.config import Settings
 from c2f_utils.evaluate import answers, measure
+from c2f_utils.files import write_text
 from c2f_utils.rollout import Prompt, Sample
 from c2f_utils.runs import Run
 
@@ -19,6 +21,8 @@ class Inputs:
 
     def __init__(self, run: Run):
         self.run, self.settings = run, run.settings
+        for path, digest in data.checksum(run.settings).items():
+            run.here.add_input(f"data:{path}", digest)
 
     @cached_property
     def base_source(self) -> str:
@@ -72,9 +76,6 @@ class Inputs:
 
 def keep_samples(stage, table: list[dict], settings: Settings) -> None:
     """Replace a stage's samples.jsonl by the first `samples_kept` answers of each model and decoding."""
-    from c2f_utils.files import write_text
-    import json
-
     seen: dict[tuple, int] = {}
     lines = []
     for row in table:

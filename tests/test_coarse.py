@@ -1,0 +1,238 @@
+"""The trainer: exact first ratio, invariance to packing, exact resume, honest treatment of cuts, loud failure."""
+
+import json
+
+import pytest
+import torch
+from tiny_models import LAWS, PrefixReward, causal, distinct_tokens, prompts, trainer, weights
+
+from c2f_utils import checkpoints, limits, packing, tasks
+from c2f_utils.coarse import tail_return
+from c2f_utils.errors import C2FError
+from c2f_utils.models import token_logps
+
+
+def run(process, steps: int) -> list[dict]:
+    return [process.step() for _ in range(steps)]
+
+
+def comparable(rows: list[dict]) -> list[dict]:
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_the_first_ratio_is_one(lora):
+    process = trainer(lora=lora, critic="shared" if lora else "separate")
+    assert process.step()["ratio_error"] <= 1e-4
+
+
+def test_the_ratio_is_exactly_one_when_recomputed_with_the_same_packing():
+    process = trainer(minibatches=1)
+    e = process.credit(process.judge(process.collect()))
+    for group in process._packed(e.samples):
+        batch = process._collate([e.samples[i] for i in group])
+        with torch.no_grad():
+            first, second = (process.policy(batch)[0] for _ in range(2))
+        assert torch.equal((first - second).exp(), torch.ones_like(first))
+
+
+def test_later_ratios_are_not_one():
+    process = trainer(minibatches=1, epochs=1, actor_learning_rate=1e-2)
+    e = process.credit(process.judge(process.collect()))
+    process.improve(e)
+    assert process.improve(e)["ratio_error"] > 1e-3
+
+
+def test_packing_changes_no_gradient():
+    gradients = []
+    for budget in (70, 200, 10_000):
+        process = trainer(minibatches=1, tokens_per_micro_batch=budget)
+        e = process.credit(process.judge(process.collect()))
+        tokens = sum(s.tokens for s in e.samples)
+        for group in process._packed(e.samples):
+            process._backward(e, group, tokens, warming=False)
+        gradients.append(torch.cat([p.grad.flatten() for p in process.policy.trainable().values() if p.grad is not None]))
+    for other in gradients[1:]:
+        assert (gradients[0] - other).norm() / gradients[0].norm() < 1e-5
+
+
+def test_padding_changes_no_logp_and_no_value():
+    process = trainer()
+    batch = process.collect().samples
+    short = min(batch, key=lambda s: len(s.prompt.ids) + s.tokens)
+    with torch.no_grad():
+        alone = process.policy(packing.collate([short], tasks.PAD))
+        together = process.policy(packing.collate([short, *batch], tasks.PAD))
+    for a, b in zip(alone, together, strict=True):
+        assert torch.allclose(a, b[: short.tokens], atol=1e-6)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_the_reference_is_the_base_and_stays_it(lora):
+    process = trainer(lora=lora, actor_learning_rate=1e-2)
+    base = causal()
+    run(process, 2)
+    batch = packing.collate(process.collect().samples, tasks.PAD)
+    reference = process.policy.reference_logps(batch)
+    with torch.no_grad():
+        hidden = base.model(input_ids=batch.ids).last_hidden_state[batch.rows, batch.columns]
+        expected = token_logps(hidden, base.lm_head.weight, batch.targets, 1.0)[0]
+        moved = process.policy(batch)[0]
+    assert torch.allclose(reference, expected, atol=1e-6)
+    assert (moved - expected).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_two_and_two_steps_equal_four_bit_for_bit(law, lora, tmp_path):
+    whole = trainer(law, tmp_path / "whole", lora)
+    rows = run(whole, 4)
+    run(trainer(law, tmp_path / "parts", lora), 2)
+    resumed = trainer(law, tmp_path / "parts", lora)
+    assert resumed.iteration == 2
+    run(resumed, 2)
+    assert comparable(resumed.history) == comparable(rows)
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(resumed)[name]), name
+
+
+def test_the_same_seed_gives_the_same_numbers_and_another_seed_others():
+    rows = [comparable(run(trainer(seed=seed), 2)) for seed in (3, 3, 4)]
+    assert rows[0] == rows[1] != rows[2]
+
+
+def test_a_checkpoint_of_another_law_or_model_is_refused(tmp_path):
+    trainer("logistic", tmp_path).step()
+    with pytest.raises(C2FError, match="law Logistic"):
+        trainer("fixed", tmp_path)
+    with pytest.raises(C2FError, match="other parameters"):
+        trainer("logistic", tmp_path, lora=True)
+
+
+def test_a_half_written_checkpoint_is_never_taken_for_one(tmp_path):
+    process = trainer(folder=tmp_path)
+    process.step()
+    (tmp_path / ".step-00009.partial").mkdir()
+    assert checkpoints.latest(tmp_path).name == "step-00001"
+    assert trainer(folder=tmp_path).iteration == 1
+
+
+def test_only_the_last_two_checkpoints_stay(tmp_path):
+    run(trainer(folder=tmp_path), 4)
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["step-00003", "step-00004"]
+
+
+def test_a_stop_request_saves_and_ends(tmp_path):
+    asked = []
+    process = trainer(folder=tmp_path, checkpoint_every=100)
+    process.stop = lambda: len(asked) >= 2
+    for row in process:
+        asked.append(row)
+    assert len(asked) == 2 and checkpoints.latest(tmp_path).name == "step-00002"
+
+
+def test_a_cut_answer_is_scored_bootstrapped_or_penalised_as_asked():
+    shaped, returns = {}, {}
+    for mode in ("score", "bootstrap", "penalty"):
+        process = trainer("fixed", cut=mode, cut_penalty=2.0)
+        torch.nn.init.constant_(process.policy.critic.head.bias, 0.5)
+        e = process.credit(process.judge(process.collect()))
+        shaped[mode], returns[mode] = e.shaped, e.returns
+    cut = torch.tensor([s.cut for s in e.samples])
+    assert cut.any() and not cut.all()
+    assert torch.equal(shaped["penalty"], shaped["score"] - 2.0 * cut)
+    assert (shaped["bootstrap"][cut] == 0).all() and torch.equal(shaped["bootstrap"][~cut], shaped["score"][~cut])
+    last = torch.tensor([s.tokens - 1 for s in e.samples])
+    rows = torch.arange(len(last))
+    # Bootstrapped, the last token of a cut answer is worth what the critic expects after it (plus the small KL price).
+    assert (returns["bootstrap"][rows, last][cut] - e.values[rows, last][cut]).abs().max() < 0.6
+    assert not torch.allclose(returns["bootstrap"][rows, last][cut], returns["score"][rows, last][cut])
+
+
+def test_the_reward_lands_on_the_last_token_and_kl_on_every_token():
+    process = trainer("fixed", discount=1.0, lambda_policy=1.0, lambda_critic=1.0, kl_coefficient=0.0)
+    e = process.credit(process.judge(process.collect()))
+    for i, sample in enumerate(e.samples):
+        assert torch.allclose(e.returns[i, : sample.tokens], e.shaped[i].expand(sample.tokens), atol=1e-5)
+
+
+def test_a_token_price_is_charged_per_token():
+    free, priced = (trainer("fixed", token_price=p) for p in (0.0, 0.1))
+    a, b = (t.credit(t.judge(t.collect())) for t in (free, priced))
+    assert torch.allclose(a.shaped - b.shaped, torch.tensor([0.1 * s.tokens for s in a.samples]), atol=1e-5)
+
+
+def test_during_critic_warmup_only_the_critic_moves_and_its_tokens_count():
+    process = trainer("fixed", critic_warmup=1)
+    before = weights(process)
+    process.step()
+    after = weights(process)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and all(name.startswith("critic.") for name in moved) and process.rollout_tokens > 0
+    process.step()
+    assert any(not torch.equal(after[n], weights(process)[n]) for n in before if n.startswith("actor."))
+
+
+def test_training_raises_a_reward_that_can_be_raised():
+    def mentions(batch):
+        return torch.tensor([s.ids.count(tasks.IDS["coins"]) / 4 for s in batch])
+
+    process = trainer(
+        "fixed", reward=mentions, iterations=30, prompts=16, actor_learning_rate=3e-3, kl_coefficient=0.0, critic_learning_rate=3e-3
+    )
+    rows = list(process)
+    assert sum(r["reward"] for r in rows[-5:]) / 5 > sum(r["reward"] for r in rows[:5]) / 5 + 0.2
+
+
+def test_the_critic_learns_to_explain_the_returns():
+    def first_token(batch):
+        return torch.tensor([2.0 * (s.ids[0] % 2) for s in batch])
+
+    changes = {"iterations": 30, "prompts": 24, "critic_learning_rate": 1e-2, "actor_learning_rate": 1e-6, "value_clip": 0.0}
+    rows = list(trainer("fixed", reward=first_token, **changes))
+    assert rows[-1]["explained_variance"] > 0.4 > rows[0]["explained_variance"]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_non_finite_reward_stops_before_the_update_and_names_its_samples(bad, tmp_path):
+    process = trainer(folder=tmp_path)
+    process.step()
+    before = weights(process)
+    process.reward = lambda batch: distinct_tokens(batch).index_fill(0, torch.tensor([2]), bad)
+    with pytest.raises(C2FError, match=r"non-finite reward in iteration 2, samples \[2\]"):
+        process.step()
+    assert all(torch.equal(before[n], w) for n, w in weights(process).items())
+
+
+def test_impossible_work_is_refused_before_it_starts():
+    with pytest.raises(C2FError, match="beyond the model's 128 positions"):
+        trainer(limits.Fixed(500))
+    process = trainer()
+    with pytest.raises(C2FError, match="no prompts"):
+        type(process)(process.policy, process.reward, process.sampler, [], process.law, process.config, seed=0, pad_id=0)
+
+
+def test_a_law_without_its_signal_is_refused_at_the_first_step():
+    with pytest.raises(C2FError, match="needs tail_return"):
+        trainer("tail", reward=distinct_tokens).step()
+
+
+def test_tail_return_compares_the_last_two_quarters_and_counts_finished_answers_as_zero():
+    ramp = torch.arange(8).float()
+    assert tail_return([ramp], 8) == pytest.approx(2.0)
+    assert tail_return([ramp, torch.ones(2)], 8) == pytest.approx(1.0)
+
+
+def test_prompts_are_visited_equally_often_in_a_new_order_each_pass():
+    process = trainer(prompts=12)
+    first = [p.ids for p in process._next_prompts()]
+    process.iteration = 1
+    second = [p.ids for p in process._next_prompts()]
+    assert sorted(first) == sorted(second) == sorted(p.ids for p in prompts()) and first != second
+
+
+def test_history_survives_as_plain_json(tmp_path):
+    process = trainer("tail", tmp_path, reward=PrefixReward())
+    run(process, 2)
+    state = json.loads((checkpoints.latest(tmp_path) / "state.json").read_text())
+    assert state["history"] == process.history and state["law"]["limit"] == process.law.limit

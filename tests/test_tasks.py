@@ -1,0 +1,118 @@
+"""The embedded domain: exact checking, disjoint splits, documented mixture."""
+
+import random
+import re
+
+import pytest
+
+from c2f_utils import tasks
+
+
+@pytest.fixture(scope="module")
+def problem() -> tasks.Problem:
+    return tasks.Problem("anna", "coins", 7, (("finds", 4), ("loses", 2), ("buys", 3)))
+
+
+def ids(text: str) -> list[int]:
+    return tasks.encode(text.split())
+
+
+WORKED = (
+    "let us think . start with 7 . first finds 4 so 7 + 4 = 11 . second loses 2 so 11 - 2 = 9 . "
+    "third buys 3 so 9 + 3 = 12 . answer : 12 . </s>"
+)
+
+
+def test_a_right_worked_answer_gets_full_marks(problem):
+    verdict = tasks.check(problem, ids(WORKED))
+    assert (verdict.correct_steps, verdict.wrong_steps, verdict.first_right, verdict.last_right, verdict.ended) == (3, 0, True, True, True)
+    assert verdict.utility == pytest.approx(4.5)
+
+
+def test_utility_follows_its_published_formula(problem):
+    text = "let us think . first finds 4 so 7 + 4 = 11 . second loses 2 so 11 - 2 = 8 . answer : 12 . let us check . answer : 5 ."
+    verdict = tasks.check(problem, ids(text))
+    assert (verdict.correct_steps, verdict.wrong_steps, verdict.checks) == (1, 1, 1)
+    assert (verdict.first_right, verdict.last_right, verdict.ended) == (True, False, False)
+    assert verdict.utility == pytest.approx(3 / 3 - 0.25 - 0.5 + 0.4)
+
+
+def test_repeating_a_right_step_earns_nothing_more(problem):
+    once = "first finds 4 so 7 + 4 = 11 ."
+    assert tasks.check(problem, ids(once)).correct_steps == tasks.check(problem, ids(f"{once} {once} {once}")).correct_steps == 1
+
+
+@pytest.mark.parametrize(
+    "sentence",
+    [
+        "first finds 3 so 7 + 3 = 10 .",  # another operand than the question's
+        "second loses 2 so 7 - 2 = 5 .",  # right arithmetic on the wrong running value
+        "first buys 4 so 7 + 4 = 11 .",  # another verb
+        "fifth finds 4 so 7 + 4 = 11 .",  # a step that does not exist
+    ],
+)
+def test_a_step_that_is_not_the_problems_is_wrong(problem, sentence):
+    verdict = tasks.check(problem, ids(sentence))
+    assert (verdict.correct_steps, verdict.wrong_steps) == (0, 1)
+
+
+def test_utility_has_no_length_term(problem):
+    filler = "so it goes on . "
+    assert tasks.check(problem, ids("answer : 12 .")).utility == tasks.check(problem, ids(filler * 9 + "answer : 12 .")).utility
+
+
+def test_length_enters_the_label_and_only_the_label(problem):
+    short, long = (tasks.check(problem, ids("so it goes on . " * n + "answer : 12 .")) for n in (0, 20))
+    label = [tasks.labelled_utility(v, random.Random(0), 0.0, 0.002) for v in (short, long)]
+    assert label[1] - label[0] == pytest.approx(0.002 * (long.tokens - short.tokens))
+
+
+def test_splits_are_disjoint_in_what_decides_a_problem():
+    keys = {split: {(p.start, p.operations) for p in tasks.problems(split, 300, 5)} for split in ("train", "validation", "test")}
+    assert not keys["train"] & keys["validation"] and not keys["train"] & keys["test"] and not keys["validation"] & keys["test"]
+
+
+def test_corpus_instructions_and_training_prompts_hold_training_problems_only():
+    held_out = {tuple(p.prompt_ids[5:-4]) for split in ("validation", "test") for p in tasks.problems(split, 500, 0)}
+    documents = list(tasks.documents(60_000, 0))
+    assert all(tuple(d[5 : 5 + len(key)]) != key for d in documents for key in list(held_out)[:50])
+    for prompt, _ in tasks.instructions(20_000, 0.35, 0):
+        assert tuple(prompt[5:-4]) not in held_out
+
+
+def test_every_running_value_can_be_written_as_one_token():
+    for problem in tasks.problems("train", 500, 1):
+        assert all(0 <= value <= tasks.LARGEST for value in problem.values)
+
+
+def test_the_same_seed_gives_the_same_documents_and_another_seed_others():
+    first, again, other = (list(tasks.documents(5000, seed)) for seed in (3, 3, 4))
+    assert first == again and first != other
+
+
+def test_the_corpus_seldom_ends_an_analysis():
+    rng = random.Random(0)
+    problems = tasks.problems("train", 600, 0)
+    full = [tasks.response(p, rng, kind="full") for p in problems]
+    assert 0.15 < sum(words[-1] == "</s>" for words in full) / len(full) < 0.35
+
+
+def test_worked_instructions_are_right_and_end():
+    for prompt, answer in tasks.instructions(10_000, 1.0, 0):
+        assert answer[-1] == tasks.EOS
+        text = tasks.decode(prompt)
+        start = int(re.search(r"has (\d+)", text).group(1))
+        moves = re.findall(r"(finds|buys|gets|loses|sells|gives) (\d+)", text)
+        result = start + sum(int(n) if verb in tasks.GAINS else -int(n) for verb, n in moves)
+        assert tasks.decode(answer).endswith(f"answer : {result} .")
+
+
+def test_the_tokenizer_agrees_with_the_checker(tmp_path):
+    from transformers import AutoTokenizer
+
+    tasks.save_tokenizer(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    problem = tasks.problems("test", 1, 0)[0]
+    assert tokenizer(" ".join(problem.words))["input_ids"] == problem.prompt_ids
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    assert tokenizer.decode(problem.prompt_ids, skip_special_tokens=True) == " ".join(problem.words)

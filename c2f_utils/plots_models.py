@@ -164,7 +164,7 @@ def seed_overview(runs: Sequence[dict], names: Sequence[str], decoding: str = "s
     labels = dict(zip(frame["model"], frame["label"], strict=True))
     title = f"{len(names)} runs, {DECODINGS.get(decoding, decoding)}" + (f" ({why})" if why else "")
     fig, axes = new_figure(1, len(metrics), DOUBLE, 1.1 + 0.2 * max(3, len(labels)), title, sharey=True)
-    fig.data = frame
+    fig.data, fig.caption = frame, "runs " + ", ".join(names)
     for ax, key in zip(axes[0], metrics, strict=True):
         ax.set_title(LABELS[key].replace("accuracy, ", "accuracy,\n").replace(" (", "\n("), fontsize=7)
         for y, model in enumerate(labels):

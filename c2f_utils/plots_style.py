@@ -86,6 +86,7 @@ class ResultFigure(Figure):
 
     data: pd.DataFrame
     source: Path | None = None
+    caption: str = ""  # names the runs where there are several
 
     def _repr_png_(self) -> bytes:
         return _rendered(self, "png", dpi=STYLE["figure.dpi"])
@@ -240,6 +241,7 @@ def save_figure(fig: Figure, place: object, name: str, data: pd.DataFrame | None
     for old in [text for text in fig.texts if text.get_gid() == "caption"]:
         old.remove()
     words = f"run {source.parent.name} · {source.name}" if source.name[:2].isdigit() else f"run {source.name}"
+    words = getattr(fig, "caption", "") or words
     fig.text(0.995, 0.006, words, ha="right", va="bottom", fontsize=5, color="#9a9a9a", gid="caption").set_in_layout(
         False
     )

@@ -193,7 +193,7 @@ def reward_against_accuracy(fine: dict, coarse: dict) -> list[str]:
 
 
 def at_fixed_prefixes(results: dict, least: int = 10) -> list[str]:
-    """Is the merged model less redundant at equal length, or only shorter? At the longest prefix both reach `least` times."""
+    """Is the merged model less redundant at equal length, or only shorter? (At the longest prefix that both reach.)"""
     found = results.get("prefix_redundancy") or {}
     rows = {
         name: {row["prefix"]: row for row in found.get(name) or [] if row.get("rep4") is not None and row["n"] >= least}

@@ -229,6 +229,7 @@ def test_seed_overview_shows_every_run(run, hub):
     results = [json.loads((run / "07_evaluation" / "results.json").read_text())] * 2
     fig = plots.seed_overview(results, ["s11", "s12"])
     assert set(fig.data["run"]) == {"s11", "s12"} and len(fig.data) == 2 * 10 * 4
+    assert fig.caption == "runs s11, s12"
 
 
 def test_drawing_needs_neither_torch_nor_pyplot():

@@ -181,7 +181,7 @@ class Schedules(_Section):
 class Instruct(_Section):
     """Supervised fine-tuning of the embedded instruction model (TRL `SFTTrainer`)."""
 
-    tokens: Positive = Field(400_000, description="training tokens, prompts included")
+    tokens: Positive = Field(1_200_000, description="training tokens, prompts included")
     worked_share: Share = Field(0.35, description="share of examples whose answer is worked out step by step")
     examples_per_step: Positive = 96
     learning_rate: Rate = 1e-3
@@ -193,7 +193,7 @@ class Merge(_Section):
     operator: str = "residue"
     coefficients: list[float] = Field([0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0], min_length=1)
     other_operators: list[dict] = Field([], description="compared at the chosen coefficient")
-    token_price: NonNegative = Field(0.01, description="score = utility (or reward) - token_price * mean tokens")
+    token_price: NonNegative = Field(0.02, description="score = utility (or reward) - token_price * mean tokens")
     out_dtype: Literal["same", "float32", "bfloat16", "bfloat16_stochastic"] = "same"
     controls: list[Literal["interpolation", "random_residue", "ppo_instruct", "fixed_long_residue"]] = [
         "interpolation", "random_residue", "ppo_instruct", "fixed_long_residue",
@@ -313,8 +313,10 @@ def _merge(into: dict, update: dict) -> None:
 
 
 def _explain(item: dict) -> str:
-    where = ".".join(str(part) for part in item["loc"]) or "settings"
+    where = ".".join(str(part) for part in item["loc"])
     value, kind = item.get("input"), item["type"]
+    if not where:  # a rule between sections: its text says it all, the whole settings would not help
+        return item["msg"].removeprefix("Value error, ")
     if kind == "extra_forbidden":
         return f"{where} = {value!r}: there is no such setting; {_neighbours(item['loc'])}"
     if isinstance(value, str) and kind in {"bool_type", "bool_parsing"}:

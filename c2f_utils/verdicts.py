@@ -117,8 +117,8 @@ def fine_against_all(results: dict, decoding: str = "sampled_t1") -> list[str]:
 def rambling(coarse: dict, instruct: dict, base: dict | None = None, reference: str = "instruction model") -> list[str]:
     """Does the coarse actor ramble, and is it more analytical than the base?
 
-    Rambling (our definition): under half of the answers end by themselves, and they are at least twice as long as the
-    instruction model's. Before there is one, `instruct` may be the metrics of another model, named by `reference`.
+    Rambling (our definition): under half of the answers end by themselves, and they are longer than the instruction
+    model's. Before there is one, `instruct` may be the metrics of another model, named by `reference`.
     """
     eos, tokens, other = coarse.get("eos_rate"), coarse.get("mean_tokens"), instruct.get("mean_tokens")
     if None in (eos, tokens, other):
@@ -127,7 +127,7 @@ def rambling(coarse: dict, instruct: dict, base: dict | None = None, reference: 
     numbers += f", {_percent(eos)} of answers end by themselves"
     if coarse.get("rep4") is not None:
         numbers += f", {_percent(coarse['rep4'])} of 4-grams are repeats"
-    long, endless = tokens >= (2 if reference == "instruction model" else 1) * other, eos < 0.5
+    long, endless = tokens > other, eos < 0.5
     verdict = "rambles" if long and endless else "does not ramble"
     words = [f"The Coarse Actor {verdict}: {numbers}."]
     first, last = coarse.get("accuracy_first"), coarse.get("accuracy_last")

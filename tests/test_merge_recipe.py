@@ -20,7 +20,8 @@ base: path-or-hub-id
 instruct: path-or-hub-id
 coarse: path-or-hub-id            # or a list of {path, weight} for operators with several residues
 operator: {name: residue}
-coefficient: {default: 0.3, knots: [[0.0, 0.1], [1.0, 0.5]], rules: [{match: 'mlp\.', scale: 1.2}, {match: 'lm_head', set: 0.0}]}
+coefficient: {default: 0.3, knots: [[0.0, 0.1], [1.0, 0.5]],
+  rules: [{match: 'mlp\.', scale: 1.2}, {match: 'lm_head', set: 0.0}]}
 out_dtype: same                   # same, float32, bfloat16, bfloat16_stochastic
 seed: 0
 """

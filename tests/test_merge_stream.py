@@ -1,4 +1,4 @@
-"""Promises of the stream: same bytes whatever the cut, nothing half done under the final name, nothing finished lost."""
+"""Promises of the stream: same bytes however cut, nothing half done under the final name, nothing finished lost."""
 
 import errno
 import json
@@ -214,8 +214,20 @@ def killed_at(paths: dict, out: Path, step: int, how: str, operator: dict) -> bo
     return os.WIFSIGNALED(status)
 
 
-@pytest.mark.parametrize("how", ["before", "half", "after"])
-@pytest.mark.parametrize("operator", [{"name": "ties"}, {"name": "ties", "scope": "global"}], ids=label)
+GLOBAL = {"name": "ties", "scope": "global"}
+
+
+@pytest.mark.parametrize(
+    ("operator", "how"),
+    [
+        ({"name": "ties"}, "after"),
+        (GLOBAL, "half"),
+        pytest.param({"name": "ties"}, "before", marks=pytest.mark.slow),
+        pytest.param({"name": "ties"}, "half", marks=pytest.mark.slow),
+        pytest.param(GLOBAL, "before", marks=pytest.mark.slow),
+        pytest.param(GLOBAL, "after", marks=pytest.mark.slow),
+    ],
+)
 def test_killed_at_any_journal_step_and_resumed_gives_the_same_bytes(tmp_path, monkeypatch, operator, how):
     monkeypatch.setattr(stream, "SPAN", 1 << 16)
     paths = trio(tmp_path, torch.bfloat16, shards=2)

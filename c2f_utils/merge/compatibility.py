@@ -39,7 +39,8 @@ def normalised(config: dict) -> dict:
     if isinstance(rope, dict):
         rest = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
         kind = rest.get("rope_type", rest.get("type", "default"))
-        flat.setdefault("rope_theta", rope.get("rope_theta"))
+        if flat.get("rope_theta") is None:
+            flat["rope_theta"] = rope.get("rope_theta")
         if "partial_rotary_factor" in rope:
             flat.setdefault("partial_rotary_factor", rope["partial_rotary_factor"])
         flat["rope_scaling"] = None if kind == "default" else rest

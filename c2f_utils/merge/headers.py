@@ -48,6 +48,15 @@ class TensorInfo:
 
 
 @dataclass(frozen=True)
+class Same:
+    """Two stored tensors that a plan takes for the same bytes, checked before merging; `remedy` ends the error."""
+
+    left: TensorInfo
+    right: TensorInfo
+    remedy: str
+
+
+@dataclass(frozen=True)
 class Header:
     """One file's header; `raw` is the exact header (length and JSON), `size` and `mtime_ns` tell a later overwrite."""
 

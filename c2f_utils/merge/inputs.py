@@ -11,6 +11,7 @@ from c2f_utils.errors import C2FError
 from c2f_utils.merge import lora, names
 from c2f_utils.merge.checkpoint import Checkpoint, locate, open_checkpoint
 from c2f_utils.merge.compatibility import compare_configs, compare_tokenizers
+from c2f_utils.merge.headers import Same
 from c2f_utils.merge.recipe import Recipe
 from c2f_utils.merge.sources import Source
 
@@ -24,6 +25,7 @@ class Input:
     checkpoint: Checkpoint  # headers and configs; for an adapter those of its base
     folder: Path
     sources: dict[str, Source] = field(default_factory=dict)
+    same: tuple[Same, ...] = ()
 
 
 def open_inputs(
@@ -90,7 +92,7 @@ def _adapted(
     stamped.update({f"{role}/{lora.ADAPTER}": folder / lora.ADAPTER})
     sources = {name: Source(info, adapter.deltas.get(name)) for name, info in base.tensors.items()}
     sources.update({name: Source(info) for name, info in adapter.replaced.items()})
-    return Input(replace(base, label=role), folder, sources)
+    return Input(replace(base, label=role), folder, sources, adapter.same)
 
 
 def _embedding(tensors: dict) -> str | None:
@@ -108,11 +110,12 @@ def _head(tensors: dict) -> str | None:
     return next((name for name in tensors if re.search(r"(?:^|\.)(?:lm_head|embed_out)\.weight$", name)), None)
 
 
-def drop_second_head(model: Input, equal: list, notes: list[str]) -> dict[str, Source]:
+def drop_second_head(model: Input, equal: list[Same], notes: list[str]) -> dict[str, Source]:
     """A tied model that stores its head twice is written once, after a check that both are the same."""
     head, embedding = _head(model.sources), _embedding(model.sources)
     if model.checkpoint.tied is True and head and embedding:
-        equal.append((model.sources[head].info, model.sources[embedding].info))
+        remedy = "set tie_word_embeddings to false in its config.json to keep a separate head, or remove the head"
+        equal.append(Same(model.sources[head].info, model.sources[embedding].info, remedy))
         notes.append(f"{model.checkpoint.label} ties its head and stores it twice; it is treated once")
         return {name: source for name, source in model.sources.items() if name != head}
     return dict(model.sources)
@@ -123,11 +126,12 @@ def align(
     model: Input,
     kept: dict[str, Source],
     ignore: tuple[str, ...],
-    equal: list,
+    equal: list[Same],
     found: list[str],
     notes: list[str],
 ) -> dict[str, Source]:
     """Give the model's sources under instruct's names; missing and extra tensors are problems."""
+    equal += model.same
     sources = drop_second_head(model, equal, notes)
     sources = {
         name: source for name, source in sources.items() if not any(re.search(pattern, name) for pattern in ignore)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from c2f_utils.errors import C2FError
 from c2f_utils.merge.checkpoint import ADAPTER, ADAPTER_CONFIG, INDEX, SINGLE, Checkpoint, read_config, stamp
-from c2f_utils.merge.headers import TensorInfo, read_header
+from c2f_utils.merge.headers import Same, TensorInfo, read_header
 
 _REFUSED = {
     "use_dora": "DoRA rescales rows by norms of the merged weight, which is no added change",
@@ -54,6 +54,7 @@ class Adapter:
 
     deltas: dict[str, Delta]
     replaced: dict[str, TensorInfo]
+    same: tuple[Same, ...] = ()  # copies of base weights that PEFT stores beside adapted embeddings
 
 
 def is_adapter(folder: Path) -> bool:
@@ -134,12 +135,13 @@ def _sort(
 ) -> Adapter:
     factors: dict[tuple[str, bool], dict[str, TensorInfo]] = {}
     replaced: dict[str, TensorInfo] = {}
+    copies: list[tuple[str, TensorInfo]] = []
     for stored, info in tensors.items():
         found = _FACTOR.match(stored)
         if found:
             factors.setdefault((found["module"], bool(found["embedding"])), {})[found["side"]] = info
             continue
-        name = _weight_name(stored, base)
+        name = _weight_name(stored.replace(".base_layer.", "."), base)
         if name is None:
             problems.append(
                 f"{label}: {path}: tensor {stored!r} belongs to no tensor of the base; was the adapter "
@@ -150,6 +152,8 @@ def _sort(
                 f"{label}: {path}: {stored!r} has shape {info.shape}, the base {base.tensors[name].shape}; "
                 f"it was trained on another model"
             )
+        elif ".base_layer." in stored:
+            copies.append((name, info))
         else:
             replaced[name] = info
     deltas = {}
@@ -159,7 +163,14 @@ def _sort(
             deltas[delta[0]] = delta[1]
     if not deltas and not replaced and not problems:
         problems.append(f"{label}: {path} changes no weight; save the adapter again")
-    return Adapter(deltas, replaced)
+    for name, info in copies:
+        if info.dtype != base.tensors[name].dtype:
+            problems.append(
+                f"{label}: {path}: holds its own {info.dtype} copy of {name!r}, the base has "
+                f"{base.tensors[name].dtype}; save the adapter with save_embedding_layers=False"
+            )
+    remedy = "the adapter was trained on another base: name that one"
+    return Adapter(deltas, replaced, tuple(Same(info, base.tensors[name], remedy) for name, info in copies))
 
 
 def _delta(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from c2f_utils.errors import problems as error_of
 from c2f_utils.merge import names
 from c2f_utils.merge.checkpoint import SINGLE, Checkpoint
-from c2f_utils.merge.headers import ITEM_BYTES, TensorInfo, build_header
+from c2f_utils.merge.headers import ITEM_BYTES, Same, TensorInfo, build_header
 from c2f_utils.merge.inputs import Input, align, drop_second_head, open_inputs
 from c2f_utils.merge.kernels import BLOCK
 from c2f_utils.merge.operators import Operator, fingerprint, resolve
@@ -88,9 +88,7 @@ class Plan:
     files: tuple[OutputFile, ...] = ()
     copies: tuple[Path, ...] = ()
     config: dict = field(default_factory=dict)
-    equal: tuple[
-        tuple[TensorInfo, TensorInfo], ...
-    ] = ()  # pairs that the plan takes for the same values; checked before merging
+    equal: tuple[Same, ...] = ()  # pairs to be checked before merging
     stamps: dict[str, str] = field(default_factory=dict)
     stamped: dict[str, Path] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
@@ -180,7 +178,7 @@ def plan_merge(recipe: Recipe, strict: bool = True) -> Plan:
 def _place(plan: Plan, models: dict[str, Input], found: list[str], notes: list[str]) -> Plan:
     recipe, operator = plan.recipe, plan.operator
     instruct = models["instruct"]
-    equal: list[tuple[TensorInfo, TensorInfo]] = []
+    equal: list[Same] = list(instruct.same)
     kept = drop_second_head(instruct, equal, notes)
     aligned = {
         role: align(role, model, kept, recipe.ignore, equal, found, notes)
@@ -232,7 +230,7 @@ def _place_tensor(
     source: Source,
     sources: dict[str, Source],
     layers: int,
-    equal: list,
+    equal: list[Same],
     found: list[str],
     notes: list[str],
 ) -> Placement | None:
@@ -246,7 +244,7 @@ def _place_tensor(
                     f"{other.dtype}{list(other.shape)} in {role}; use models that agree"
                 )
             elif other is not info:
-                equal.append((info, other))
+                equal.append(Same(info, other, "use models that agree"))
         return _placement(name, info, info.dtype, 0.0, {"instruct": source}, [Segment("instruct", 0, info.numel)])
     strange = {role: other.dtype for role, other in others.items() if not other.is_float}
     if strange:

@@ -26,7 +26,7 @@ from c2f_utils.errors import C2FError, problems
 from c2f_utils.merge import ranges, statistics
 from c2f_utils.merge.checkpoint import INDEX, stamp
 from c2f_utils.merge.compute import Done, Task, merge_chunk
-from c2f_utils.merge.headers import ITEM_BYTES, read_header
+from c2f_utils.merge.headers import ITEM_BYTES, Same, read_header
 from c2f_utils.merge.journal import Journal
 from c2f_utils.merge.kernels import BLOCK
 from c2f_utils.merge.plan import Placement, Plan, Segment
@@ -209,30 +209,23 @@ class _Merge:
     def _check_equal(self, inputs: Files, workers: Workers) -> None:
         """Constants and heads stored twice must be what the plan took them for."""
 
-        def same(item: tuple, workspace: Workspace) -> bool:
-            (left, right), start, stop = item
-            parts = [
-                inputs.read(
-                    info, start, stop, workspace.bytes(side, info.nbytes and (stop - start) * ITEM_BYTES[info.dtype])
-                )
-                for side, info in enumerate((left, right))
-            ]
+        def compare(item: tuple[Same, int, int], workspace: Workspace) -> bool:
+            same, start, stop = item
+            parts = []
+            for side in (same.left, same.right):
+                buffer = workspace.bytes(("same", len(parts)), (stop - start) * ITEM_BYTES[side.dtype])
+                parts.append(inputs.read(side, start, stop, buffer))
             return bool(np.array_equal(*parts))
 
         items = [
-            (pair, low, high) for pair in self.plan.equal for low, high in ranges.chunks(0, pair[0].numel, self.chunk)
+            (same, low, high) for same in self.plan.equal for low, high in ranges.chunks(0, same.left.numel, self.chunk)
         ]
-        for (pair, _, _), equal in zip(items, workers.map(same, items), strict=True):
+        for (same, _, _), equal in zip(items, workers.map(compare, items), strict=True):
             if not equal:
-                left, right = pair
-                remedy = (
-                    "set tie_word_embeddings to false in its config.json to keep a separate head, or remove the head"
-                    if left.name != right.name
-                    else "use models that agree"
-                )
+                left, right = same.left, same.right
                 raise C2FError(
-                    f"{left.file}: {left.name!r} differs from {right.name!r} of {right.file}, but both must "
-                    f"be equal; {remedy}"
+                    f"{left.file}: {left.name!r} differs from {right.name!r} of {right.file}, but both must be equal; "
+                    f"{same.remedy}"
                 )
 
     def _merge_all(self, inputs: Files, workers: Workers) -> None:

@@ -272,6 +272,21 @@ def test_bad_input_is_refused_with_file_tensor_and_remedy(tmp_path, case):
     assert sorted(path.name for path in tmp_path.iterdir()) == before, "something was left behind"
 
 
+@pytest.mark.parametrize("role", ["base", "instruct", "coarse"])
+@pytest.mark.parametrize("change", ["missing", "extra"])
+def test_a_tensor_too_few_or_too_many_in_any_model_is_named(tmp_path, role, change):
+    paths = trio(tmp_path)
+    edit = {
+        "missing": lambda t: t.pop(UP) is None,
+        "extra": lambda t: t.update({"model.layers.0.odd.weight": torch.ones(3)}),
+    }
+    tensors(edit[change], role)(tmp_path)
+    with pytest.raises(C2FError, match="up_proj" if change == "missing" else "odd"):
+        plan_merge(Recipe(**paths))
+    if role != "instruct" and change == "extra":
+        assert any("odd" not in p.name for p in plan_merge(Recipe(**paths, ignore=["odd"])).placements)
+
+
 @pytest.mark.parametrize("operator", ["trim", "dare", "ties", "slerp", "orthogonal", "tsv", "lerp"])
 @pytest.mark.parametrize("role", ["base", "instruct", "coarse"])
 def test_no_operator_lets_a_nan_through(tmp_path, operator, role):

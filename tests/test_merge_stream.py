@@ -542,7 +542,10 @@ def test_extended_vocabularies_need_the_rule_and_keep_instruct_s_rows(tmp_path, 
     assert torch.equal(
         merged[:VOCAB], wide["lm_head.weight"][:VOCAB] + (coarse["lm_head.weight"] - base["lm_head.weight"])
     )
-    verify(tmp_path / "out", Recipe(**paths, vocab="common_prefix", coefficient={"default": 1.0}))
+    for operator in OPERATORS:
+        changes = {"vocab": "common_prefix", "coefficient": {"default": 0.7}, "operator": operator}
+        merge(paths, tmp_path / label(operator), **changes)
+        verify(tmp_path / label(operator), Recipe(**paths, **changes))
 
 
 def test_a_padded_coarse_vocabulary_gives_its_common_rows(tmp_path, three):
@@ -610,6 +613,15 @@ def test_mixed_dtypes_merge_in_float32_and_keep_instruct_s(tmp_path, three):
     for name, tensor in load(tmp_path / "out").items():
         assert tensor.dtype == mixed[name].dtype
         assert torch.equal(tensor, (mixed[name].float() + (coarse[name] - base[name])).to(tensor.dtype)), name
+
+
+def test_coefficients_are_not_rounded_to_the_weights_dtype(tmp_path):
+    paths = trio(tmp_path, torch.bfloat16)
+    merge(paths, tmp_path / "out", out_dtype="float32", coefficient={"default": 0.3})
+    base, instruct, coarse = ({n: t.double() for n, t in load(path).items()} for path in paths.values())
+    for name, tensor in load(tmp_path / "out").items():
+        wanted = instruct[name] + 0.3 * (coarse[name] - base[name])
+        torch.testing.assert_close(tensor.double(), wanted, rtol=1e-6, atol=1e-9)
 
 
 def test_an_overflow_of_the_output_dtype_is_an_error_and_not_an_infinity(tmp_path, three):

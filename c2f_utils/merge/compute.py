@@ -3,7 +3,7 @@
 import os
 import zlib
 from dataclasses import dataclass
-from math import isfinite
+from math import isfinite, prod
 
 import torch
 from torch import Tensor
@@ -139,8 +139,8 @@ def make_piece(
 
 
 def apply(operator: Operator, options: dict, piece: Piece, c: float) -> Tensor:
-    """Run the operator's kernel and check what it gives; a matrix operator leaves other shapes to `residue`."""
-    if operator.matrix and len(piece.shape) != 2:
+    """Run the operator's kernel and check its result; a matrix operator leaves all but whole matrices to `residue`."""
+    if operator.matrix and (len(piece.shape) != 2 or piece.instruct.numel() != prod(piece.shape)):
         return residue(piece, c)
     merged = operator.kernel(piece, c, **options)
     if operator.builtin:

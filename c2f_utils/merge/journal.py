@@ -21,9 +21,11 @@ class Journal:
         self._handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             os.close(self._handle)
             raise C2FError(f"{path}: another merge is writing this output; wait for it or stop it") from None
+        except OSError:
+            pass  # a file system without locks: merge unprotected rather than not at all
         self.lines = [] if fresh else self._read(key)
         if not self.lines:
             os.ftruncate(self._handle, 0)

@@ -20,7 +20,7 @@ from c2f_utils.merge.inputs import Input, align, drop_second_head, open_inputs
 from c2f_utils.merge.kernels import BLOCK
 from c2f_utils.merge.operators import Operator, fingerprint, resolve
 from c2f_utils.merge.recipe import Recipe
-from c2f_utils.merge.sources import Source
+from c2f_utils.merge.sources import FACTORS_KEPT, Source
 
 if TYPE_CHECKING:
     import pandas
@@ -122,11 +122,12 @@ class Plan:
     def peak_memory(self, chunk_mib: float = 4, threads: int = 2) -> int:
         """Bytes beyond interpreter and torch: buffers of every thread, or the largest matrix of a matrix operator."""
         roles = max((len(placement.sources) for placement in self.placements), default=3)
-        low_rank = any(source.delta for placement in self.placements for source in placement.sources.values())
-        thread = int(chunk_mib * 2**20) * (roles + 1 + 2 * low_rank) + 16 * BLOCK * 4
+        deltas = [source.delta for p in self.placements for source in p.sources.values() if source.delta]
+        low_rank = FACTORS_KEPT * max((8 * (delta.a.numel + delta.b.numel) for delta in deltas), default=0)
+        thread = int(chunk_mib * 2**20) * (roles + 1 + 2 * bool(deltas)) + 16 * BLOCK * 4
         statistics = 40 * 2**20 if "thresholds" in self.operator.statistics else 0
         matrices = [p.numel * 4 * (4 * len(p.sources) + 4) for p in self.placements if p.rank_two]
-        return threads * thread + statistics + max(matrices, default=0)
+        return threads * thread + low_rank + statistics + max(matrices, default=0)
 
     def table(self) -> "pandas.DataFrame":
         """Give one row per output tensor as a DataFrame: place, coefficient, action, bytes."""
@@ -150,7 +151,7 @@ class Plan:
             }
             for p in self.placements
         ]
-        table = pandas.DataFrame(rows)
+        table = pandas.DataFrame(rows).astype({"layer": "Int64"}) if rows else pandas.DataFrame()
         table.attrs.update(bytes_read=self.bytes_read, bytes_written=self.bytes_written, peak_memory=self.peak_memory())
         return table
 

@@ -55,7 +55,7 @@ class Report:
         """Give the rows as a DataFrame."""
         import pandas
 
-        return pandas.DataFrame(self.rows)
+        return pandas.DataFrame(self.rows).astype({"layer": "Int64"})
 
     def to_dict(self) -> dict:
         transient = ("out_dir", "seconds", "bytes_read", "bytes_written", "resumed")

@@ -5,8 +5,9 @@ tensor. Buffers belong to a `Workspace`, one per thread, so that memory depends 
 """
 
 import os
+import threading
+from collections import OrderedDict
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ from c2f_utils.merge.headers import ITEM_BYTES, TensorInfo
 from c2f_utils.merge.kernels import BLOCK
 from c2f_utils.merge.lora import Delta
 from c2f_utils.merge.rounding import TORCH
+
+FACTORS_KEPT = 4  # pairs of low-rank factors held at a time
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ class Files:
 
     def __init__(self) -> None:
         self._handles: dict[Path, int] = {}
+        self._factors: OrderedDict[Delta, Factors] = OrderedDict()
+        self._lock = threading.Lock()
 
     def __enter__(self) -> "Files":
         return self
@@ -43,9 +48,21 @@ class Files:
         self._handles.clear()
 
     def handle(self, path: Path) -> int:
-        if path not in self._handles:
-            self._handles[path] = os.open(path, os.O_RDONLY)
-        return self._handles[path]
+        with self._lock:
+            if path not in self._handles:
+                self._handles[path] = os.open(path, os.O_RDONLY)
+            return self._handles[path]
+
+    def factors(self, delta: Delta) -> "Factors":
+        """Give a low-rank change's factors, of which a few are kept: neighbouring chunks ask for the same."""
+        with self._lock:
+            found = self._factors.pop(delta, None)
+        found = found or Factors(delta, self)
+        with self._lock:
+            self._factors[delta] = found
+            while len(self._factors) > FACTORS_KEPT:
+                self._factors.popitem(last=False)
+        return found
 
     def read(self, info: TensorInfo, start: int, stop: int, buffer: np.ndarray) -> np.ndarray:
         """Fill the buffer's front with elements start .. stop as stored; raises C2FError when the file has shrunk."""
@@ -122,10 +139,6 @@ class Opened:
     def __init__(self, models: dict[str, Source], files: Files) -> None:
         self.models, self.files = models, files
 
-    @cached_property
-    def factors(self) -> dict[str, Factors]:
-        return {role: Factors(source.delta, self.files) for role, source in self.models.items() if source.delta}
-
     def load(self, start: int, stop: int, workspace: Workspace, roles: tuple[str, ...] | None = None) -> "Loaded":
         """Read elements start .. stop of the models named (default all), each stored tensor once."""
         stored: dict[tuple, Tensor] = {}
@@ -137,9 +150,9 @@ class Opened:
                 buffer = workspace.bytes(("in", len(stored)), (stop - start) * ITEM_BYTES[source.info.dtype])
                 stored[key] = as_tensor(self.files.read(source.info, start, stop, buffer), source.info.dtype)
             raw[role] = stored[key]
-            if role in self.factors:
+            if source.delta:
                 out = as_tensor(workspace.bytes(("delta", role), (stop - start) * 4), "F32")
-                deltas[role] = self.factors[role].fill(start, stop, out)
+                deltas[role] = self.files.factors(source.delta).fill(start, stop, out)
         return Loaded(start, raw, deltas, {role: str(source.info.file) for role, source in self.models.items()})
 
 

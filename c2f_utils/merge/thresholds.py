@@ -173,6 +173,9 @@ def _count(targets: list[Target], searches: dict[str, _Search], chunk: int, work
         for low, high in blocks(start, stop):
             for role, (least, most, _) in bounds.items():
                 size = _sizes(target, loaded, role, low, high)
+                if least <= 0 and most == math.inf:  # no bracket yet, as for all small tensors
+                    inside[role].append(size)
+                    continue
                 over = size > most
                 above[role] += int(np.count_nonzero(over))
                 inside[role].append(size[(size >= least) & ~over])

@@ -21,7 +21,7 @@ from c2f_utils.merge.workers import Workers
 COLLECT = 3 << 20  # float32 values held at most per threshold (12 MB)
 KEEP_ALL, KEEP_NONE = Threshold(-1.0, 0, 1.0), Threshold(math.inf, 0, 0.0)
 _RUN = 1024  # elements of a sampled run; runs are spread evenly, 64 to 1024 of them by size
-_MARGIN = 18.0  # standard errors of a sample quantile; far more than chance needs, as the elements of a run are alike
+_MARGIN = 10.0  # standard errors of a sample quantile; more than chance needs, as the elements of a run are alike
 
 
 def thresholds(
@@ -72,10 +72,10 @@ class _Search:
         self.above = self.inside = 0
         self.stride, self.values = 1, []
 
-    def take(self, above: int, values: np.ndarray) -> None:
+    def take(self, above: int, inside: int, values: np.ndarray) -> None:
         """Count, and hold the values inside the bracket, thinned when they are too many."""
         self.above += above
-        self.inside += values.size
+        self.inside += inside
         self.values.append(values[:: self.stride])
         while sum(part.size for part in self.values) > COLLECT:
             self.stride *= 2
@@ -161,41 +161,63 @@ def _sample(targets: list[Target], total: int, roles: list[str]) -> dict[str, np
     return {role: np.concatenate(sizes) for role, sizes in drawn.items()}
 
 
+@dataclass
+class _Found:
+    """What one chunk adds to a search; `more` and `equal` count against the pivot."""
+
+    above: int = 0
+    inside: int = 0
+    more: int = 0
+    equal: int = 0
+    values: list[np.ndarray] = field(default_factory=lambda: [np.empty(0, np.float32)])
+
+    def add(self, size: np.ndarray, search: _Search) -> None:
+        """Count one block. Selecting costs most, so it is left out where counting or copying does."""
+        if search.low <= 0 and search.high == math.inf:  # no bracket yet, as for all small tensors
+            self.hold(size, search.pivot)
+        elif search.low == search.high:  # many elements share one magnitude, as 16-bit residues do
+            above, equal = np.count_nonzero(size > search.high), np.count_nonzero(size == search.low)
+            self.above += above
+            self.more += above
+            self.inside += equal
+            self.equal += equal
+        else:
+            over = size > search.high
+            above = np.count_nonzero(over)
+            self.above += above
+            self.more += above
+            self.hold(size[(size >= search.low) & ~over], search.pivot)
+
+    def hold(self, values: np.ndarray, pivot: float) -> None:
+        self.inside += values.size
+        self.more += np.count_nonzero(values > pivot)
+        self.equal += np.count_nonzero(values == pivot)
+        self.values.append(values)
+
+
 def _count(targets: list[Target], searches: dict[str, _Search], chunk: int, workers: Workers) -> None:
     """One pass over the data for all thresholds still open."""
-    bounds = {role: (search.low, search.high, search.pivot) for role, search in searches.items()}
     needed = _models(list(searches))
 
-    def tally(piece: tuple[Target, int, int], workspace: Workspace) -> dict[str, tuple[int, np.ndarray, int, int]]:
+    def tally(piece: tuple[Target, int, int], workspace: Workspace) -> dict[str, _Found]:
         target, start, stop = piece
         loaded = target.reader.load(start, stop, workspace, needed)
-        above, inside = dict.fromkeys(bounds, 0), {role: [] for role in bounds}
+        found = {role: _Found() for role in searches}
         for low, high in blocks(start, stop):
-            for role, (least, most, _) in bounds.items():
-                size = _sizes(target, loaded, role, low, high)
-                if least <= 0 and most == math.inf:  # no bracket yet, as for all small tensors
-                    inside[role].append(size)
-                    continue
-                over = size > most
-                above[role] += int(np.count_nonzero(over))
-                inside[role].append(size[(size >= least) & ~over])
-        found = {}
-        for role, (_, _, pivot) in bounds.items():
-            values = np.concatenate(inside[role])
-            more, equal = np.count_nonzero(values > pivot), np.count_nonzero(values == pivot)
-            found[role] = (above[role], values, int(more), int(equal))
+            for role, search in searches.items():
+                found[role].add(_sizes(target, loaded, role, low, high), search)
         return found
 
-    more, equal = dict.fromkeys(searches, 0), dict.fromkeys(searches, 0)
+    sums = {role: _Found() for role in searches}
     for search in searches.values():
         search.start_pass()
     for found in workers.map(tally, _pieces(targets, chunk)):
-        for role, (above, values, greater, same) in found.items():
-            searches[role].take(above, values)
-            more[role] += greater
-            equal[role] += same
+        for role, part in found.items():
+            searches[role].take(part.above, part.inside, np.concatenate(part.values))
+            sums[role].more += part.more
+            sums[role].equal += part.equal
     for role, search in searches.items():
-        search.finish_pass(search.above + more[role], equal[role])
+        search.finish_pass(sums[role].more, sums[role].equal)
 
 
 def _pieces(targets: list[Target], chunk: int) -> Iterator[tuple[Target, int, int]]:

@@ -8,8 +8,9 @@ import shutil
 import pandas as pd
 import torch
 
-from c2f_utils import data, models, tasks
+from c2f_utils import data, preferences, tasks
 from c2f_utils.config import PROFILES, load_settings
+from c2f_utils.files import write_json
 from c2f_utils.runs import Run
 
 # GPU memory in GiB that a profile is laid out for; 0 = none needed.
@@ -41,7 +42,9 @@ def make(run: Run) -> dict:
     here, settings = run.here, run.settings
     found = _embedded(run) if settings.embedded else _preferences(run)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    here.save_results(found | {"memory_gib": round(memory, 1), "free_disk_gib": round(shutil.disk_usage(here.dir).free / 2**30, 1)})
+    here.save_results(found)
+    # Beside the results, not in them: the same settings give the same results.json on every machine.
+    write_json(here.path("machine.json"), {"memory_gib": round(memory, 1), "free_disk_gib": round(shutil.disk_usage(here.dir).free / 2**30, 1)})
     return found
 
 
@@ -77,14 +80,12 @@ def _sample(problem: tasks.Problem, ids: list[int], utility: float) -> dict:
 
 def _preferences(run: Run) -> dict:
     settings = run.settings
-    models.check_folder(settings.models.base, "models.base")
-    models.check_folder(settings.models.instruct, "models.instruct")
-    pairs = data.read_preferences(settings.data.preferences, settings.data.preference_split)
+    pairs, left_out = preferences.read(settings.data.preferences, settings.data.preference_split)
     for path, digest in data.checksum(settings).items():
         run.here.add_input(f"data:{path}", digest)
     shown = pairs[:SHOWN]
     return {
-        "sizes": {"preference pairs": len(pairs), "distinct prompts": len({p.prompt for p in pairs})},
+        "sizes": {"preference pairs": len(pairs), "rows left out": left_out, "distinct prompts": len({p.prompt for p in pairs})},
         "documents": [{"prompt": f"prompt {i + 1}", "text": p.prompt} for i, p in enumerate(shown)],
         "chosen": [{"prompt": p.prompt, "text": p.chosen} for p in shown],
         "rejected": [{"prompt": p.prompt, "text": p.rejected} for p in shown],

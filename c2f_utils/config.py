@@ -32,6 +32,8 @@ _DECIDES = {
     "08_report": (),
 }
 
+PAIR_ANSWER_TOKENS = 144  # embedded domain: longest answer of a preference pair
+
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0, lt=1)]
@@ -283,7 +285,8 @@ def load_settings(
 ) -> Settings:
     """Profile, then overrides (nested or dotted keys), checked as a whole.
 
-    Raises C2FError listing every unknown key and every value of the wrong type, with the spelling to use.
+    Raises C2FError listing every unknown key and every value of the wrong type, with the spelling to use; then everything that the files
+    it names make impossible (`preflight.py`).
     """
     if profile not in PROFILES:
         raise C2FError(f"unknown profile {profile!r}; expected one of {', '.join(PROFILES)}")
@@ -291,10 +294,15 @@ def load_settings(
     for key, value in (overrides or {}).items():
         _merge(values, _nested(str(key), value))
     values |= {"profile": profile, "seed": seed, "run_id": run_id, "study": study}
+    from c2f_utils import preflight  # opens what these types name, and so comes after them
+
     try:
-        return Settings.model_validate(values)
+        settings = Settings.model_validate(values)
     except ValidationError as error:
         raise problems("the settings cannot be used:", [_explain(item) for item in error.errors()]) from None
+    if found := preflight.findings(settings):
+        raise problems("the settings cannot be used:", found)
+    return settings
 
 
 def _nested(key: str, value: object) -> dict[str, object]:

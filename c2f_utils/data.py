@@ -1,88 +1,16 @@
-"""Prompts, preference pairs and instructions: from the embedded domain, or from preference files in the HH-RLHF format.
+"""Prompts and preference pairs as token ids: from the embedded domain, or from preference files in the HH-RLHF format."""
 
-An HH-RLHF row is {"chosen": transcript, "rejected": transcript}; both share the dialogue up to the last `\n\nAssistant:`, which is the
-prompt. Rows that do not are counted and left out; a file without any usable row is refused.
-"""
-
-import gzip
-import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from c2f_utils import tasks
-from c2f_utils.config import Settings
+from c2f_utils import preferences, tasks
+from c2f_utils.config import PAIR_ANSWER_TOKENS, Settings
 from c2f_utils.errors import C2FError
 from c2f_utils.files import sha256
 from c2f_utils.rewards import Pair
 from c2f_utils.rollout import KVDecoder, Prompt, make_prompts
-
-ASSISTANT = "\n\nAssistant:"
-
-
-@dataclass(frozen=True)
-class Preference:
-    """One comparison: the dialogue so far (ending in the assistant's header) and two answers."""
-
-    prompt: str
-    chosen: str
-    rejected: str
-
-
-def read_preferences(source: str, split: str = "train") -> list[Preference]:
-    """Read HH-RLHF pairs from `.jsonl`, `.jsonl.gz` or a hub data set.
-
-    Raises C2FError naming the file and line for missing fields, and for a source without usable pairs.
-    """
-    pairs = [p for p in map(_split_pair, _rows(source, split)) if p is not None]
-    if not pairs:
-        raise C2FError(f"data.preferences = {source!r} holds no usable pair; expected rows with 'chosen' and 'rejected' dialogues that share a prompt")
-    return pairs
-
-
-def _rows(source: str, split: str) -> Iterator[dict]:
-    path = Path(source)
-    if not path.suffix.endswith(("jsonl", "gz", "json")) and not path.exists():
-        yield from _hub_rows(source, split)
-        return
-    if not path.is_file():
-        raise C2FError(f"data.preferences = {source!r} does not exist; expected a .jsonl or .jsonl.gz file in the HH-RLHF format")
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as handle:
-        for number, line in enumerate(handle, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise C2FError(f"{path}, line {number}: not valid JSON ({error})") from None
-            missing = [k for k in ("chosen", "rejected") if not isinstance(row, dict) or not isinstance(row.get(k), str)]
-            if missing:
-                raise C2FError(f"{path}, line {number}: text field(s) {', '.join(missing)} missing; expected {{'chosen': ..., 'rejected': ...}}")
-            yield row
-
-
-def _hub_rows(source: str, split: str) -> Iterator[dict]:
-    from datasets import load_dataset
-
-    try:
-        dataset = load_dataset(source, split=split)
-    except Exception as error:  # the library raises many kinds; all mean the same to the user
-        raise C2FError(f"data.preferences = {source!r} is no local file and cannot be loaded from the hub: {str(error).splitlines()[0]}") from error
-    if not {"chosen", "rejected"} <= set(dataset.column_names):
-        raise C2FError(f"data set {source!r} has columns {dataset.column_names}; expected 'chosen' and 'rejected'")
-    yield from dataset
-
-
-def _split_pair(row: dict) -> Preference | None:
-    """Cut both transcripts at the last assistant header of `chosen`; None when they do not share the dialogue before it."""
-    cut = row["chosen"].rfind(ASSISTANT)
-    prompt = row["chosen"][: cut + len(ASSISTANT)]
-    if cut < 0 or not row["rejected"].startswith(prompt):
-        return None
-    chosen, rejected = row["chosen"][len(prompt) :], row["rejected"][len(prompt) :]
-    return Preference(prompt, chosen, rejected) if chosen.strip() and rejected.strip() and chosen != rejected else None
 
 
 def checksum(settings: Settings) -> dict[str, str]:
@@ -105,7 +33,7 @@ def prompts(settings: Settings, split: tasks.Split, count: int, tokenizer=None) 
 
 def _hub_prompts(settings: Settings, split: tasks.Split, count: int, tokenizer) -> list[Prompt]:
     data = settings.data
-    texts = list(dict.fromkeys(p.prompt for p in read_preferences(data.preferences, data.preference_split)))
+    texts = list(dict.fromkeys(p.prompt for p in preferences.read(data.preferences, data.preference_split)[0]))
     random.Random("prompts").shuffle(texts)
     held_out = min(data.validation_prompts + data.test_prompts, len(texts) // 2)
     validation = held_out * data.validation_prompts // (data.validation_prompts + data.test_prompts)
@@ -113,14 +41,20 @@ def _hub_prompts(settings: Settings, split: tasks.Split, count: int, tokenizer) 
     encoded = (Prompt(tuple(tokenizer(text)["input_ids"]), text) for text in parts[split])
     fitting = [p for p in encoded if len(p.ids) <= data.max_prompt_tokens][:count]
     if not fitting:
-        raise C2FError(f"no {split} prompt of {data.preferences} has at most {data.max_prompt_tokens} tokens; raise data.max_prompt_tokens")
+        raise C2FError(
+            f"none of the {len(parts[split])} {split} prompts of {data.preferences} has at most data.max_prompt_tokens = {data.max_prompt_tokens} "
+            "tokens; raise it or add pairs"
+        )
     return fitting
 
 
 def hub_pairs(settings: Settings, tokenizer) -> tuple[list[Pair], list[Pair], int]:
-    """Training and held-out pairs of token sequences (EOS after each complete answer), and how many were too long."""
+    """Training and held-out pairs of token sequences (EOS after each complete answer), and how many were too long.
+
+    Raises C2FError when fewer than four pairs are short enough.
+    """
     reward = settings.reward
-    texts = read_preferences(settings.data.preferences, settings.data.preference_split)
+    texts, _ = preferences.read(settings.data.preferences, settings.data.preference_split)
     random.Random("pairs").shuffle(texts)
     pairs: list[Pair] = []
     too_long = 0
@@ -133,6 +67,11 @@ def hub_pairs(settings: Settings, tokenizer) -> tuple[list[Pair], list[Pair], in
         if len(pairs) == reward.pairs + reward.held_out_pairs:
             break
     held_out = min(reward.held_out_pairs, len(pairs) // 4)
+    if not held_out:
+        raise C2FError(
+            f"{len(pairs)} pairs of {settings.data.preferences} have at most reward.max_tokens = {reward.max_tokens} tokens ({too_long} are longer); "
+            "expected at least 4, one of them held out: raise reward.max_tokens or add pairs"
+        )
     return pairs[held_out:], pairs[:held_out], too_long
 
 
@@ -161,7 +100,7 @@ def embedded_pairs(settings: Settings, base, tokenizer, count: int, seed: int) -
     questions = tasks.problems("train", count, rng.getrandbits(32), settings.data.operations)
     sampled = round(count * reward.base_share)
     decoder = KVDecoder(base, tokenizer)
-    base_answers = decoder(make_prompts([q for q in questions[:sampled] for _ in (0, 1)]), 144, seed=rng.getrandbits(32))
+    base_answers = decoder(make_prompts([q for q in questions[:sampled] for _ in (0, 1)]), PAIR_ANSWER_TOKENS, seed=rng.getrandbits(32))
     pairs = []
     for index, problem in enumerate(questions):
         if index < sampled:

@@ -13,11 +13,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from c2f_utils.config import Lora, Models, Settings
 from c2f_utils.errors import C2FError
 from c2f_utils.packing import Batch
+from c2f_utils.preflight import check_folder
 from c2f_utils.training_log import quiet
 
 CHUNKED_ABOVE = 4096  # vocabularies above this size never see full logits
@@ -30,19 +32,6 @@ def device(models: Models) -> torch.device:
     return torch.device("cuda" if models.device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def check_folder(source: str, what: str) -> None:
-    """Raise C2FError if `source` is a local path that does not hold a safetensors model; hub ids pass."""
-    path = Path(source)
-    if not path.exists():
-        if source.startswith((".", "/", "~")) or source.count("/") != 1:
-            raise C2FError(f"{what} = {source!r} does not exist; expected a model folder or a hub id such as 'owner/name'")
-        return
-    if not (path / "config.json").is_file():
-        raise C2FError(f"{what} = {source!r} is not a model: no config.json in it; expected a Hugging Face model folder")
-    if not list(path.glob("*.safetensors")):
-        raise C2FError(f"{what} = {source!r} has no *.safetensors file; expected safetensors weights (pickled checkpoints are not loaded)")
-
-
 def load_causal(source: str | Path, models: Models, revision: str | None = None) -> nn.Module:
     """A causal language model in evaluation mode, dropout off, in `models.dtype` on the chosen device; C2FError when it cannot be loaded."""
     from transformers import AutoModelForCausalLM
@@ -53,8 +42,8 @@ def load_causal(source: str | Path, models: Models, revision: str | None = None)
             model = AutoModelForCausalLM.from_pretrained(
                 str(source), revision=revision, dtype=getattr(torch, models.dtype), use_safetensors=True, trust_remote_code=False
             )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise C2FError(f"model {source} cannot be loaded: {str(error).splitlines()[0]}") from error
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise C2FError(f"model {source} cannot be loaded: {str(error).splitlines()[0]}; expected safetensors weights in Hugging Face format") from error
     disable_dropout(model)
     return model.to(device(models)).eval()
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from c2f_utils.config import Reward, Settings
 from c2f_utils.errors import C2FError
-from c2f_utils.models import add_lora, check_folder, device, disable_dropout
+from c2f_utils.models import add_lora, device, disable_dropout
 from c2f_utils.packing import collate, pack
+from c2f_utils.preflight import check_folder
 from c2f_utils.rollout import Sample
 
 Pair = tuple[list[int], list[int]]  # prompt + chosen answer, prompt + rejected answer
@@ -66,13 +67,14 @@ class RewardModel:
 
 
 def new_reward_model(source: str | Path, settings: Settings, seed: int) -> nn.Module:
-    """The base model's trunk with a small scalar head (standard deviation 1/sqrt(d + 1)), float32 head, dropout off."""
+    """The base model's trunk with a small scalar head (standard deviation 1/sqrt(d + 1)), dropout off."""
     from transformers import AutoModelForSequenceClassification
 
     check_folder(str(source), "models.base")
     torch.manual_seed(seed)
+    revision = settings.models.base_revision if str(source) == settings.models.base else None
     model = AutoModelForSequenceClassification.from_pretrained(
-        str(source), num_labels=1, dtype=getattr(torch, settings.models.dtype), use_safetensors=True, trust_remote_code=False
+        str(source), revision=revision, num_labels=1, dtype=getattr(torch, settings.models.dtype), use_safetensors=True, trust_remote_code=False
     )
     nn.init.normal_(model.score.weight, std=(model.config.hidden_size + 1) ** -0.5)
     disable_dropout(model)

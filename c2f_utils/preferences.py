@@ -1,0 +1,111 @@
+r"""Preference pairs in the HH-RLHF format, from a local file or a hub data set. Needs no torch: files are checked
+before work starts.
+
+A row is {"chosen": transcript, "rejected": transcript}; both share the dialogue up to the last `\n\nAssistant:`, which
+is the prompt. Rows that do not share it, or hold an empty answer or twice the same, are counted and left out; a source
+without any usable row is refused.
+"""
+
+import gzip
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from c2f_utils.errors import C2FError
+
+ASSISTANT = "\n\nAssistant:"
+_FORMAT = "expected one JSON object per line, {'chosen': dialogue, 'rejected': dialogue}"
+
+
+@dataclass(frozen=True)
+class Preference:
+    """One comparison: the dialogue so far (ending in the assistant's header) and two answers."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+
+
+def read(source: str, split: str = "train") -> tuple[list[Preference], int]:
+    """The usable pairs of a `.jsonl`, `.jsonl.gz` or hub data set, and the number of rows left out.
+
+    Raises C2FError naming the file and line for missing fields, and for a source without usable pairs.
+    """
+    rows = [_split_pair(row) for row in _rows(source, split)]
+    pairs = [pair for pair in rows if pair is not None]
+    if not pairs:
+        raise C2FError(
+            f"data.preferences = {source!r} holds no usable pair among {len(rows)} rows; expected rows with 'chosen' and 'rejected' dialogues "
+            "that share all but the last answer: choose another file"
+        )
+    return pairs, len(rows) - len(pairs)
+
+
+def is_local(source: str) -> bool:
+    """Whether a source means a file of this machine rather than a hub data set."""
+    path = Path(source)
+    return path.suffix in (".jsonl", ".json", ".gz") or path.is_absolute() or source.startswith(".") or path.exists()
+
+
+def _rows(source: str, split: str) -> Iterator[dict]:
+    if not is_local(source):
+        yield from _hub_rows(source, split)
+        return
+    path = Path(source)
+    if not path.is_file():
+        raise C2FError(
+            f"data.preferences = {source!r} does not exist or is no file; expected a .jsonl or .jsonl.gz file in the HH-RLHF format"
+        )
+    try:
+        with (
+            gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as handle
+        ):
+            for number, line in enumerate(handle, start=1):
+                if line.strip():
+                    yield _row(path, number, line)
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise C2FError(
+            f"data.preferences = {source!r} cannot be read ({error}); {_FORMAT}, as UTF-8 text or gzip"
+        ) from None
+
+
+def _row(path: Path, number: int, line: str) -> dict:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise C2FError(f"data.preferences: {path}, line {number}: not valid JSON ({error}); {_FORMAT}") from None
+    missing = [key for key in ("chosen", "rejected") if not isinstance(row, dict) or not isinstance(row.get(key), str)]
+    if missing:
+        raise C2FError(
+            f"data.preferences: {path}, line {number}: text field(s) {', '.join(missing)} missing; {_FORMAT}"
+        )
+    return row
+
+
+def _hub_rows(source: str, split: str) -> Iterator[dict]:
+    from datasets import load_dataset
+
+    try:
+        dataset = load_dataset(source, split=split)
+    except Exception as error:  # the library raises many kinds; all mean the same to the user
+        raise C2FError(
+            f"data.preferences = {source!r} is no local file and cannot be loaded from the hub ({str(error).splitlines()[0]}); "
+            "name a .jsonl file or a data set that can be reached from here"
+        ) from error
+    if not {"chosen", "rejected"} <= set(dataset.column_names):
+        raise C2FError(
+            f"data.preferences = {source!r} has columns {dataset.column_names}; expected 'chosen' and 'rejected'"
+        )
+    yield from dataset
+
+
+def _split_pair(row: dict) -> Preference | None:
+    """Cut both transcripts at the last assistant header of `chosen`; None when they do not share the dialogue before it."""
+    cut = row["chosen"].rfind(ASSISTANT)
+    prompt = row["chosen"][: cut + len(ASSISTANT)]
+    # More turns on the rejected side only would make a whole dialogue into one answer.
+    if cut < 0 or not row["rejected"].startswith(prompt) or row["rejected"].rfind(ASSISTANT) != cut:
+        return None
+    chosen, rejected = row["chosen"][len(prompt) :], row["rejected"][len(prompt) :]
+    return Preference(prompt, chosen, rejected) if chosen.strip() and rejected.strip() and chosen != rejected else None

@@ -1,0 +1,179 @@
+"""What settings and files alone already show to be impossible, found before a kernel starts and without torch.
+
+Types and unknown keys are `config.py`'s; this room opens what the settings name: model folders, the preference file,
+the laws' limits beside the model's positions. Hub ids pass: what they hold is checked when they are loaded.
+"""
+
+import json
+from pathlib import Path
+
+from c2f_utils import preferences
+from c2f_utils.config import PAIR_ANSWER_TOKENS, Settings
+from c2f_utils.errors import C2FError
+
+FEWEST_PROMPTS = 4  # one for validation, one for test, two to train on
+# An embedded question with n steps: begin-of-sequence, 7 words, 4 per step, 4 words; a forced beginning adds 6.
+_SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size")
+_QUESTION, _STEP, _FORCED = 12, 4, 6
+
+
+def findings(settings: Settings) -> list[str]:
+    """One line per impossibility, each with the setting, its value, what was expected and what to do; empty when none is known."""
+    found: list[str] = []
+    for check in (_models, _preferences, _laws, _positions, _controls):
+        found += check(settings)
+    return found
+
+
+def check_folder(source: str, what: str) -> None:
+    """Raise C2FError if `source` is a local path that does not hold a readable safetensors model; hub ids pass."""
+    path = Path(source)
+    if not path.exists():
+        if source.startswith((".", "/", "~")) or source.count("/") != 1:
+            raise C2FError(
+                f"{what} = {source!r} does not exist; expected a model folder or a hub id such as 'owner/name'"
+            )
+        return
+    said = f"{what} = {source!r} is not a model:"
+    if not (path / "config.json").is_file():
+        raise C2FError(f"{said} no config.json in it; expected a Hugging Face model folder")
+    if not isinstance(_config(path), dict) or "model_type" not in _config(path):
+        raise C2FError(f"{said} its config.json names no model_type; expected a Hugging Face model folder")
+    weights = sorted(path.glob("*.safetensors"))
+    if not weights:
+        raise C2FError(
+            f"{what} = {source!r} has no *.safetensors file; expected safetensors weights (pickled checkpoints are not loaded)"
+        )
+    from safetensors import SafetensorError, safe_open
+
+    for file in weights:
+        try:
+            with safe_open(file, framework="np"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise C2FError(f"{said} {file.name} is damaged or half copied ({error}); copy it again") from None
+
+
+def _config(folder: Path) -> object:
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _models(settings: Settings) -> list[str]:
+    models = settings.models
+    named = [(getattr(models, key), f"models.{key}") for key in ("base", "instruct", "reward") if getattr(models, key)]
+    found = [line for source, what in named for line in _said(check_folder, source, what)]
+    base, instruct = (_config(Path(source)) if source else None for source in (models.base, models.instruct))
+    if not found and base and instruct:  # both local; a hub model is compared when it is loaded
+        found += [
+            f"models.instruct = {models.instruct!r} has {key} {instruct.get(key)}, models.base has {base.get(key)}; "
+            "a residue merge needs an instruction model that was fine-tuned from the same base"
+            for key in _SHAPE
+            if base.get(key) != instruct.get(key)
+        ]
+    return found
+
+
+def _preferences(settings: Settings) -> list[str]:
+    data = settings.data
+    if settings.embedded or not data.preferences or not preferences.is_local(data.preferences):
+        return []
+    try:
+        pairs, _ = preferences.read(data.preferences)
+    except C2FError as error:
+        return [str(error)]
+    prompts = len({pair.prompt for pair in pairs})
+    if prompts < FEWEST_PROMPTS:
+        return [
+            f"data.preferences = {data.preferences!r} holds {prompts} different prompts; expected at least {FEWEST_PROMPTS}: add more pairs"
+        ]
+    return []
+
+
+def _used_laws(settings: Settings) -> dict[str, object]:
+    schedules = settings.schedules
+    others = {f"schedules.laws.{name}": law for name, law in schedules.laws.items()}
+    study = (
+        {f"schedules.study_laws.{name}": law for name, law in schedules.study_laws.items()} if settings.study else {}
+    )
+    return {"coarse.law": settings.coarse.law} | others | study
+
+
+def _laws(settings: Settings) -> list[str]:
+    from c2f_utils.limits import make_law
+
+    return [f"{where}: {line}" for where, law in _used_laws(settings).items() for line in _said(make_law, law)]
+
+
+def _positions(settings: Settings) -> list[str]:
+    """Every limit plus the longest prompt must fit the model's positions; unknown positions (hub ids) are checked when loaded."""
+    limits = {
+        f"{where}, largest limit": max(n for n in (law.limit, law.start, law.maximum, *(law.steps or [])) if n)
+        if _any(law)
+        else 0
+        for where, law in _used_laws(settings).items()
+    }
+    limits |= {
+        "coarse.evaluation_tokens": settings.coarse.evaluation_tokens,
+        "evaluation.max_tokens": settings.evaluation.max_tokens,
+    }
+    if settings.embedded:
+        fewest, most = settings.data.operations
+        if not 2 <= fewest <= most <= 5:
+            return [
+                f"data.operations = {[fewest, most]}: expected two numbers from 2 to 5, the smaller first: write [3, 5]"
+            ]
+        positions, prompt, name = (
+            settings.pretrain.max_positions,
+            _QUESTION + _STEP * most + _FORCED,
+            "pretrain.max_positions",
+        )
+        if settings.reward.base_share:
+            limits["answers in preference pairs"] = PAIR_ANSWER_TOKENS
+        advice = f"lower the limit or raise {name}"
+    else:
+        prompt, name = settings.data.max_prompt_tokens, "models.base"
+        positions = _positions_of(settings.models.base)
+        advice = "lower the limit or data.max_prompt_tokens, or choose a model with more positions"
+    if positions is None:
+        return []
+    found = [
+        f"{where} = {limit} tokens: with a prompt of up to {prompt} tokens that is beyond the model's {positions} positions ({name}); {advice}"
+        for where, limit in limits.items()
+        if limit + prompt > positions
+    ]
+    if not settings.embedded and settings.reward.max_tokens > positions:
+        found.append(
+            f"reward.max_tokens = {settings.reward.max_tokens} is beyond the model's {positions} positions ({name}); lower it"
+        )
+    return found
+
+
+def _any(law) -> bool:
+    return any((law.limit, law.start, law.maximum, law.steps))
+
+
+def _positions_of(source: str) -> int | None:
+    config = _config(Path(source))
+    if not isinstance(config, dict) or not isinstance(config.get("max_position_embeddings"), int):
+        return None
+    return min(config["max_position_embeddings"], config.get("sliding_window") or config["max_position_embeddings"])
+
+
+def _controls(settings: Settings) -> list[str]:
+    if "fixed_long_residue" in settings.merge.controls and "fixed_long" not in settings.schedules.laws:
+        return [
+            "merge.controls holds 'fixed_long_residue', but schedules.laws has no law 'fixed_long' "
+            f"(it has {', '.join(settings.schedules.laws) or 'none'}); add that law or leave the control out"
+        ]
+    return []
+
+
+def _said(check, *arguments) -> list[str]:
+    try:
+        check(*arguments)
+    except C2FError as error:
+        return [str(error)]
+    return []

@@ -9,6 +9,7 @@ from torch import nn
 from c2f_utils import evaluate, limits, models, provenance
 from c2f_utils.coarse import CoarseTrainer
 from c2f_utils.config import Coarse
+from c2f_utils.files import read_jsonl, write_text
 from c2f_utils.rewards import RewardFunction
 from c2f_utils.rollout import KVDecoder
 from c2f_utils.runs import Run
@@ -65,14 +66,13 @@ def train(run: Run, law: limits.Law | None = None, reward: RewardFunction | None
     `law` and `reward` may be your own objects; the stage then remembers their source and refuses to mix two of them.
     """
     here = run.here
+    for name, own in (("law", law), ("reward", reward)):
+        here.add_input(name, provenance.fingerprint(_identity(own)))
     if here.loaded:
         return
-    for name, own in (("law", law), ("reward", reward)):
-        if own is not None:
-            here.add_input(name, provenance.fingerprint({"source": _source(own)}))
     inputs = Inputs(run)
     process = trainer(inputs, law or limits.make_law(run.settings.coarse.law), here.path("checkpoints"), reward=reward)
-    here.rewind("metrics.jsonl", "iteration", process.iteration)
+    restore_rows(run, process)
     with here.timer("training"):
         for row in process:
             here.log(row)
@@ -101,6 +101,26 @@ def summary(process: CoarseTrainer, final: dict) -> dict:
         "limits": [row["limit"] for row in process.history],
         "probes": probes,
     }
+
+
+def restore_rows(run: Run, process: CoarseTrainer, **labels: object) -> None:
+    """Make metrics.jsonl agree with the checkpoint that training continues from.
+
+    A kill may fall between a checkpoint and its row, or between rows and the next checkpoint. Rows with other `labels` are kept.
+    """
+    path = run.here.path("metrics.jsonl")
+    others = [row for row in read_jsonl(path) if any(row.get(key) != value for key, value in labels.items())]
+    write_text(path, "")
+    for row in [*others, *({**labels, **row} for row in process.history)]:
+        run.here.log(row)
+
+
+def _identity(own: object) -> dict[str, str]:
+    """What tells one law or reward of the user's from another: its source, and for an object what it was made with."""
+    if own is None:
+        return {"source": "the settings'"}
+    state = own.state_dict() if hasattr(own, "state_dict") and not isinstance(own, nn.Module) else {}
+    return {"source": _source(own), "state": repr(sorted(state.items()))}
 
 
 def _source(thing: object) -> str:

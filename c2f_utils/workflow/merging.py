@@ -68,6 +68,8 @@ def make(run: Run) -> dict:
         return here.results()
     bench = Bench(run)
     operator = {"name": settings.merge.operator}
+    for each in (operator, *settings.merge.other_operators):
+        bench.recipe(each, 1.0)  # a mistyped operator is refused before the first sweep
     with here.timer("sweeps"):
         sweep = bench.sweep(operator)
         best = max(sweep, key=lambda row: row["score"])["coefficient"]
@@ -118,6 +120,7 @@ def _controls(run: Run, bench: Bench, best: float) -> Iterator[tuple[str, dict]]
             bench.inputs, limits.make_law(settings.coarse.law), run.here.path("checkpoints", "ppo_instruct"),
             start=bench.inputs.instruct(), evaluated=False,
         )  # fmt: skip
+        coarse.restore_rows(run, process, control="ppo_instruct")
         with run.here.timer("ppo_instruct"):
             for row in process:
                 run.here.log({"control": "ppo_instruct", **row})

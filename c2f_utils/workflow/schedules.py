@@ -41,6 +41,7 @@ def _one(run: Run, inputs: Inputs, name: str, law, seed: int) -> dict:
     if done.exists():
         return read_json(done)
     process = coarse.trainer(inputs, limits.make_law(law), here.path("checkpoints", f"{name}-s{seed}"), seed=seed)
+    coarse.restore_rows(run, process, law=name, seed=seed)
     with here.timer(name):
         for row in process:
             here.log({"law": name, "seed": seed, **row})

@@ -705,6 +705,27 @@ def test_the_plan_is_a_table_of_every_tensor(tmp_path):
     assert plan.peak_memory() > 0 and plan.bytes_written > table["bytes_written"].sum()
 
 
+@pytest.mark.parametrize(
+    ("operator", "models_read"), [("residue", 3), ("lerp", 2), ("slerp", 6), ("trim", 5), ("ties", 6), ("dare", 3)]
+)
+def test_the_plan_counts_the_bytes_that_are_read(tmp_path, monkeypatch, operator, models_read):
+    from c2f_utils.merge.sources import Files
+
+    paths = trio(tmp_path)
+    plan = plan_merge(Recipe(**paths, operator={"name": operator}))
+    read, real = 0, Files.read
+
+    def counted(self, info, start, stop, buffer):
+        nonlocal read
+        read += (stop - start) * 4
+        return real(self, info, start, stop, buffer)
+
+    monkeypatch.setattr(Files, "read", counted)
+    run_merge(plan, tmp_path / "out", threads=1)
+    size = sum(tensor.nbytes for tensor in load(paths["base"]).values())
+    assert plan.bytes_read == models_read * size == read
+
+
 def test_verification_finds_one_wrong_unit_in_a_sampled_slice(tmp_path):
     paths = trio(tmp_path)
     merge(paths, tmp_path / "out")

@@ -42,17 +42,18 @@ def merge_state_dicts(
     """Merge state dicts that live in memory; the recipe's paths are not looked at, its weights are.
 
     Returns instruct's tensors (new ones, contiguous, tied ones still shared) with merged values. Raises C2FError
-    listing every tensor that is missing, differs in shape, or has no place in the network. All tensors must be on the
-    CPU.
+    listing every tensor that is missing, differs in shape, or has no place in the network. Merges on the CPU, and
+    leaves the result there.
     """
     operator, options = resolve(recipe.operator)
+    owner = _owners(instruct)  # before anything is moved: tied tensors are known by their memory
     several = [coarse] if isinstance(coarse, Mapping) else list(coarse)
-    models = {"base": base, **{f"coarse.{k}": model for k, model in enumerate(several)}}
+    instruct = _on_cpu(instruct)
+    models = {"base": _on_cpu(base), **{f"coarse.{k}": _on_cpu(model) for k, model in enumerate(several)}}
     layers = names.layer_count(instruct)
     coefficients = {name: recipe.coefficient.at(name, layers) for name in instruct}
     _refuse(recipe, operator, instruct, models, coefficients, several)
     merged: dict[str, Tensor] = {}
-    owner = _owners(instruct)
     work: dict[str, tuple[_Held, int]] = {}
     for name, tensor in instruct.items():
         if owner[name] != name:
@@ -76,6 +77,10 @@ def merge_state_dicts(
                 recipe, operator, options, name, instruct[name], held, count, coefficients[name], found.get(name)
             )
     return {name: merged[owner[name]] for name in instruct}
+
+
+def _on_cpu(tensors: StateDict) -> StateDict:
+    return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
 
 
 def _owners(tensors: StateDict) -> dict[str, str]:

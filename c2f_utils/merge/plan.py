@@ -77,8 +77,9 @@ class OutputFile:
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked merge. `problems` is empty unless the plan was made with strict=False; `notes` are worth reading, not
-    wrong.
+    """A checked merge.
+
+    `problems` is empty unless the plan was made with strict=False; `notes` are worth reading, not wrong.
     """
 
     recipe: Recipe
@@ -107,12 +108,19 @@ class Plan:
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of weights read, the statistics pass included (its sampling not)."""
+        """Bytes of weights read: once for merging and once for statistics (samples and further passes not counted)."""
+        wanted = self.operator.statistics
         total = 0
         for placement in self.placements:
-            sizes = {(s.info.file, s.info.offset): ITEM_BYTES[s.info.dtype] for s in placement.sources.values()}
-            passes = 2 if self.operator.statistics and placement.merged else 1
-            total += passes * placement.merged * sum(sizes.values()) if placement.merged else 0
+            roles = list(placement.sources)
+            passes = [roles]
+            if "gram" in wanted or "instruct_threshold" in wanted:
+                passes.append(roles)
+            elif wanted:
+                passes.append([role for role in roles if role != "instruct"])
+            for read in passes:
+                infos = {(info.file, info.offset): info for info in (placement.sources[role].info for role in read)}
+                total += placement.merged * sum(ITEM_BYTES[info.dtype] for info in infos.values())
             for segment in placement.segments:
                 if segment.kind != "merge":
                     role = "instruct" if segment.kind == "instruct" else "coarse.0"
@@ -211,8 +219,7 @@ def _place(plan: Plan, models: dict[str, Input], found: list[str], notes: list[s
     config = dict(instruct.checkpoint.config)
     if recipe.out_dtype != "same":
         dtype = "float32" if recipe.out_dtype == "float32" else "bfloat16"
-        config.pop("torch_dtype", None)
-        config["dtype"] = dtype
+        config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
     copies = _small_files(instruct)
     return replace(
         plan,

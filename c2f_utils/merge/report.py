@@ -1,6 +1,6 @@
 """What a merge did: per tensor and per module family, above all how much of the wanted change survived output rounding.
 
-No times and no paths of a machine are written, so that equal merges give equal reports.
+No times are written, and paths only as the recipe gives them, so that equal merges give equal reports.
 """
 
 import importlib.metadata

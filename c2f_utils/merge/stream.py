@@ -1,5 +1,4 @@
-"""Run a plan: read, merge and write in chunks, with memory that depends on the chunk alone and a single rename as the
-commit.
+"""Run a plan in chunks: memory depends on the chunk alone, and a single rename is the commit.
 
 Output files are laid out from their headers first, so every chunk has its place and any thread may write it. Work is
 journalled in spans of a tensor; a killed merge continues after its last span. Until the final rename everything lies
@@ -49,13 +48,12 @@ SPAN = 1 << 24  # elements per journal line; fixed, because a resumed merge may 
 def run_merge(
     plan: Plan, out_dir: Path | str, chunk_mib: float = 4, resume: bool = True, threads: int | None = None
 ) -> Report:
-    """Merge into `out_dir`, which must not exist or be empty; a finished merge of the same plan there is returned as
-    it is.
+    """Merge into `out_dir`, or return the report of the same merge finished there.
 
-    `chunk_mib` is MiB per buffer, `threads` the number of workers (default `C2F_THREADS`, else 2); neither changes a
-    byte. Raises C2FError for a plan with problems, inputs changed since planning, NaN or infinity in any input, an
-    overflow of the output dtype, a full disk (then the partial folder stays for resuming), and an output folder that
-    holds something else.
+    The folder must not exist or be empty. `chunk_mib` is MiB per buffer, `threads` the number of workers (default
+    `C2F_THREADS`, else 2); neither changes a byte. Raises C2FError for a plan with problems, inputs changed since
+    planning, NaN or infinity in any input, an overflow of the output dtype, a full disk (then the partial folder
+    stays for resuming), and an output folder that holds something else.
     """
     out_dir = Path(out_dir).absolute()
     threads = (cores.requested() or min(2, cores.available())) if threads is None else threads
@@ -129,9 +127,8 @@ class _Merge:
         self, plan: Plan, out_dir: Path, partial: Path, journal: Journal, chunk_mib: float, threads: int
     ) -> None:
         self.plan, self.out_dir, self.partial, self.journal = plan, out_dir, partial, journal
-        self.chunk = max(
-            BLOCK, int(chunk_mib * 2**20 / 4) // BLOCK * BLOCK
-        )  # elements; 4 bytes is the widest common float
+        # in elements; 4 bytes is the widest common float
+        self.chunk = max(BLOCK, int(chunk_mib * 2**20 / 4) // BLOCK * BLOCK)
         self.threads = threads
         self.spans: dict[tuple[str, int], dict] = {}
         self.statistics: dict[str, dict] = {}
@@ -247,11 +244,7 @@ class _Merge:
             checks += done.checks
             span_end = min(task.segment.stop, (task.start // SPAN + 1) * SPAN)
             if task.stop == span_end or task.placement.rank_two:
-                start = (
-                    max(task.segment.start, task.start // SPAN * SPAN)
-                    if not task.placement.rank_two
-                    else task.segment.start
-                )
+                start = 0 if task.placement.rank_two else max(task.segment.start, task.start // SPAN * SPAN)
                 line = {
                     "span": [task.placement.name, start, task.stop],
                     "check": _digest(checks),
@@ -293,11 +286,8 @@ class _Merge:
         for placement in self.plan.placements:
             lines = [self.spans[placement.name, start] for s in placement.segments for start, _ in _spans(placement, s)]
             tallies[placement.name] = Tally.total([tuple(line["tally"]) for line in lines])
-            digest.update(
-                json.dumps(
-                    [placement.name, placement.dtype, placement.shape, [line["check"] for line in lines]]
-                ).encode()
-            )
+            checks = [line["check"] for line in lines]
+            digest.update(json.dumps([placement.name, placement.dtype, placement.shape, checks]).encode())
         report = build_report(self.plan, self.out_dir, tallies, self.statistics, digest.hexdigest())
         for path in self.plan.copies:
             shutil.copyfile(path, self.partial / path.name)

@@ -23,25 +23,51 @@ KEPT = 2
 
 
 def save(trainer: "CoarseTrainer", folder: Path) -> Path:
-    """Write `step-00012/` under `folder` and drop all but the last two; raises C2FError when the disk is full."""
+    """Write `step-00012/` under `folder` and drop all but the last two; every process must call, the first one writes.
+
+    Raises C2FError when the disk is full, and for weights that are not finite: a checkpoint is always one to go back to.
+    """
     folder = Path(folder)
     final = folder / f"step-{trainer.iteration:05d}"
+    ranks = trainer.ranks
+    weights = {name: ranks.full(w.detach()) for name, w in trainer.updates.weights.items()}
+    moments = _moments(trainer)
+    _refuse_damaged(weights, folder)
+    checksum = sum(float(w.double().sum()) for w in weights.values())
+    ranks.agree(checksum, "the sum of the trained weights")
+    if ranks.rank == 0:
+        _write(folder, final, weights, moments, _state(trainer))
+    ranks.wait()
+    return final
+
+
+def _refuse_damaged(weights: dict[str, torch.Tensor], folder: Path) -> None:
+    damaged = [name for name, w in weights.items() if not torch.isfinite(w).all()]
+    if damaged:
+        raise C2FError(
+            f"weights are no longer finite ({len(damaged)} tensors, first {damaged[0]}); nothing was saved, "
+            f"the last sound checkpoint is {latest(folder)}. Lower the learning rates and continue from it"
+        )
+
+
+def _write(folder: Path, final: Path, weights: dict, moments: dict, state: dict) -> None:
     partial = folder / f".{final.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        weights = trainer.policy.trainable()
-        save_file({n: p.detach().contiguous() for n, p in weights.items()}, partial / "weights.safetensors")
-        save_file(_moments(trainer.optimiser, weights), partial / "optimiser.safetensors")
-        write_json(partial / "state.json", _state(trainer))
+        save_file({n: w.contiguous() for n, w in weights.items()}, partial / "weights.safetensors")
+        save_file(moments, partial / "optimiser.safetensors")
+        write_json(partial / "state.json", state)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise C2FError(f"cannot write checkpoint {final}: {error.strerror or error}; the one before it is complete. Free space and start again") from error
+        raise C2FError(
+            f"cannot write checkpoint {final}: {error.strerror or error}; the one before it is complete. "
+            "Free space and start again"
+        ) from error
     for old in sorted(folder.glob("step-*"))[:-KEPT]:
         shutil.rmtree(old)
-    return final
 
 
 def latest(folder: Path) -> Path | None:
@@ -55,34 +81,42 @@ def resume(trainer: "CoarseTrainer", folder: Path) -> bool:
     if found is None:
         return False
     state = read_json(found / "state.json")
-    if state["law_name"] != type(trainer.law).__name__:
-        raise C2FError(f"checkpoint {found} was written under law {state['law_name']}, now {type(trainer.law).__name__} is asked for; use overwrite=True")
-    weights = trainer.policy.trainable()
+    law = type(trainer.law).__name__
+    if state["law_name"] != law:
+        raise C2FError(
+            f"checkpoint {found} was written under law {state['law_name']}, now {law} is asked for; use overwrite=True"
+        )
+    ranks, updates = trainer.ranks, trainer.updates
     saved = load_file(found / "weights.safetensors")
-    if saved.keys() != weights.keys():
+    if saved.keys() != updates.weights.keys():
         raise C2FError(f"checkpoint {found} holds other parameters than the model; use overwrite=True to start anew")
+    moments: dict[str, dict[str, torch.Tensor]] = {}
+    for key, value in load_file(found / "optimiser.safetensors").items():
+        name, _, what = key.rpartition("/")
+        # The step count is a scalar; a copy onto the parameter's device serves a fused optimiser everywhere.
+        weight = updates.weights[name]
+        moments.setdefault(name, {})[what] = ranks.like(value, weight) if value.ndim else value.to(weight.device)
     with torch.no_grad():
-        for name, parameter in weights.items():
-            parameter.copy_(saved[name])
-    moments = load_file(found / "optimiser.safetensors")
-    for name, parameter in weights.items():
-        keys = {key.rpartition("/")[2]: value for key, value in moments.items() if key.rpartition("/")[0] == name}
-        if keys:
-            # The step count stays on the CPU unless the optimiser is fused on a GPU; a copy onto the parameter's device serves both.
-            trainer.optimiser.state[parameter] = {k: v.to(parameter.device) for k, v in keys.items()}
+        for name, weight in updates.weights.items():
+            ranks.assign(weight, saved[name])
+            if name in moments:
+                updates.optimiser.state[weight] = moments[name]
+    updates.publish()
     trainer.iteration, trainer.rollout_tokens = state["iteration"], state["rollout_tokens"]
     trainer.history, trainer.curve = state["history"], state["curve"]
     trainer.law.load_state_dict(state["law"])
     trainer.kl.coefficient = state["kl_coefficient"]
     trainer.scale.square, trainer.scale.count = state["scale"]["square"], state["scale"]["count"]
+    trainer.budget.tokens = state["tokens_per_micro_batch"]
     return True
 
 
-def _moments(optimiser: torch.optim.Optimizer, weights: dict) -> dict[str, torch.Tensor]:
+def _moments(trainer: "CoarseTrainer") -> dict[str, torch.Tensor]:
+    state = trainer.updates.optimiser.state
     return {
-        f"{name}/{key}": value.detach().contiguous()
-        for name, parameter in weights.items()
-        for key, value in optimiser.state.get(parameter, {}).items()
+        f"{name}/{key}": trainer.ranks.full(value.detach()).contiguous()
+        for name, weight in trainer.updates.weights.items()
+        for key, value in state.get(weight, {}).items()
     }
 
 
@@ -90,5 +124,5 @@ def _state(trainer: "CoarseTrainer") -> dict:
     return {
         "iteration": trainer.iteration, "rollout_tokens": trainer.rollout_tokens, "law_name": type(trainer.law).__name__,
         "law": trainer.law.state_dict(), "kl_coefficient": trainer.kl.coefficient, "scale": asdict(trainer.scale),
-        "history": trainer.history, "curve": trainer.curve,
+        "tokens_per_micro_batch": trainer.budget.tokens, "history": trainer.history, "curve": trainer.curve,
     }  # fmt: skip

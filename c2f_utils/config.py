@@ -139,6 +139,12 @@ class Coarse(_Section):
     minibatches: Positive = Field(2, description="optimiser steps per pass")
     tokens_per_micro_batch: Positive = Field(16_384, description="padded tokens of one forward/backward pass")
     tokens_in_cache: Positive = Field(65_536, description="key/value positions held while decoding; more answers wait their turn")
+    engine: Literal["kv", "continuous"] = Field("kv", description="sampler: our decoder, or transformers' continuous batching")
+    old_logps: Literal["auto", "recorded", "recomputed"] = Field(
+        "auto", description="old policy: log-probabilities of the sampler or of the training forward; auto: recorded if float32"
+    )
+    processes: Positive = Field(1, description="training processes; more than 1 starts `accelerate launch`")
+    spread: Literal["ddp", "fsdp2"] = Field("ddp", description="processes > 1: weights replicated (LoRA), or split (full fine-tuning)")
     actor_learning_rate: Rate = 5e-4
     critic_learning_rate: Rate = 1e-3
     critic: Literal["separate", "shared"] = "separate"

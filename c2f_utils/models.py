@@ -165,6 +165,11 @@ class ActorCritic(nn.Module):
         adapters = hasattr(actor, "disable_adapter")
         self._frozen = [] if adapters else [copy.deepcopy(actor).requires_grad_(False)]  # a list hides it from parameters()
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type in which actor and reference compute."""
+        return trunk_and_head(self.actor)[1].dtype
+
     def forward(self, batch: Batch, temperature: float = 1.0, actor: bool = True) -> tuple[Tensor | None, Tensor | None, Tensor]:
         """Log-probability, entropy and value of every answer token, each [N] float32; no [B, T, V] array is made.
 

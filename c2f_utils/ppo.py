@@ -101,3 +101,17 @@ class KLController:
         """Multiply the coefficient by 1 + clip(KL / target - 1, -0.2, 0.2); KL in nats per token, target 0 keeps it fixed."""
         if self.target:
             self.coefficient *= 1.0 + min(0.2, max(-0.2, kl_per_token / self.target - 1.0))
+
+
+@dataclass
+class RunningScale:
+    """Mean square of the reward over iterations; rewards are divided by its root, the mean is not shifted (PPO-max, MOSS 2023)."""
+
+    square: float = 0.0
+    count: int = 0
+
+    def update(self, rewards: Tensor) -> float:
+        """Take in a batch [B] and return the root mean square so far, in the unit of the rewards."""
+        self.count += len(rewards)
+        self.square += (float((rewards**2).mean()) - self.square) * len(rewards) / self.count
+        return max(1e-6, self.square**0.5)

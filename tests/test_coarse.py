@@ -7,13 +7,17 @@ import torch
 from tiny_models import LAWS, PrefixReward, causal, distinct_tokens, prompts, trainer, weights
 
 from c2f_utils import checkpoints, limits, packing, tasks
-from c2f_utils.coarse import tail_return
 from c2f_utils.errors import C2FError
+from c2f_utils.experience import tail_return
 from c2f_utils.models import token_logps
 
 
 def run(process, steps: int) -> list[dict]:
     return [process.step() for _ in range(steps)]
+
+
+def groups(process, e) -> list[list[int]]:
+    return packing.pack([len(s.prompt.ids) + s.tokens for s in e.samples], process.budget.tokens)
 
 
 def comparable(rows: list[dict]) -> list[dict]:
@@ -29,7 +33,7 @@ def test_the_first_ratio_is_one(lora):
 def test_the_ratio_is_exactly_one_when_recomputed_with_the_same_packing():
     process = trainer(minibatches=1)
     e = process.credit(process.judge(process.collect()))
-    for group in process._packed(e.samples):
+    for group in groups(process, e):
         batch = process._collate([e.samples[i] for i in group])
         with torch.no_grad():
             first, second = (process.policy(batch)[0] for _ in range(2))
@@ -49,7 +53,7 @@ def test_packing_changes_no_gradient():
         process = trainer(minibatches=1, tokens_per_micro_batch=budget)
         e = process.credit(process.judge(process.collect()))
         tokens = sum(s.tokens for s in e.samples)
-        for group in process._packed(e.samples):
+        for group in groups(process, e):
             process._backward(e, group, tokens, warming=False)
         gradients.append(torch.cat([p.grad.flatten() for p in process.policy.trainable().values() if p.grad is not None]))
     for other in gradients[1:]:

@@ -1,0 +1,95 @@
+"""One iteration's data: answers, what was measured on them, and the signals that laws read off it.
+
+With several processes each answers its share of the prompts; `pool` then gives every process everything (about 16 bytes a token). So
+whitening, explained variance, the KL controller and the law are the same arithmetic on the same numbers everywhere, bit for bit what a
+single process computes, and every optimiser step can be dealt out evenly whoever generated the answers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from c2f_utils import ppo
+from c2f_utils.limits import Signals
+from c2f_utils.ranks import Ranks
+from c2f_utils.redundancy import repeated_spans
+from c2f_utils.rollout import Prompt, Sample
+
+STOPS = ("eos", "limit", "string")
+
+
+@dataclass
+class Experience:
+    """One iteration's data; the verbs fill it from top to bottom. Arrays are [B, T], padded, on the CPU."""
+
+    samples: list[Sample]
+    limit: int
+    rewards: Tensor | None = None  # [B] as the reward function gave them
+    prefix_rewards: list[Tensor] | None = None  # per answer, after each token
+    mask: Tensor | None = None
+    logps: Tensor | None = None  # of the old policy
+    reference: Tensor | None = None
+    values: Tensor | None = None
+    final_values: Tensor | None = None  # [B]
+    shaped: Tensor | None = None  # [B] reward after price, penalty, scaling and clip
+    advantages: Tensor | None = None
+    returns: Tensor | None = None
+
+    @property
+    def sampler_mismatch(self) -> float:
+        """Mean absolute difference between the sampler's log-probabilities and the old policy's, nats per token."""
+        return float((ppo.pad([s.logps for s in self.samples]) - self.logps)[self.mask].abs().mean())
+
+
+def pool(
+    ranks: Ranks, prompts: Sequence[Prompt], samples: list[Sample], columns: dict[str, list[Tensor]]
+) -> tuple[list[Sample], dict[str, list[Tensor]]]:
+    """The answers of all processes in the order of `prompts`, and the per-answer 1-D tensors that belong to them."""
+    if ranks.world == 1:
+        return samples, columns
+    ids = ranks.gather([torch.tensor(s.ids) for s in samples])
+    logps = ranks.gather([s.logps for s in samples])
+    facts = ranks.gather([torch.tensor([STOPS.index(s.stop), s.limit]) for s in samples])
+    texts = ranks.gather([torch.tensor(list(s.text.encode()), dtype=torch.uint8) for s in samples])
+    whole = [
+        Sample(prompt, i.tolist(), STOPS[int(stop)], int(limit), logp, bytes(text.tolist()).decode())
+        for prompt, i, logp, (stop, limit), text in zip(prompts, ids, logps, facts, texts, strict=True)
+    ]
+    return whole, {name: ranks.gather(rows) for name, rows in columns.items()}
+
+
+def signals(e: Experience, iteration: int) -> Signals:
+    """What this iteration tells a law; `iteration` counts from 0."""
+    cut = [s for s in e.samples if s.cut]
+    error = ((e.values - e.returns)[e.mask] ** 2).mean() / e.returns[e.mask].var().clamp_min(1e-6)
+    slopes = [
+        float(v[s.tokens - 1] - v[int(0.75 * s.tokens)]) for s, v in zip(e.samples, e.values, strict=True) if s.cut
+    ]
+    repeats = [float(repeated_spans(s.ids)[int(0.75 * s.tokens) :].mean()) for s in cut]
+    return Signals(
+        iteration=iteration,
+        reward=float(e.rewards.mean()),
+        value_error=min(3.0, float(error)),
+        truncated_share=len(cut) / len(e.samples),
+        tail_return=tail_return(e.prefix_rewards, e.limit) if e.prefix_rewards else None,
+        value_slope=sum(slopes) / len(slopes) if slopes else 0.0,
+        tail_repetition=sum(repeats) / len(repeats) if repeats else 0.0,
+        kl_per_token=float(ppo.kl_k3(e.logps, e.reference)[e.mask].mean()),
+        rewards=tuple(e.rewards.tolist()),
+        limits=tuple(s.limit for s in e.samples),
+    )
+
+
+def tail_return(prefix_rewards: Sequence[Tensor], limit: int) -> float:
+    """Mean reward of prefixes in the last quarter of the limit minus the quarter before.
+
+    Finished answers keep their reward and count 0.
+    """
+    half, three = limit // 2, (3 * limit) // 4
+    gains = []
+    for row in prefix_rewards:
+        held = torch.cat([row, row[-1:].expand(max(0, limit - len(row)))])
+        gains.append(float(held[three:limit].mean() - held[half:three].mean()))
+    return sum(gains) / len(gains)

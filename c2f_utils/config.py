@@ -318,8 +318,8 @@ def _nested(key: str, value: object) -> dict[str, object]:
 
 def _merge(into: dict, update: dict) -> None:
     for key, value in update.items():
-        # A law is one choice: half of another law's keys must not survive in it.
-        whole = key == "law" or "name" in (value if isinstance(value, dict) else {})
+        # A law is one choice: where another is named, half of the old one's keys must not survive in it.
+        whole = isinstance(value, dict) and "name" in value
         if isinstance(value, dict) and isinstance(into.get(key), dict) and not whole:
             _merge(into[key], value)
         else:

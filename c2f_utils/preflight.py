@@ -20,7 +20,7 @@ _QUESTION, _STEP, _FORCED = 12, 4, 6
 def findings(settings: Settings) -> list[str]:
     """One line per impossibility, each with the setting, its value, what was expected and what to do; empty when none is known."""
     found: list[str] = []
-    for check in (_models, _preferences, _laws, _positions, _controls):
+    for check in (_models, _preferences, _laws, _positions):
         found += check(settings)
     return found
 
@@ -160,15 +160,6 @@ def _positions_of(source: str) -> int | None:
     if not isinstance(config, dict) or not isinstance(config.get("max_position_embeddings"), int):
         return None
     return min(config["max_position_embeddings"], config.get("sliding_window") or config["max_position_embeddings"])
-
-
-def _controls(settings: Settings) -> list[str]:
-    if "fixed_long_residue" in settings.merge.controls and "fixed_long" not in settings.schedules.laws:
-        return [
-            "merge.controls holds 'fixed_long_residue', but schedules.laws has no law 'fixed_long' "
-            f"(it has {', '.join(settings.schedules.laws) or 'none'}); add that law or leave the control out"
-        ]
-    return []
 
 
 def _said(check, *arguments) -> list[str]:

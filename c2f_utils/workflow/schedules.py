@@ -25,17 +25,21 @@ def make(run: Run, on_start=lambda name, seed: None) -> dict:
     for name, law in {REUSED: settings.coarse.law, **laws}.items():
         by_seed = {}
         for seed in seeds:
-            if here.stop_requested():
+            reuse = name == REUSED and seed == settings.seed
+            if here.stop_requested() and not reuse:
                 break
             on_start(name, seed)
-            reuse = name == REUSED and seed == settings.seed
-            by_seed[str(seed)] = run.parent("03_coarse_rlhf").results() if reuse else _one(run, inputs, name, law, seed)
-        results["laws"][name] = {"label": label(law), "law": law.model_dump(exclude_none=True), "seeds": by_seed}
+            found = run.parent("03_coarse_rlhf").results() if reuse else _one(run, inputs, name, law, seed)
+            if found is not None:
+                by_seed[str(seed)] = found
+        if by_seed:  # a stop leaves out the laws that were not reached
+            results["laws"][name] = {"label": label(law), "law": law.model_dump(exclude_none=True), "seeds": by_seed}
     here.save_results(results)
     return results
 
 
-def _one(run: Run, inputs: Inputs, name: str, law, seed: int) -> dict:
+def _one(run: Run, inputs: Inputs, name: str, law, seed: int) -> dict | None:
+    """One law under one seed, kept on disk; None when a stop came before its last iteration."""
     here = run.here
     done = here.path("laws", f"{name}-s{seed}.json")
     if done.exists():
@@ -45,8 +49,8 @@ def _one(run: Run, inputs: Inputs, name: str, law, seed: int) -> dict:
     with here.timer(name):
         for row in process:
             here.log({"law": name, "seed": seed, **row})
-    if here.stop_requested():
-        return coarse.summary(process, {})
+    if process.iteration < process.config.iterations:
+        return None
     final = evaluate.measure(inputs.answers(process.policy.actor, inputs.prompts("test")), inputs.reward)
     if name == KEPT_MODEL and seed == run.settings.seed:
         save_model(process.policy.actor, inputs.tokenizer, here.path("model"))

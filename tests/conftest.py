@@ -29,3 +29,13 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data in {folder}; set C2F_REAL_DATA")
     return folder
+
+
+@pytest.fixture(scope="session")
+def smoke_run(tmp_path_factory) -> Path:
+    """Folder of one finished run of all nine notebooks on `smoke`, seed 0; tests may read it, not change it."""
+    from finished_runs import finished
+
+    outputs = tmp_path_factory.mktemp("finished")
+    finished(outputs, "run", "all", "--profile", "smoke", "--run-id", "smoke")
+    return outputs / "smoke"

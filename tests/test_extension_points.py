@@ -1,0 +1,114 @@
+"""A user's own law, reward and operator: the README's own words are run, each at most ten lines long."""
+
+import json
+import re
+import shutil
+
+import pytest
+from finished_runs import ROOT, check_metrics
+
+from c2f_utils import notebook, runs
+from c2f_utils.config import load_settings
+from c2f_utils.errors import C2FError
+
+STAGE = "03_coarse_rlhf"
+
+
+def snippet(kind: str) -> str:
+    """The README's code block behind `<!-- tested: own KIND -->`."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    found = re.search(rf"<!-- tested: own {kind} -->\s*\n```python\n(.*?)```", text, flags=re.DOTALL)
+    if not found:
+        pytest.skip(f"README.md has no code block marked '<!-- tested: own {kind} -->' yet")
+    return found[1]
+
+
+@pytest.fixture
+def project(smoke_run, tmp_path, monkeypatch):
+    """A private copy of the finished parents."""
+    for name in ("01_base_model", "02_reward_model"):
+        shutil.copytree(smoke_run / name, tmp_path / "r" / name)
+    monkeypatch.setenv("C2F_OUTPUTS", str(tmp_path))
+
+
+def begin(run_id: str = "r") -> runs.Run:
+    run = runs.Run(load_settings("smoke", run_id=run_id))
+    run.here = run.stage(STAGE)
+    run.here.begin(run.inputs(STAGE)[0])
+    notebook.seed_everything(0)
+    return run
+
+
+def usual(run_id: str = "usual") -> list[dict]:
+    from c2f_utils.workflow import coarse
+
+    run = begin(run_id)
+    rows = list(coarse.train(run))
+    run.here.finish()
+    return rows
+
+
+@pytest.mark.parametrize("kind", ["law", "reward", "operator"])
+def test_the_readme_needs_at_most_ten_lines(kind):
+    lines = [line for line in snippet(kind).splitlines() if line.strip()]
+    assert len(lines) <= 10, f"{len(lines)} lines"
+
+
+def test_a_law_of_ones_own_moves_the_limit(project):
+    run = begin()
+    space = {"run": run}
+    exec(snippet("law"), space)
+    run.here.finish()
+    assert [row["limit"] for row in space["rows"]] == [8, 16, 32] and space["rows"][0]["reason"] == "doubled"
+    found = run.here.results()
+    check_metrics(found["final"])
+    assert found["law"] == "doubling" and found["limits"] == [8, 16, 32]
+
+
+def test_a_reward_of_ones_own_is_what_the_policy_is_paid_for(project):
+    run = begin()
+    space = {"run": run}
+    exec(snippet("reward"), space)
+    run.here.finish()
+    own = [row["reward"] for row in space["rows"]]
+    assert own != [row["reward"] for row in usual()]
+    check_metrics(run.here.results()["final"])
+
+
+def test_an_operator_of_ones_own_merges(smoke_run, tmp_path):
+    from safetensors.torch import load_file
+
+    from c2f_utils import merge
+
+    folders = {
+        name: str(next(smoke_run.glob(f"{number}_*/model")))
+        for name, number in (("base", "01"), ("coarse", "03"), ("instruct", "05"))
+    }
+    space = dict(folders)
+    exec(snippet("operator"), space)
+    merge.run_merge(merge.plan_merge(space["recipe"]), tmp_path / "fine")
+    c = space["recipe"].coefficient.default
+    theta = {name: load_file(f"{folder}/model.safetensors") for name, folder in folders.items()}
+    for name, merged in load_file(tmp_path / "fine" / "model.safetensors").items():
+        residue = theta["coarse"][name] - theta["base"][name]
+        expected = theta["instruct"][name] + c * residue.clamp(-0.01, 0.01)
+        assert (merged - expected).abs().max() < 1e-6, name
+
+
+def test_own_laws_and_rewards_are_recorded_and_never_mixed(project):
+    from c2f_utils import limits
+    from c2f_utils.workflow import coarse
+
+    usual("r")
+    for own in ({"law": limits.Fixed(9)}, {"reward": lambda samples: [0.0] * len(samples)}):
+        with pytest.raises(C2FError, match=f"begun with another {next(iter(own))}"):
+            list(coarse.train(begin(), **own))
+    assert list(coarse.train(begin())) == [], "the same again is loaded"
+    run = begin("other")
+    list(coarse.train(run, law=limits.Fixed(9)))
+    run.here.finish()
+    inputs = json.loads((run.here.dir / "provenance.json").read_text())["inputs"]
+    assert {"law", "reward"} <= set(inputs)
+    with pytest.raises(C2FError, match="begun with another law"):
+        list(coarse.train(begin("other"), law=limits.Fixed(10)))
+    assert list(coarse.train(begin("other"), law=limits.Fixed(9))) == []

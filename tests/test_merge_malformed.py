@@ -343,6 +343,21 @@ def test_equal_settings_in_old_and_new_spelling_agree(tmp_path):
     assert not plan_merge(Recipe(**paths)).problems
 
 
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_a_setting_left_out_means_that_architecture_s_default(tmp_path, kind):
+    paths = trio(tmp_path)
+    default = {"llama": None, "mistral": 4096}[kind]
+    for role, window in (("base", default), ("instruct", default), ("coarse", "left out")):
+        settings = {**CONFIG, "model_type": kind, "sliding_window": window}
+        if window == "left out":
+            del settings["sliding_window"]
+        (tmp_path / role / "config.json").write_text(json.dumps(settings))
+    assert not plan_merge(Recipe(**paths)).problems
+    config("base", model_type=kind, sliding_window=77)(tmp_path)
+    with pytest.raises(C2FError, match="sliding_window"):
+        plan_merge(Recipe(**paths))
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -256,6 +256,31 @@ def test_killed_again_and_again_it_still_arrives(tmp_path):
     assert everything(tmp_path / "out") == everything(tmp_path / "wanted")
 
 
+def test_half_lines_of_two_kills_cost_only_their_own_step(tmp_path, monkeypatch):
+    paths = trio(tmp_path)
+    total = len(plan_merge(Recipe(**paths)).placements)
+    for _ in range(2):
+        assert killed_at(paths, tmp_path / "out", 6, "half", {"name": "residue"})
+    done, real = [], stream.merge_chunk
+    monkeypatch.setattr(stream, "merge_chunk", lambda *args: done.append(1) or real(*args))
+    merge(paths, tmp_path / "out")
+    assert len(done) == total - 4 - 5  # the first journal line is the start; the second run began at its sixth
+
+
+def test_killed_at_the_commit_itself_the_final_name_is_free(tmp_path):
+    paths = trio(tmp_path)
+    child = os.fork()
+    if child == 0:
+        os.rename = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+        merge(paths, tmp_path / "out")
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) and not (tmp_path / "out").exists()
+    merge(paths, tmp_path / "out")
+    merge(paths, tmp_path / "wanted")
+    assert everything(tmp_path / "out") == everything(tmp_path / "wanted")
+
+
 def test_killed_right_after_the_commit_the_next_call_finds_the_result(tmp_path):
     paths = trio(tmp_path)
     child = os.fork()

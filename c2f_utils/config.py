@@ -170,6 +170,7 @@ class Coarse(_Section):
     evaluation_tokens: Positive = Field(144, description="answer limit of the curve, fixed while l(t) moves, tokens")
     checkpoint_every: Positive = Field(2, description="iterations between checkpoints")
     probes: Count = Field(4, description="prompts followed through training")
+    snapshots: bool = Field(False, description="keep the actor at every evaluation, for averages in 06 (small models)")
 
     @model_validator(mode="after")
     def _head_fits_critic(self) -> "Coarse":
@@ -203,6 +204,9 @@ class Merge(_Section):
     other_operators: list[dict] = Field([], description="compared at the chosen coefficient")
     token_price: NonNegative = Field(0.02, description="score = utility (or reward) - token_price * mean tokens")
     out_dtype: Literal["same", "float32", "bfloat16", "bfloat16_stochastic"] = "same"
+    sections: list[Literal["layers", "depths", "averages", "proxies", "roundings"]] = Field(
+        ["layers", "depths", "averages", "proxies", "roundings"], description="comparisons beside the coefficient sweep; each costs generation runs"
+    )
     controls: list[Literal["interpolation", "random_residue", "ppo_instruct", "fixed_long_residue"]] = [
         "interpolation", "random_residue", "ppo_instruct", "fixed_long_residue",
     ]  # fmt: skip

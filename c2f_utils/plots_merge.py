@@ -32,6 +32,7 @@ from c2f_utils.plots_style import (
 from c2f_utils.verdicts import operator_name
 
 STAGE = "06_residue_merging"
+_VARIANTS = {"part": "layers", "depth": "depths", "operator": "operators", "average": "averages", "decoding": "proxies", "dtype": "roundings"}
 _PANELS = ("mean_tokens", "rep4", "score")
 _PARENTS = {"instruct": ("05_instruction_model", "behaviour"), "coarse": ("03_coarse_rlhf", "final")}
 
@@ -125,6 +126,35 @@ def operator_table(source: object) -> Figure:
     chosen = operator_name((results.get("chosen") or {}).get("operator"))
     rows = rows_of(results, "operators")
     return _rows_figure(rows, "operator", "Merge operators", place, "no other operator was tried", chosen)
+
+
+@styled
+def variant_differences(source: object) -> Figure:
+    """Every variant against one coefficient for all tensors: paired difference in score, 95 % interval over problems."""
+    results, place = load(source, STAGE)
+    rows = [
+        {"group": group, "name": str(row.get("name") or row.get("operator") or row.get("out_dtype")), **row}
+        for group, key in _VARIANTS.items()
+        for row in rows_of(results, key)
+        if row.get("difference") is not None
+    ]
+    title = "Variants of the merge against one coefficient: difference in score"
+    fig, axes = new_figure(1, 1, DOUBLE, 0.9 + 0.17 * max(3, len(rows)), title, place)
+    fig.data = pd.DataFrame(rows)
+    ax = axes[0, 0]
+    if not rows:
+        say(ax, "no variant was compared")
+        return fig
+    y = np.arange(len(rows))
+    low, middle, high = (column(rows, key) for key in ("low", "difference", "high"))
+    colours = [ROLE_COLOURS["fine"] if lo > 0 else ROLE_COLOURS["coarse"] if hi < 0 else MUTED for lo, hi in zip(low, high, strict=True)]
+    ax.axvline(0, color=INK, linewidth=0.8)
+    ax.hlines(y, low, high, color=colours, linewidth=1.2)
+    ax.scatter(middle, y, 18, color=colours, zorder=3)
+    ax.set_yticks(y, [f"{row['name']}  ({row['group']})" for row in rows], fontsize=6.5)
+    ax.set_ylim(len(rows) - 0.5, -0.5)
+    ax.set_xlabel("difference in score (95 % interval over validation problems); green: better, orange: worse, grey: cannot tell")
+    return fig
 
 
 def _rows_figure(

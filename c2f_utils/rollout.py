@@ -98,11 +98,14 @@ class KVDecoder:
         limits = [limits] * len(prompts) if isinstance(limits, int) else list(limits)
         self._refuse_overlong(prompts, limits)
         generator = torch.Generator(device=self._device).manual_seed(seed)
-        layers = [_Layer(layer, self.config) for layer in self.trunk.layers]
+        layers = self._stack()
         samples: list[Sample] = []
         for wave in self._waves(prompts, limits):
             samples += self._decode(layers, [prompts[i] for i in wave], [limits[i] for i in wave], temperature, generator)
         return samples
+
+    def _stack(self) -> list["_Layer"]:
+        return [_Layer(layer, self.config) for layer in self.trunk.layers]
 
     @property
     def _device(self) -> torch.device:

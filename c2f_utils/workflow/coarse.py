@@ -1,9 +1,11 @@
 """03: what does RLHF straight on the base give as the limit grows? Also the loop that 04 and 06 reuse."""
 
 import inspect
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors.torch import save_file
 from torch import nn
 
 from c2f_utils import evaluate, limits, models, provenance
@@ -76,9 +78,18 @@ def train(run: Run, law: limits.Law | None = None, reward: RewardFunction | None
     with here.timer("training"):
         for row in process:
             here.log(row)
+            if run.settings.coarse.snapshots and process.curve[-1]["iteration"] == row["iteration"]:
+                _snapshot(process.policy.actor, here.path("snapshots", f"iteration-{row['iteration']:05d}.safetensors"))
             yield row
     with here.timer("evaluation"):
         finish(run, inputs, process)
+
+
+def _snapshot(actor: nn.Module, path: Path) -> None:
+    """Keep the actor's weights, written beside their name and renamed; rewritten with equal bytes when a run is continued."""
+    partial = path.with_suffix(".partial")
+    save_file({name: value.detach().contiguous() for name, value in actor.state_dict().items()}, partial)
+    os.replace(partial, path)
 
 
 def finish(run: Run, inputs: Inputs, process: CoarseTrainer) -> None:

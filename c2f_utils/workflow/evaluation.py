@@ -14,7 +14,7 @@ LABELS = {
     "base": "base", "instruct": "instruct", "coarse": "coarse actor", "fine": "fine actor",
     "interpolation": "instruct + base, no RL", "random_residue": "instruct + random residue",
     "instruct_forced": "instruct, analysis forced", "base_forced": "base, analysis forced",
-    "ppo_instruct": "RLHF from instruct", "fixed_long_residue": "residue of fixed-long",
+    "ppo_instruct": "RLHF from instruct", "fixed_long_residue": "residue of fixed-long", "best_recipe": "best recipe of all tried",
 }  # fmt: skip
 ROLES = ("base", "instruct", "coarse", "fine")
 PAIRED = ("accuracy_last", "accuracy_first", "utility", "tokens", "rep4")
@@ -58,7 +58,7 @@ def _models(run: Run, inputs: Inputs, test: list[Prompt]) -> Iterator[tuple[str,
     yield "instruct", inputs.instruct(), test
     yield "coarse", inputs.coarse(), test
     yield "fine", models.load_causal(merged.dir / "model", run.settings.models), test
-    for name in run.settings.merge.controls:
+    for name in ("best_recipe", *run.settings.merge.controls):
         yield name, models.load_actor(merged.dir / "controls" / name, run.settings.models), test
     if run.settings.embedded:
         forced = make_prompts([p.problem for p in test], tasks.FORCED_ANALYSIS)

@@ -8,7 +8,6 @@ from c2f_utils.workflow import coarse
 from c2f_utils.workflow.inputs import Inputs
 
 REUSED = "logistic"  # the name under which the law of 03 appears
-KEPT_MODEL = "fixed_long"  # the actor whose residue is a control in 06
 
 
 def make(run: Run, on_start=lambda name, seed: None) -> dict:
@@ -52,8 +51,7 @@ def _one(run: Run, inputs: Inputs, name: str, law, seed: int) -> dict | None:
     if process.iteration < process.config.iterations:
         return None
     final = evaluate.measure(inputs.answers(process.policy.actor, inputs.prompts("test")), inputs.reward)
-    if name == KEPT_MODEL and seed == run.settings.seed:
-        save_model(process.policy.actor, inputs.tokenizer, here.path("model"))
+    save_model(process.policy.actor, inputs.tokenizer, here.path("models", f"{name}-s{seed}"))
     result = coarse.summary(process, final)
     write_json(done, result)
     return result

@@ -1,0 +1,44 @@
+"""Decode-time merging and averages: identities that pin them down."""
+
+import torch
+from tiny_models import TOKENIZER, causal, prompts
+
+from c2f_utils.proxy import ProxyDecoder
+from c2f_utils.rollout import KVDecoder
+from c2f_utils.workflow.merge_variants import _weighted, operator_text
+
+
+def greedy(decoder) -> list[list[int]]:
+    return [s.ids for s in decoder(prompts(5), 20, temperature=0.0)]
+
+
+def test_without_residue_proxy_tuning_is_the_instruction_model():
+    instruct, coarse, base = (causal(seed) for seed in (1, 2, 3))
+    assert greedy(ProxyDecoder(instruct, coarse, base, TOKENIZER, 0.0)) == greedy(KVDecoder(instruct, TOKENIZER))
+
+
+def test_from_the_base_itself_full_proxy_tuning_is_the_coarse_actor():
+    coarse, base = causal(2), causal(3)
+    found = ProxyDecoder(causal(3), coarse, base, TOKENIZER, 1.0)(prompts(5), 20, temperature=0.0)
+    expected = KVDecoder(coarse, TOKENIZER)(prompts(5), 20, temperature=0.0)
+    assert [s.ids for s in found] == [s.ids for s in expected]
+    assert all(torch.allclose(a.logps, b.logps, atol=1e-4) for a, b in zip(found, expected, strict=True))
+
+
+def test_proxy_tuning_adds_logits_and_not_probabilities():
+    trio = [causal(seed) for seed in (1, 2, 3)]
+    sample = ProxyDecoder(*trio, TOKENIZER, 0.5)(prompts(1), 1, temperature=0.0)[0]
+    ids = torch.tensor([sample.prompt.ids])
+    with torch.no_grad():
+        i, c, b = (model(ids).logits[0, -1] for model in trio)
+    assert sample.ids == [int((i + 0.5 * (c - b)).argmax())]
+
+
+def test_a_weighted_average_of_actors_is_one():
+    states = [(1.0, {"w": torch.tensor([1.0, 2.0])}), (3.0, {"w": torch.tensor([5.0, 2.0])})]
+    assert torch.equal(_weighted(states)["w"], torch.tensor([4.0, 2.0]))
+
+
+def test_operators_are_named_with_their_numbers():
+    assert operator_text({"name": "dare", "density": 0.5, "seed": 3}) == "dare (density 0.5)"
+    assert operator_text({"name": "residue"}) == "residue"

@@ -179,11 +179,21 @@ class Coarse(_Section):
         return self
 
 
+class Credit(_Section):
+    """What an entry of `schedules` changes in `coarse` beside its law; null keeps the setting of `coarse`."""
+
+    cut: Literal["score", "bootstrap", "penalty"] | None = None
+    cut_penalty: NonNegative | None = None
+    token_price: NonNegative | None = None
+    iterations: Positive | None = None
+
+
 class Schedules(_Section):
     """Laws compared in notebook 04; the law of `coarse.law` is reused from 03 and stands for `logistic`."""
 
     laws: dict[str, Law] = {}
     study_laws: dict[str, Law] = Field({}, description="further laws, only with study=True")
+    credit: dict[str, Credit] = Field({}, description="by name of the law: another way to credit cut answers, and for how long")
     study_seeds: list[int] = Field([0, 1, 2], description="seeds of the study")
 
 
@@ -244,6 +254,13 @@ class Settings(_Section):
     def embedded(self) -> bool:
         """Whether answers can be checked exactly (the embedded domain)."""
         return self.data.source == "embedded"
+
+    @model_validator(mode="after")
+    def _credit_has_a_law(self) -> "Settings":
+        laws = {**self.schedules.laws, **self.schedules.study_laws}
+        if stray := [name for name in self.schedules.credit if name not in laws]:
+            raise ValueError(f"schedules.credit names {', '.join(stray)}, which is no law of schedules.laws or schedules.study_laws")
+        return self
 
     @model_validator(mode="after")
     def _sources_agree(self) -> "Settings":

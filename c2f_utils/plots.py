@@ -8,7 +8,13 @@ Rooms: `plots_training` (01 to 05), `plots_merge` (06), `plots_models` (07, seve
 `plots_style` (one look, reading, saving) and `plots_labels` (names beside lines and points).
 """
 
-from c2f_utils.plots_merge import coefficient_sweep, layer_sweep, operator_table, residue_anatomy, variant_differences
+from c2f_utils.plots_merge import (
+    coefficient_sweep,
+    layer_sweep,
+    operator_table,
+    residue_anatomy,
+    variant_differences,
+)
 from c2f_utils.plots_models import (
     hero,
     prefix_redundancy,

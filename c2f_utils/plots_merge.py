@@ -32,7 +32,10 @@ from c2f_utils.plots_style import (
 from c2f_utils.verdicts import operator_name
 
 STAGE = "06_residue_merging"
-_VARIANTS = {"part": "layers", "depth": "depths", "operator": "operators", "average": "averages", "decoding": "proxies", "dtype": "roundings"}
+_VARIANTS = {
+    "part": "layers", "depth": "depths", "operator": "operators", "average": "averages", "decoding": "proxies",
+    "dtype": "roundings",
+}  # fmt: skip
 _PANELS = ("mean_tokens", "rep4", "score")
 _PARENTS = {"instruct": ("05_instruction_model", "behaviour"), "coarse": ("03_coarse_rlhf", "final")}
 
@@ -147,13 +150,14 @@ def variant_differences(source: object) -> Figure:
         return fig
     y = np.arange(len(rows))
     low, middle, high = (column(rows, key) for key in ("low", "difference", "high"))
-    colours = [ROLE_COLOURS["fine"] if lo > 0 else ROLE_COLOURS["coarse"] if hi < 0 else MUTED for lo, hi in zip(low, high, strict=True)]
+    better, worse = ROLE_COLOURS["fine"], ROLE_COLOURS["coarse"]
+    colours = [better if lo > 0 else worse if hi < 0 else MUTED for lo, hi in zip(low, high, strict=True)]
     ax.axvline(0, color=INK, linewidth=0.8)
     ax.hlines(y, low, high, color=colours, linewidth=1.2)
     ax.scatter(middle, y, 18, color=colours, zorder=3)
     ax.set_yticks(y, [f"{row['name']}  ({row['group']})" for row in rows], fontsize=6.5)
     ax.set_ylim(len(rows) - 0.5, -0.5)
-    ax.set_xlabel("difference in score (95 % interval over validation problems); green: better, orange: worse, grey: cannot tell")
+    ax.set_xlabel("difference in score, 95 % interval over validation problems\ngreen: better, orange: worse, grey: cannot tell")
     return fig
 
 

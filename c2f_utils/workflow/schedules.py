@@ -11,7 +11,11 @@ REUSED = "logistic"  # the name under which the law of 03 appears
 
 
 def make(run: Run, on_start=lambda name, seed: None) -> dict:
-    """Train one actor per law (and seed, with study=True) and compare; each finished one is kept, so a killed study continues."""
+    """Train one actor per law (and seed, with study=True) and compare.
+
+    Each finished one is kept, so a killed study continues. A seed of the study changes prompts, order and sampling of the RL; base and
+    reward model stay those of the run.
+    """
     here, settings = run.here, run.settings
     if here.loaded:
         return here.results()
@@ -32,7 +36,9 @@ def make(run: Run, on_start=lambda name, seed: None) -> dict:
             if found is not None:
                 by_seed[str(seed)] = found
         if by_seed:  # a stop leaves out the laws that were not reached
-            results["laws"][name] = {"label": label(law), "law": law.model_dump(exclude_none=True), "seeds": by_seed}
+            credit = _credit(run, name)
+            entry = {"label": label(law, credit), "law": law.model_dump(exclude_none=True), "credit": credit, "seeds": by_seed}
+            results["laws"][name] = entry
     here.save_results(results)
     return results
 
@@ -43,7 +49,8 @@ def _one(run: Run, inputs: Inputs, name: str, law, seed: int) -> dict | None:
     done = here.path("laws", f"{name}-s{seed}.json")
     if done.exists():
         return read_json(done)
-    process = coarse.trainer(inputs, limits.make_law(law), here.path("checkpoints", f"{name}-s{seed}"), seed=seed)
+    config = run.settings.coarse.model_copy(update=_credit(run, name))
+    process = coarse.trainer(inputs, limits.make_law(law), here.path("checkpoints", f"{name}-s{seed}"), seed=seed, config=config)
     coarse.restore_rows(run, process, law=name, seed=seed)
     with here.timer(name):
         for row in process:
@@ -57,9 +64,14 @@ def _one(run: Run, inputs: Inputs, name: str, law, seed: int) -> dict | None:
     return result
 
 
-def label(law) -> str:
+def _credit(run: Run, name: str) -> dict:
+    """What this entry changes in `coarse`; empty for most."""
+    credit = run.settings.schedules.credit.get(name)
+    return credit.model_dump(exclude_none=True) if credit else {}
+
+
+def label(law, credit: dict) -> str:
     """A short name for figures, with the law's own numbers."""
-    if law.name == "fixed":
-        return f"fixed {law.limit}"
     shape = f" {law.shape}" if law.shape else ""
-    return f"{law.name}{shape} {law.start or ''}-{law.maximum or ''}"
+    text = f"fixed {law.limit}" if law.name == "fixed" else f"{law.name}{shape} {law.start or ''}-{law.maximum or ''}"
+    return f"{text}, cut costs {credit['cut_penalty']:g}" if credit.get("cut") == "penalty" else text

@@ -1,0 +1,229 @@
+"""Prompts and pairs: disjoint splits, honest labels, every row that is left out counted."""
+
+import gzip
+import json
+import random
+
+import offline_mistral
+import pytest
+from tiny_models import TOKENIZER
+
+from c2f_utils import data, models, preferences, tasks
+from c2f_utils.config import load_settings
+from c2f_utils.errors import C2FError
+from c2f_utils.files import sha256
+from c2f_utils.pretrain import new_model
+
+TURN = "\n\nHuman: why?\n\nAssistant:"
+
+
+def row(chosen: str, rejected: str, before: str = TURN) -> dict[str, str]:
+    return {"chosen": before + chosen, "rejected": before + rejected}
+
+
+def write(path, rows) -> str:
+    text = "".join(json.dumps(item) + "\n" for item in rows)
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    return str(path)
+
+
+# Preference files
+
+
+@pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.jsonl.gz", "pairs.json"])
+def test_pairs_are_cut_at_the_last_answer(tmp_path, name):
+    longer = TURN + " because\n\nHuman: really?\n\nAssistant:"
+    source = write(tmp_path / name, [row(" a", " b"), row(" c", " d", longer)])
+    pairs, left_out = preferences.read(source)
+    assert left_out == 0
+    assert [(p.prompt, p.chosen, p.rejected) for p in pairs] == [(TURN, " a", " b"), (longer, " c", " d")]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        row("", " b"),
+        row(" a", "  "),
+        row(" a", " a"),
+        {"chosen": "no header", "rejected": "no header at all"},
+        {"chosen": TURN + " a", "rejected": "\n\nHuman: who?\n\nAssistant: b"},
+        row(" a", " b\n\nHuman: and?\n\nAssistant: c"),
+    ],
+    ids=["empty chosen", "blank rejected", "twice the same", "no header", "another dialogue", "more turns"],
+)
+def test_rows_that_are_no_comparison_are_left_out_and_counted(tmp_path, bad):
+    pairs, left_out = preferences.read(write(tmp_path / "p.jsonl", [row(" a", " b"), bad, row(" c", " d")]))
+    assert [p.chosen for p in pairs] == [" a", " c"] and left_out == 1
+
+
+def test_blank_lines_are_no_rows(tmp_path):
+    (tmp_path / "p.jsonl").write_text(json.dumps(row(" a", " b")) + "\n\n   \n")
+    assert len(preferences.read(str(tmp_path / "p.jsonl"))[0]) == 1
+
+
+def test_a_hub_set_that_cannot_be_reached_is_said_to_be_neither_file_nor_set(monkeypatch):
+    import datasets
+
+    def unreachable(*_, **__):
+        raise ConnectionError("offline\nlong story")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(C2FError, match="'owner/set' is no local file and cannot be loaded from the hub .offline."):
+        preferences.read("owner/set")
+
+
+def test_a_hub_set_is_read_like_a_file_and_its_columns_are_checked(monkeypatch):
+    import datasets
+
+    made = datasets.Dataset.from_list([row(" a", " b")])
+    monkeypatch.setattr(datasets, "load_dataset", lambda source, split: made)
+    assert preferences.read("owner/set")[0][0].chosen == " a"
+    monkeypatch.setattr(datasets, "load_dataset", lambda source, split: made.rename_column("chosen", "good"))
+    with pytest.raises(C2FError, match="expected 'chosen' and 'rejected'"):
+        preferences.read("owner/set")
+
+
+# Prompts and pairs of a preference file
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """Settings and tokenizer of the toy stand-in for Mistral."""
+    folder = tmp_path_factory.mktemp("hub")
+    rows = offline_mistral.pairs()
+    write(folder / "pairs.jsonl", rows)
+    words = offline_mistral.tokenizer([item["chosen"] for item in rows])
+    offline_mistral.model(len(words)).save_pretrained(folder / "base")
+    words.save_pretrained(folder / "base")
+    overrides = offline_mistral.settings(folder, "float32")
+    overrides["models"]["instruct"] = overrides["models"]["base"]
+
+    def settings(**changes):
+        return load_settings("mistral_7b", overrides=overrides | changes)
+
+    return settings, models.load_tokenizer(folder / "base")
+
+
+def test_prompts_of_a_file_are_split_without_overlap(hub):
+    settings, tokenizer = hub
+    parts = {split: data.prompts(settings(), split, 50, tokenizer) for split in ("train", "validation", "test")}
+    texts = {split: {prompt.text for prompt in prompts} for split, prompts in parts.items()}
+    assert len(parts["validation"]) == len(parts["test"]) == 8 and len(parts["train"]) == 50
+    assert not texts["train"] & texts["validation"] and not texts["train"] & texts["test"]
+    assert not texts["validation"] & texts["test"]
+    for prompts in parts.values():
+        for prompt in prompts:
+            assert tokenizer.decode(prompt.ids) == prompt.text and prompt.problem is None
+            assert len(prompt.ids) <= 96
+
+
+def test_overlong_prompts_are_left_out_and_if_all_are_that_is_an_error(hub):
+    settings, tokenizer = hub
+    usual = data.prompts(settings(), "train", 200, tokenizer)
+    short = data.prompts(settings(**{"data.max_prompt_tokens": 40}), "train", 200, tokenizer)
+    assert 0 < len(short) < len(usual) and all(len(prompt.ids) <= 40 for prompt in short)
+    with pytest.raises(C2FError, match="none of the .* train prompts .* data.max_prompt_tokens = 3 tokens; raise it"):
+        data.prompts(settings(**{"data.max_prompt_tokens": 3}), "train", 5, tokenizer)
+
+
+def test_pairs_of_a_file_end_with_eos_and_held_out_ones_are_not_trained_on(hub):
+    settings, tokenizer = hub
+    training, held_out, too_long = data.hub_pairs(settings(), tokenizer)
+    assert (len(training), len(held_out), too_long) == (48, 16, 0)
+    assert not {map(tuple, pair) for pair in training} & {map(tuple, pair) for pair in held_out}
+    for pair in training + held_out:
+        for ids in pair:
+            assert ids[-1] == tokenizer.eos_token_id and ids.count(tokenizer.eos_token_id) == 1
+    texts = {item["chosen"] for item in offline_mistral.pairs()}
+    assert all(tokenizer.decode(chosen[:-1]) in texts for chosen, _ in training)
+    assert data.hub_pairs(settings(), tokenizer) == (training, held_out, too_long)
+
+
+def test_overlong_pairs_are_counted_and_too_few_are_refused(hub):
+    settings, tokenizer = hub
+    _, _, too_long = data.hub_pairs(settings(**{"reward.max_tokens": 60}), tokenizer)
+    assert too_long > 0
+    with pytest.raises(C2FError, match="raise reward.max_tokens or add pairs"):
+        data.hub_pairs(settings(**{"reward.max_tokens": 10}), tokenizer)
+
+
+def test_a_files_checksum_is_known_and_a_hub_sets_is_not(hub):
+    settings, _ = hub
+    path = settings().data.preferences
+    assert data.checksum(settings()) == {path: sha256(path)}
+    assert data.checksum(load_settings("mistral_7b")) == data.checksum(load_settings("smoke")) == {}
+
+
+# The embedded domain
+
+
+def test_validation_and_test_problems_are_the_same_for_every_seed_and_training_problems_are_not():
+    one, two = (load_settings("smoke", seed=seed) for seed in (0, 1))
+    for split in ("validation", "test"):
+        assert data.prompts(one, split, 20) == data.prompts(two, split, 20)
+    assert data.prompts(one, "train", 20) != data.prompts(two, "train", 20)
+
+
+def embedded(count: int = 60, seed: int = 0, **changes: float) -> list[data.EmbeddedPair]:
+    overrides = {"reward.label_noise": 0.0, "reward.length_bonus": 0.0} | changes
+    settings = load_settings("smoke", overrides=overrides)
+    return data.embedded_pairs(settings, new_model(settings.pretrain, 0).eval(), TOKENIZER, count, seed)
+
+
+def test_pairs_are_made_of_training_problems_only_and_follow_the_seed():
+    pairs = embedded()
+    assert len(pairs) == 60 and all(pair.problem.split == "train" for pair in pairs)
+    assert pairs == embedded() and pairs != embedded(seed=1)
+    for pair in pairs:
+        assert pair.tokens[0] == pair.problem.prompt_ids + pair.first
+        assert pair.utilities == tuple(tasks.check(pair.problem, ids).utility for ids in (pair.first, pair.second))
+
+
+def test_without_noise_the_winner_is_the_better_answer_and_with_it_not_always():
+    assert all(pair.utilities[0] >= pair.utilities[1] for pair in embedded())
+    noisy = embedded(**{"reward.label_noise": 3.0})
+    assert any(pair.utilities[0] < pair.utilities[1] for pair in noisy)
+
+
+def test_the_length_bonus_decides_between_equals():
+    equals = [p for p in embedded(**{"reward.length_bonus": 0.002}) if p.utilities[0] == p.utilities[1]]
+    assert equals and all(len(pair.first) >= len(pair.second) for pair in equals)
+
+
+def test_answers_are_cut_as_often_as_asked():
+    synthetic = {"reward.base_share": 0.0}
+    whole, cut = (embedded(200, **synthetic, **{"reward.cut_share": share}) for share in (0.0, 1.0))
+
+    def mean(pairs):
+        return sum(len(pair.first) + len(pair.second) for pair in pairs) / len(pairs)
+
+    assert mean(cut) < 0.75 * mean(whole)
+    ends = [sum(ids[-1] == tasks.EOS for pair in pairs for ids in (pair.first, pair.second)) for pairs in (whole, cut)]
+    assert ends[0] > 3 * ends[1]
+
+
+def test_base_answers_come_from_the_base(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        data, "KVDecoder", lambda *_: lambda prompts, limit, seed: [asked.append(p) or _said("coins") for p in prompts]
+    )
+    pairs = embedded(40, **{"reward.base_share": 0.5, "reward.cut_share": 0.0})
+    assert len(asked) == 40, "two answers to each of twenty problems"
+    coins = tasks.IDS["coins"]
+    assert sum(pair.first == pair.second == [coins] * 6 for pair in pairs) == 20
+
+
+def _said(word: str):
+    from c2f_utils.rollout import Prompt, Sample
+
+    return Sample(Prompt((1,), ""), [tasks.IDS[word]] * 6, "limit", 6)
+
+
+def test_cuts_leave_at_least_four_tokens_and_never_add_any():
+    rng = random.Random(0)
+    for length in range(1, 30):
+        ids = list(range(length))
+        for _ in range(20):
+            cut = data._maybe_cut(ids, rng, 1.0)
+            assert cut == ids[: len(cut)] and len(cut) >= min(4, length)
+        assert data._maybe_cut(ids, rng, 0.0) == ids

@@ -1,0 +1,63 @@
+"""The instruction model: learns answers, not questions, and learns that they end."""
+
+import pytest
+import torch
+from tiny_models import TOKENIZER, causal
+
+from c2f_utils import evaluate, instruct, models, tasks
+from c2f_utils.config import load_settings
+from c2f_utils.rollout import make_prompts
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base") / "model"
+    models.save_model(causal(scale=1.0), TOKENIZER, folder)
+    return folder
+
+
+def settings(tokens: int = 6000, seed: int = 0, **changes: object):
+    return load_settings("smoke", seed=seed, overrides={"instruct.tokens": tokens, **changes})
+
+
+def test_the_loss_counts_answer_tokens_only(base, monkeypatch):
+    import trl
+
+    batches: list[dict] = []
+
+    class Spy(trl.SFTTrainer):
+        def compute_loss(self, model, inputs, *rest, **options):
+            batches.append({key: inputs[key].clone() for key in ("input_ids", "labels", "attention_mask")})
+            return super().compute_loss(model, inputs, *rest, **options)
+
+    monkeypatch.setattr(trl, "SFTTrainer", Spy)
+    _, count = instruct.train(base, TOKENIZER, settings(3000))
+    examples = {tuple(p + a): len(p) for p, a in tasks.instructions(3000, 0.35, 0, (3, 5))}
+    seen = set()
+    for batch in batches:
+        for ids, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True):
+            real = tuple(ids[mask.bool()].tolist())
+            prompt = examples[real]
+            seen.add(real)
+            assert (labels[:prompt] == -100).all(), "the question is masked"
+            assert labels[prompt : len(real)].tolist() == list(real[prompt:]), "the answer with its end is not"
+            assert real[-1] == tasks.EOS and (labels[len(real) :] == -100).all()
+    assert seen == set(examples) and count == len(examples)
+
+
+def test_it_learns_to_end_its_answers(base):
+    losses: list[dict] = []
+    model, _ = instruct.train(base, TOKENIZER, settings(90_000, **{"instruct.learning_rate": 5e-3}), losses.append)
+    assert losses[-1]["loss"] < 0.6 * losses[0]["loss"] and not model.training
+    prompts = make_prompts(tasks.problems("validation", 16, 0))
+    ends = [
+        evaluate.measure(evaluate.answers(m, TOKENIZER, prompts, "sampled_t1", 40, 0))["eos_rate"]
+        for m in (models.load_causal(base, settings().models), model)
+    ]
+    assert ends[1] > 0.8 > ends[0]
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(base):
+    one, two, other = (instruct.train(base, TOKENIZER, settings(2000, seed))[0].state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert any(not torch.equal(one[name], other[name]) for name in one)

@@ -119,14 +119,15 @@ def trunk_and_head(model: nn.Module) -> tuple[nn.Module, Tensor]:
 def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies [N] (nats, float32) of `targets` under softmax(hidden W^T / temperature).
 
-    Large vocabularies go through TRL's chunked kernel, so that no [N, V] array exists in forward or backward.
+    The head computes in float32 whatever the trunk does. Large vocabularies go through TRL's chunked kernel, so that no [N, V] array
+    exists in forward or backward.
     """
     if weight.shape[0] > CHUNKED_ABOVE:
         from trl.kernels import ChunkedLogProbFunction
 
-        logps, entropy, *_ = ChunkedLogProbFunction.apply(hidden, weight, None, targets, temperature, CHUNKED_ABOVE, None, 1.0, ("entropy",))
+        logps, entropy, *_ = ChunkedLogProbFunction.apply(hidden.float(), weight, None, targets, temperature, CHUNKED_ABOVE, None, 1.0, ("entropy",))
         return logps.float(), entropy.float()
-    full = (F.linear(hidden, weight).float() / temperature).log_softmax(-1)
+    full = (F.linear(hidden.float(), weight.float()) / temperature).log_softmax(-1)
     with torch.no_grad():
         entropy = -(full.exp() * full).sum(-1)
     return full.gather(-1, targets[:, None])[:, 0], entropy

@@ -203,9 +203,12 @@ def _shard(policy: nn.Module) -> None:
     for trunk in (t for t in trunks if t is not None):
         for layer in trunk.layers:
             fully_shard(layer, mesh=mesh)
+    fully_shard(policy.critic.head, mesh=mesh)  # float32 always; a group has one type
     fully_shard(policy, mesh=mesh)
     for module in (m for m in policy.modules() if hasattr(m, "set_gradient_divide_factor")):
-        module.set_gradient_divide_factor(1.0)  # losses are already divided by the tokens of all processes
+        # Losses are already divided by the tokens of all processes: gradients are summed, not averaged.
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
 
 
 def launched() -> bool:

@@ -38,6 +38,12 @@ def refuse(
         )
     if config.prompts < ranks.world:
         found.append(f"coarse.prompts = {config.prompts} is less than the {ranks.world} processes; expected at least one prompt each")
+    size = -(-config.prompts // config.minibatches)
+    if ranks.sharded and (config.prompts - 1) % size + 1 < ranks.world:
+        found.append(
+            f"with split weights every process needs an answer in every minibatch; coarse.prompts = {config.prompts} in "
+            f"{config.minibatches} minibatches leave fewer than {ranks.world} for the last: choose a multiple of both"
+        )
     if not getattr(sampler, "eos", True):
         found.append("the tokenizer has no EOS token, so answers could never end; set eos_token in its tokenizer_config.json")
     for what, other in (("reward model", getattr(reward, "model", None)), ("critic", policy.critic.trunk)):

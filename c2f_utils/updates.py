@@ -42,11 +42,11 @@ class Updates:
         def attempt(budget: int) -> list[Stats]:
             self.optimiser.zero_grad(set_to_none=True)
             groups = pack(lengths, budget)
+            # With split weights every pass is collective: processes with fewer of them keep the others company, at weight zero.
+            idle = int(self.ranks.most(len(groups))) - len(groups) if self.ranks.sharded else 0
             stats = [self._absorbed(backward(group, 1.0)) for group in groups]
-            if self.ranks.sharded:  # every pass is collective: those with fewer keep the others company
-                shortest = [min(range(len(lengths)), key=lengths.__getitem__)]
-                for _ in range(int(self.ranks.most(len(groups))) - len(groups)):
-                    self._absorbed(backward(shortest, 0.0))
+            for _ in range(idle):
+                self._absorbed(backward([min(range(len(lengths)), key=lengths.__getitem__)], 0.0))
             return stats
 
         stats = self.budget.spend(attempt, max(lengths, default=0))

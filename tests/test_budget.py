@@ -1,0 +1,127 @@
+"""Memory: a step survives running out of it with the same gradient, and impossible sizes are found before training."""
+
+import pytest
+import torch
+from tiny_models import trainer, weights
+
+from c2f_utils import budget, limits
+from c2f_utils.errors import C2FError
+from c2f_utils.ranks import Ranks
+
+
+class Scarce:
+    """A policy's forward that runs out of memory above so many padded tokens, as a GPU would."""
+
+    def __init__(self, policy, tokens: int, error=torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")):
+        self.forward, self.tokens, self.error, self.refused = policy.forward, tokens, error, 0
+        policy.forward = self
+
+    def __call__(self, batch, *arguments, **named):
+        if batch.ids.numel() > self.tokens:
+            self.refused += 1
+            raise self.error
+        return self.forward(batch, *arguments, **named)
+
+
+def step_gradient(process, e, chosen) -> torch.Tensor:
+    """The gradient that `_update` would step with, and no step."""
+    kept = {}
+
+    def keep():
+        kept["g"] = torch.cat([w.grad.flatten() for w in process.updates.weights.values() if w.grad is not None])
+        return []
+
+    process.updates.step = keep
+    process._update(e, chosen, warming=False)
+    return kept["g"]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_out_of_memory_halves_the_budget_and_leaves_the_gradient_as_it_was(error, capsys):
+    gradients = []
+    for scarce in (False, True):
+        process = trainer("fixed", tokens_per_micro_batch=1000)
+        e = process.credit(process.judge(process.collect()))
+        if scarce:
+            short_of = Scarce(process.policy, 300, error)
+        gradients.append(step_gradient(process, e, list(range(len(e.samples)))))
+    assert short_of.refused and process.budget.tokens == 250 and "now hold 250" in capsys.readouterr().out
+    assert (gradients[0] - gradients[1]).norm() / gradients[0].norm() < 1e-5
+
+
+def test_a_pass_that_fails_halfway_leaves_nothing_of_itself_in_the_gradient():
+    process = trainer("fixed", tokens_per_micro_batch=150)
+    e = process.credit(process.judge(process.collect()))
+    expected = step_gradient(process, e, list(range(len(e.samples))))
+    process = trainer("fixed", tokens_per_micro_batch=150)
+    e = process.credit(process.judge(process.collect()))
+    whole, calls = process.policy.forward, []
+
+    def third_time_unlucky(*arguments, **named):
+        calls.append(1)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(*arguments, **named)
+
+    process.policy.forward = third_time_unlucky
+    found = step_gradient(process, e, list(range(len(e.samples))))
+    assert len(calls) > 6 and process.budget.tokens == 75
+    assert (found - expected).norm() / expected.norm() < 1e-5
+
+
+def test_training_goes_on_with_the_smaller_budget_and_a_resumed_run_keeps_it(tmp_path):
+    process = trainer("fixed", tmp_path, tokens_per_micro_batch=1000)
+    Scarce(process.policy, 150)
+    rows = [process.step() for _ in range(2)]
+    assert [row["tokens_per_micro_batch"] for row in rows] == [125, 125]
+    assert trainer("fixed", tmp_path, tokens_per_micro_batch=1000).budget.tokens == 125
+
+
+def test_a_single_sequence_that_does_not_fit_is_an_error_that_says_what_to_lower():
+    process = trainer("fixed")
+    Scarce(process.policy, 10)
+    before = weights(process)
+    with pytest.raises(C2FError, match="single sequence of .*gradient_checkpointing"):
+        process.step()
+    assert all(torch.equal(before[n], w) for n, w in weights(process).items())
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory():
+    spender = budget.TokenBudget(100, Ranks())
+
+    def broken(tokens):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="mat1"):
+        spender.spend(broken, 10)
+    assert spender.tokens == 100
+
+
+def test_the_largest_limit_is_tried_before_training_and_nothing_is_left_of_the_trial(monkeypatch):
+    monkeypatch.setattr(budget, "TINY", 0)
+    process = trainer(limits.Clock(8, maximum=64, duration=10), tokens_per_micro_batch=500)
+    before = weights(process)
+    widest = []
+    forward = process.policy.forward
+    process.policy.forward = lambda batch, *a, **k: widest.append(tuple(batch.ids.shape)) or forward(batch, *a, **k)
+    longest = max(len(p.ids) for p in process.prompts) + 64
+    assert budget.preflight(process.policy, process.budget, longest, 1.0, process.device)
+    assert widest == [(500 // longest, longest)]
+    assert all(p.grad is None for p in process.policy.parameters())
+    assert all(torch.equal(before[n], w) for n, w in weights(process).items())
+
+
+def test_a_budget_too_large_for_the_largest_limit_shrinks_before_training(monkeypatch):
+    monkeypatch.setattr(budget, "TINY", 0)
+    process = trainer("fixed", tokens_per_micro_batch=4000)
+    Scarce(process.policy, 1000)
+    budget.preflight(process.policy, process.budget, 100, 1.0, process.device)
+    assert process.budget.tokens == 1000
+    Scarce(process.policy, 90)
+    with pytest.raises(C2FError, match="single sequence of 100 tokens"):
+        budget.preflight(process.policy, process.budget, 100, 1.0, process.device)
+
+
+def test_models_too_small_to_run_out_of_memory_are_not_tried():
+    process = trainer("fixed")
+    assert not budget.preflight(process.policy, process.budget, 100, 1.0, process.device)

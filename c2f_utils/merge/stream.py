@@ -95,6 +95,7 @@ def run_merge(
 
 
 def _partial(plan: Plan, out_dir: Path) -> Path:
+    """Beside the output, so that the final rename never crosses file systems."""
     return out_dir.with_name(f"{out_dir.name}.partial-{plan.key[:12]}")
 
 

@@ -42,7 +42,7 @@ def make(run: Run) -> dict:
     parents = {name: bench.row(bench.inputs.answers(bench.loaded(bench.states[name]), bench.prompts)) for name in bench.states}
     here.save_results({
         "chosen": {"operator": operator, "coefficient": c}, "score": bench.score_text, "parents": parents, "sweep": sweep, **found,
-        "best_recipe": {"name": richest["name"], "score": richest["score"], "tried": richest["tried"], "recipe": richest["recipe"].to_dict()},
+        "best_recipe": {"name": richest["name"], "score": richest["score"], "tried": richest["tried"], "recipe": _portable(richest["recipe"])},
         "controls": dict(merge_controls.make(run, bench, c)),
         "anatomy": merge.anatomy(*(bench.states[name] for name in ("base", "instruct", "coarse"))), "survival": report.survival,
     })  # fmt: skip
@@ -62,3 +62,8 @@ def _richest(bench: Bench, operator: dict, c: float, score: float, found: dict) 
     for row in found["operators"][1:]:
         tried.append({"name": row["operator"], "score": row["score"], "recipe": bench.recipe(row["spec"], row["coefficient"])})
     return max(tried, key=lambda item: item["score"]) | {"tried": len(tried) + len(bench.settings.merge.coefficients) - 1}
+
+
+def _portable(recipe: merge.Recipe) -> dict:
+    """A recipe without the folders of its models: results say the same wherever the run lies."""
+    return {key: value for key, value in recipe.to_dict().items() if key not in ("base", "instruct", "coarse")}

@@ -75,6 +75,12 @@ def latest(folder: Path) -> Path | None:
     return max(Path(folder).glob("step-*"), default=None)
 
 
+def last_iteration(folder: Path) -> int:
+    """Iterations that the newest checkpoint holds; 0 without one."""
+    found = latest(folder)
+    return int(found.name.removeprefix("step-")) if found else 0
+
+
 def resume(trainer: "CoarseTrainer", folder: Path) -> bool:
     """Continue from the newest checkpoint, if there is one; raises C2FError when it belongs to another law or model."""
     found = latest(folder)

@@ -9,7 +9,7 @@ Simplified: decoding needs the gathered model (and its frozen reference) to fit 
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -56,6 +56,10 @@ class Ranks:
     def whole(self, policy: nn.Module):
         """A context in which every process sees full weights."""
         return _nothing()
+
+    def plain(self, model: nn.Module, fresh: Callable[[], nn.Module]) -> nn.Module:
+        """The model as an ordinary one: itself, or where it is split a `fresh` one with its weights (first process; every one asks)."""
+        return model
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Replace gradients by their sums over processes; a parameter without a gradient anywhere keeps none."""
@@ -150,6 +154,16 @@ class Processes(Ranks):
             for module in modules:
                 module.reshard()
             policy.set_reshard_after_forward(True)
+
+    def plain(self, model: nn.Module, fresh: Callable[[], nn.Module]) -> nn.Module:
+        if not self.sharded:
+            return model
+        state = {name: self.full(value) for name, value in model.state_dict().items()}
+        if self.rank:
+            return model
+        whole = fresh()
+        whole.load_state_dict(state)
+        return whole
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         if self.sharded:

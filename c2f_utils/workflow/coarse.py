@@ -8,10 +8,12 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import nn
 
-from c2f_utils import evaluate, limits, models, provenance
+from c2f_utils import evaluate, limits, models, processes, provenance
 from c2f_utils.coarse import CoarseTrainer
 from c2f_utils.config import Coarse
+from c2f_utils.errors import C2FError
 from c2f_utils.files import read_jsonl, write_text
+from c2f_utils.ranks import Ranks
 from c2f_utils.rewards import RewardFunction
 from c2f_utils.rollout import KVDecoder
 from c2f_utils.runs import Run
@@ -28,6 +30,7 @@ def trainer(
     config: Coarse | None = None,
     seed: int | None = None,
     evaluated: bool = True,
+    ranks: Ranks | None = None,
 ) -> CoarseTrainer:
     """A trainer that continues from the checkpoints in `folder`; it starts from the base model unless `start` is given."""
     settings = inputs.settings
@@ -46,6 +49,7 @@ def trainer(
         policy, reward or inputs.reward, decoder, inputs.prompts("train"), law, config, folder=folder,
         seed=settings.seed if seed is None else seed, pad_id=inputs.tokenizer.pad_token_id,
         evaluate=_evaluator(inputs, config) if evaluated else None, stop=inputs.run.here.stop_requested,
+        ranks=ranks,
     )  # fmt: skip
 
 
@@ -62,18 +66,27 @@ def _evaluator(inputs: Inputs, config: Coarse):
     return evaluator
 
 
-def train(run: Run, law: limits.Law | None = None, reward: RewardFunction | None = None) -> Iterator[dict]:
+def train(
+    run: Run, law: limits.Law | None = None, reward: RewardFunction | None = None, ranks: Ranks | None = None
+) -> Iterator[dict]:
     """Train the Coarse Actor of notebook 03, yielding one metrics row per iteration; a stage done before yields nothing.
 
-    `law` and `reward` may be your own objects; the stage then remembers their source and refuses to mix two of them.
+    `law` and `reward` may be your own objects; the stage then remembers their source and refuses to mix two of them. With
+    `coarse.processes` above 1 the work is done by processes of their own (`processes.py`); `ranks` is set inside of one.
     """
     here = run.here
+    if ranks is None and run.settings.coarse.processes > 1 and (law or reward):
+        raise C2FError("coarse.processes > 1 starts new processes, which cannot see a law or reward made in this notebook; set it to 1")
     for name, own in (("law", law), ("reward", reward)):
         here.add_input(name, provenance.fingerprint(_identity(own)))
     if here.loaded:
         return
     inputs = Inputs(run)
-    process = trainer(inputs, law or limits.make_law(run.settings.coarse.law), here.path("checkpoints"), reward=reward)
+    if ranks is None and run.settings.coarse.processes > 1:
+        yield from processes.train(run)
+        return
+    rule = law or limits.make_law(run.settings.coarse.law)
+    process = trainer(inputs, rule, here.path("checkpoints"), reward=reward, ranks=ranks)
     restore_rows(run, process)
     with here.timer("training"):
         for row in process:
@@ -85,6 +98,15 @@ def train(run: Run, law: limits.Law | None = None, reward: RewardFunction | None
         finish(run, inputs, process)
 
 
+def assist(run: Run, ranks: Ranks) -> None:
+    """What every process but the first does while `train` runs there: the same training, and nothing on disk."""
+    inputs = Inputs(run)
+    process = trainer(inputs, limits.make_law(run.settings.coarse.law), run.here.path("checkpoints"), ranks=ranks)
+    for _ in process:
+        pass
+    ranks.plain(process.policy.actor, inputs.base)
+
+
 def _snapshot(actor: nn.Module, path: Path) -> None:
     """Keep the actor's weights, written beside their name and renamed; rewritten with equal bytes when a run is continued."""
     partial = path.with_suffix(".partial")
@@ -94,7 +116,7 @@ def _snapshot(actor: nn.Module, path: Path) -> None:
 
 def finish(run: Run, inputs: Inputs, process: CoarseTrainer) -> None:
     """Save the actor, its answers on test problems and the results of 03."""
-    here, actor = run.here, process.policy.actor
+    here, actor = run.here, process.ranks.plain(process.policy.actor, inputs.base)
     models.save_model(actor, inputs.tokenizer, here.path("model"))
     samples = inputs.answers(actor, inputs.prompts("test"))
     keep_samples(here, evaluate.rows(samples, "coarse", "sampled_t1", inputs.reward), run.settings)

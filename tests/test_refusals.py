@@ -1,298 +1,157 @@
-"""Bad input is refused before any work starts: exit code 2, one message with thing, value, expectation and next step.
+"""Bad input is refused before training, all of it at once; what goes wrong later stops with the samples and a sound checkpoint."""
 
-Each case goes through the command as a user types it. No kernel may start, nothing may look finished afterwards.
-"""
+import copy
 
-import gzip
-import json
-import shutil
-import subprocess
-import sys
-from pathlib import Path
-
-import offline_mistral
 import pytest
-from finished_runs import ROOT, c2f, surroundings
+import torch
+from safetensors.torch import load_file
+from tiny_models import SHAPE, TOKENIZER, causal, distinct_tokens, prompts, trainer, weights
+from transformers import MistralConfig, MistralForSequenceClassification, PreTrainedTokenizerFast
 
-from c2f_utils import batch
-from c2f_utils.__main__ import main
-
-
-@pytest.fixture(scope="session")
-def offline(tmp_path_factory) -> Path:
-    """Folder with small local models and pairs, and the overrides that name them."""
-    folder = tmp_path_factory.mktemp("offline")
-    offline_mistral.build(folder, folder / "overrides.yaml")
-    return folder
+from c2f_utils import checkpoints, limits, refusals, rewards, rollout, tasks
+from c2f_utils.errors import C2FError
+from c2f_utils.models import Critic, load_tokenizer
 
 
-def refuse(capsys, monkeypatch, *arguments: str) -> str:
-    """The message of a refused command; no kernel was started and no stage exists."""
-    monkeypatch.setattr(batch, "_execute", lambda *_: pytest.fail("a kernel was started"))
-    capsys.readouterr()  # what making the models printed
-    assert main(["run", *arguments]) == batch.BAD_INPUT
-    message = capsys.readouterr().err
-    assert message.startswith("c2f: ") and "Traceback" not in message
-    outputs = Path(batch.runs.outputs())
-    assert not outputs.is_dir() or not [path for path in outputs.rglob("*") if path.is_file()], (
-        "something was left behind"
-    )
-    return message
+def scored(vocabulary: int) -> MistralForSequenceClassification:
+    shape = MistralConfig(
+        vocab_size=vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, num_labels=1, pad_token_id=0,
+    )  # fmt: skip
+    return MistralForSequenceClassification(shape)
 
 
-# Parameters and settings
+def again(process, **changes):
+    """The same trainer built anew with other parts."""
+    parts = {"policy": process.policy, "reward": process.reward, "sampler": process.sampler, "prompts": process.prompts, "law": process.law}
+    return type(process)(**parts | changes, config=process.config, seed=0, pad_id=tasks.PAD)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["--profile", "huge"], ["unknown profile 'huge'", "expected one of smoke, tiny"]),
-        (["-p", "sede=1"], ["there is no parameter 'sede'", "did you mean 'seed'", "known: profile"]),
-        (["-p", "seed='1'"], ["seed = '1' is text", "expected int", "write 1, without quotes"]),
-        (["-p", "study='false'"], ["study = 'false' is text", "write False, without quotes"]),
-        (["-p", "coarse.iteration=5"], ["coarse.iteration = 5", "no such setting", "iterations"]),
-        (["-p", "reward.learning_rate='1e-6'"], ["reward.learning_rate = '1e-6' is text", "without quotes"]),
-        (["-p", "models.gradient_checkpointing=false"], ["gradient_checkpointing = 'false' is text", "True or False"]),
-        (["-p", "coarse.law={'name': 'clock', 'start': 8}"], ["coarse.law", "missing: maximum, duration, shape"]),
-        (["-p", "coarse.law={'name': 'fixed', 'limit': 8, 'growth': 0.1}"], ["not used by it: growth", "takes limit"]),
-        (["-p", "data.operations=[1, 9]"], ["data.operations = [1, 9]", "from 2 to 5", "write [3, 5]"]),
-    ],
-)
-def test_wrong_parameters_and_settings(outputs, capsys, monkeypatch, arguments, said):
-    message = refuse(capsys, monkeypatch, "all", *arguments)
-    for part in said:
-        assert part in message, message
+def test_a_reward_model_with_another_vocabulary_is_refused():
+    reward = rewards.RewardModel(scored(len(tasks.VOCABULARY) + 8), tasks.PAD)
+    with pytest.raises(C2FError, match=f"reward model has a vocabulary of {len(tasks.VOCABULARY) + 8} tokens, the actor one of"):
+        again(trainer(), reward=reward)
 
 
-def test_quoted_numbers_and_flags_in_an_overrides_file(outputs, capsys, monkeypatch, tmp_path):
-    (tmp_path / "o.yaml").write_text("reward: {learning_rate: '1e-6'}\nmodels: {gradient_checkpointing: 'false'}\n")
-    message = refuse(capsys, monkeypatch, "all", "--overrides", str(tmp_path / "o.yaml"))
-    assert "learning_rate = '1e-6' is text" in message and "gradient_checkpointing = 'false' is text" in message
+def test_a_critic_with_another_vocabulary_is_refused():
+    process = trainer()
+    process.policy.critic = Critic(SHAPE.hidden_size, scored(7).model)
+    with pytest.raises(C2FError, match="critic has a vocabulary of 7"):
+        again(process)
 
 
-def test_a_limit_beyond_the_models_positions(outputs, capsys, monkeypatch):
-    law = "coarse.law={'name': 'logistic', 'start': 12, 'maximum': 400, 'step': 8}"
-    message = refuse(capsys, monkeypatch, "all", "-p", law, "-p", "evaluation.max_tokens=300")
-    for part in (
-        "coarse.law, largest limit = 400",
-        "evaluation.max_tokens = 300",
-        "256 positions",
-        "lower the limit or raise",
-    ):
-        assert part in message, message
+def test_a_reward_model_with_another_tokenizer_of_equal_size_is_refused(tmp_path):
+    other = copy.deepcopy(tasks.VOCABULARY)
+    swapped = [*other[:-2], other[-1], other[-2]]
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(swapped)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>").save_pretrained(tmp_path / "swapped")
+    TOKENIZER.save_pretrained(tmp_path / "same")
+    scored(len(other)).save_pretrained(tmp_path / "same")
+    scored(len(other)).save_pretrained(tmp_path / "swapped")
+    scored(len(other)).save_pretrained(tmp_path / "bare")
+    refusals.refuse_other_tokenizer(str(tmp_path / "same"), TOKENIZER)
+    refusals.refuse_other_tokenizer(str(tmp_path / "bare"), TOKENIZER)
+    with pytest.raises(C2FError, match="another tokenizer than the base model: token .* is .* there and .* here"):
+        refusals.refuse_other_tokenizer(str(tmp_path / "swapped"), TOKENIZER)
 
 
-def test_a_law_of_the_comparison_beyond_the_models_positions(outputs, capsys, monkeypatch):
-    message = refuse(capsys, monkeypatch, "04", "-p", "schedules.laws.fixed_long={'name': 'fixed', 'limit': 999}")
-    assert "schedules.laws.fixed_long, largest limit = 999" in message
+def test_a_tokenizer_without_eos_is_refused(tmp_path):
+    mute = copy.deepcopy(TOKENIZER)
+    mute.eos_token = None
+    model = causal()
+    model.config.eos_token_id = None
+    with pytest.raises(C2FError, match="no EOS token"):
+        rollout.KVDecoder(model, mute)
+    mute.save_pretrained(tmp_path)
+    with pytest.raises(C2FError, match="no EOS token"):
+        load_tokenizer(tmp_path)
+    process = trainer()
+    process.sampler.eos = frozenset()
+    with pytest.raises(C2FError, match="no EOS token"):
+        again(process)
 
 
-# Earlier stages and existing ones
+def test_every_impossible_prompt_is_named_at_once():
+    good = prompts(3)
+    bad = [*good, rollout.Prompt((), "empty"), rollout.Prompt((1, 10_000), "foreign"), rollout.Prompt((1,) * 120, "long")]
+    with pytest.raises(C2FError) as caught:
+        again(trainer("fixed"), prompts=bad)
+    said = str(caught.value)
+    assert "prompts 3 of 6 are empty" in said and "prompts 4 hold token ids outside" in said
+    assert "longest prompt (number 5, 120 tokens) is 136, beyond the model's 128 positions" in said
 
 
-@pytest.mark.parametrize(
-    ("notebook", "missing"),
-    [("02", ["01"]), ("03", ["01", "02"]), ("06", ["01", "02", "03", "04", "05"]), ("07", ["03", "06"])],
-)
-def test_a_missing_earlier_stage(outputs, capsys, monkeypatch, notebook, missing):
-    message = refuse(capsys, monkeypatch, notebook, "--run-id", "r", "--seed", "4")
-    for number in missing:
-        assert f"c2f run {number} --profile smoke --seed 4 --run-id r" in message, message
+def test_a_sliding_window_bounds_the_limit_as_positions_do():
+    process = trainer("fixed")
+    process.policy.actor.config.sliding_window = 40
+    with pytest.raises(C2FError, match="beyond the model's 40 positions"):
+        again(process, law=limits.Fixed(30))
 
 
-def test_an_earlier_stage_of_another_profile_or_seed_does_not_count(smoke_run, monkeypatch, capsys):
-    monkeypatch.setenv("C2F_OUTPUTS", str(smoke_run.parent))
-    for other in (["--seed", "1"], ["--profile", "tiny"]):
-        assert main(["run", "03", "--run-id", "elsewhere", *other]) == batch.BAD_INPUT
-        assert "no finished 01_base_model" in capsys.readouterr().err
+def poisoned(process, sample_number: int):
+    """Make the log-probabilities of one answer NaN in the training forward from now on."""
+    forward = process.policy.forward
+    improve = process.improve
+
+    def spoil(e):
+        victim = e.samples[sample_number]
+        start = [*victim.prompt.ids, *victim.ids]
+
+        def bad(batch, *arguments, **named):
+            logps, entropy, values = forward(batch, *arguments, **named)
+            row = next((i for i, ids in enumerate(batch.ids.tolist()) if ids[: len(start)] == start), None)
+            if row is not None and logps is not None:
+                logps = logps * torch.where(batch.rows == row, float("nan"), 1.0)
+            return logps, entropy, values
+
+        process.policy.forward = bad
+        return improve(e)
+
+    process.improve = spoil
 
 
-def test_a_stage_that_exists_with_another_configuration(smoke_run, monkeypatch, capsys):
-    monkeypatch.setenv("C2F_OUTPUTS", str(smoke_run.parent))
-    monkeypatch.setattr(batch, "_execute", lambda *_: pytest.fail("a kernel was started"))
-    before = (smoke_run / "03_coarse_rlhf" / "results.json").stat().st_mtime_ns
-    assert main(["run", "03", "--run-id", smoke_run.name, "-p", "coarse.iterations=9"]) == batch.BAD_INPUT
-    message = capsys.readouterr().err
-    for part in (
-        "03_coarse_rlhf exists",
-        "coarse.iterations: 3 there, 9 here",
-        "another run_id",
-        "--overwrite",
-        ".old-1",
-    ):
-        assert part in message, message
-    assert (smoke_run / "03_coarse_rlhf" / "results.json").stat().st_mtime_ns == before
+def test_a_non_finite_loss_stops_with_the_iteration_the_sample_and_a_checkpoint_before_the_damage(tmp_path):
+    process = trainer("fixed", tmp_path, checkpoint_every=100)
+    before = weights(process)
+    poisoned(process, 5)
+    with pytest.raises(C2FError, match=r"non-finite loss in iteration 1, samples \[5\] of 8; checkpoint .*step-00000 is from before it"):
+        process.step()
+    sound = load_file(checkpoints.latest(tmp_path) / "weights.safetensors")
+    assert all(torch.equal(before[name], value) for name, value in sound.items())
+    assert trainer("fixed", tmp_path).iteration == 0
 
 
-def test_a_stage_whose_inputs_have_changed(smoke_run, tmp_path, monkeypatch, capsys):
-    copy = tmp_path / "outputs" / "copy"
-    copy.mkdir(parents=True)
-    for name in ("01_base_model", "02_reward_model"):
-        shutil.copytree(smoke_run / name, copy / name)
-    found = json.loads((copy / "01_base_model" / "results.json").read_text())
-    found["behaviour"]["n"] += 1
-    (copy / "01_base_model" / "results.json").write_text(json.dumps(found))
-    monkeypatch.setenv("C2F_OUTPUTS", str(copy.parent))
-    assert main(["run", "02", "--run-id", "copy"]) == batch.BAD_INPUT
-    assert "input 01_base_model: its settings or results have changed" in capsys.readouterr().err
+def test_a_non_finite_gradient_takes_no_step_and_names_its_samples(tmp_path):
+    process = trainer("fixed", tmp_path, minibatches=1)
+    e = process.credit(process.judge(process.collect()))
+    before = weights(process)
+    clip = torch.nn.utils.clip_grad_norm_
+    torch.nn.utils.clip_grad_norm_ = lambda parameters, limit: clip(parameters, limit) * float("inf")
+    try:
+        with pytest.raises(C2FError, match=r"non-finite gradient norm in iteration 1, samples \[0, 1, 2, 3, 4, 5, 6, 7\]"):
+            process.improve(e)
+    finally:
+        torch.nn.utils.clip_grad_norm_ = clip
+    assert all(torch.equal(before[n], w) for n, w in weights(process).items())
 
 
-# Models
+def test_damaged_weights_are_never_saved(tmp_path):
+    process = trainer("fixed", tmp_path)
+    process.step()
+    with torch.no_grad():
+        next(iter(process.policy.trainable().values())).fill_(float("inf"))
+    with pytest.raises(C2FError, match="no longer finite .*step-00001"):
+        checkpoints.save(process, tmp_path)
+    assert checkpoints.latest(tmp_path).name == "step-00001"
 
 
-def _overrides(offline: Path, tmp_path: Path, **changes: str) -> list[str]:
-    settings = offline_mistral.settings(offline, "float32")
-    for dotted, value in changes.items():
-        section, key = dotted.split("__")
-        settings[section][key] = value
-    (tmp_path / "o.yaml").write_text(json.dumps(settings))
-    return ["all", "--profile", "mistral_7b", "--overrides", str(tmp_path / "o.yaml")]
-
-
-def _folder(offline: Path, tmp_path: Path, kind: str) -> str:
-    folder = tmp_path / "candidate"
-    if kind == "missing":
-        return str(folder)
-    if kind == "a file":
-        folder.write_text("no model")
-        return str(folder)
-    shutil.copytree(offline / "base", folder)
-    weights = folder / "model.safetensors"
-    if kind == "without configuration":
-        (folder / "config.json").unlink()
-    elif kind == "configuration of something else":
-        (folder / "config.json").write_text("[]")
-    elif kind == "without weights":
-        weights.unlink()
-    elif kind == "pickled":
-        weights.rename(folder / "pytorch_model.bin")
-    elif kind == "half copied":
-        weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
-    return str(folder)
-
-
-@pytest.mark.parametrize(
-    ("kind", "said"),
-    [
-        ("missing", "does not exist; expected a model folder or a hub id"),
-        ("a file", "is not a model: no config.json in it"),
-        ("without configuration", "no config.json in it"),
-        ("configuration of something else", "names no model_type"),
-        ("without weights", "no *.safetensors file"),
-        ("pickled", "pickled checkpoints are not loaded"),
-        ("half copied", "damaged or half copied"),
-    ],
-)
-@pytest.mark.parametrize("key", ["base", "instruct"])
-def test_a_path_that_is_not_a_model(outputs, offline, tmp_path, capsys, monkeypatch, key, kind, said):
-    source = _folder(offline, tmp_path, kind)
-    message = refuse(capsys, monkeypatch, *_overrides(offline, tmp_path, **{f"models__{key}": source}))
-    assert said in message and f"models.{key} = {source!r}" in message, message
-
-
-def test_an_instruction_model_of_another_shape(outputs, offline, tmp_path, capsys, monkeypatch):
-    offline_mistral.model(410, num_hidden_layers=3).save_pretrained(tmp_path / "other")
-    message = refuse(capsys, monkeypatch, *_overrides(offline, tmp_path, models__instruct=str(tmp_path / "other")))
-    assert "num_hidden_layers 3, models.base has 2" in message and "fine-tuned from the same base" in message
-
-
-def test_a_limit_beyond_a_local_models_positions(outputs, offline, tmp_path, capsys, monkeypatch):
-    message = refuse(
-        capsys, monkeypatch, *_overrides(offline, tmp_path, evaluation__max_tokens=200, reward__max_tokens=999)
-    )
-    assert (
-        "evaluation.max_tokens = 200 tokens: with a prompt of up to 96 tokens" in message and "256 positions" in message
-    )
-    assert "reward.max_tokens = 999" in message
-
-
-# Data
-
-
-PAIR = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}
-
-
-@pytest.mark.parametrize(
-    ("rows", "said"),
-    [
-        ([PAIR, {"chosen": PAIR["chosen"]}], ["line 2", "rejected missing", "expected one JSON object per line"]),
-        ([PAIR, {"chosen": 5, "rejected": None}], ["line 2", "chosen, rejected missing"]),
-        ([PAIR, "text"], ["line 2", "chosen, rejected missing"]),
-        ([], ["no usable pair among 0 rows", "choose another file"]),
-        ([{"chosen": "b", "rejected": "c"}], ["no usable pair among 1 rows", "share all but the last answer"]),
-        ([PAIR] * 9, ["holds 1 different prompts", "at least 4", "add more pairs"]),
-    ],
-)
-def test_a_preference_file_that_cannot_be_used(outputs, offline, tmp_path, capsys, monkeypatch, rows, said):
-    path = tmp_path / "pairs.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    message = refuse(capsys, monkeypatch, *_overrides(offline, tmp_path, data__preferences=str(path)))
-    for part in [*said, str(path)]:
-        assert part in message, message
-
-
-@pytest.mark.parametrize("kind", ["missing", "broken JSON", "no gzip", "half a gzip", "a folder"])
-def test_a_preference_file_that_cannot_be_read(outputs, offline, tmp_path, capsys, monkeypatch, kind):
-    path = tmp_path / ("pairs.jsonl.gz" if "gzip" in kind else "pairs.jsonl")
-    if kind == "broken JSON":
-        path.write_text('{"chosen": ')
-    elif kind == "no gzip":
-        path.write_text("plain")
-    elif kind == "half a gzip":
-        path.write_bytes(gzip.compress(json.dumps(PAIR).encode() * 500)[:-40])
-    elif kind == "a folder":
-        path.mkdir()
-    message = refuse(capsys, monkeypatch, *_overrides(offline, tmp_path, data__preferences=str(path)))
-    assert str(path) in message and "expected" in message
-
-
-# Disk
-
-
-def test_an_unwritable_run_folder(tmp_path, capsys, monkeypatch):
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("C2F_OUTPUTS", str(tmp_path / "file" / "outputs"))
-    message = refuse(capsys, monkeypatch, "all")
-    assert "cannot be written" in message and "set C2F_OUTPUTS to a folder that can" in message
-
-
-def test_a_full_run_folder(outputs, capsys, monkeypatch):
-    monkeypatch.setenv("C2F_MIN_FREE_MB", "1e12")
-    message = refuse(capsys, monkeypatch, "all")
-    assert "MB free" in message and "are needed" in message and "free some or set C2F_OUTPUTS" in message
-
-
-# The same without `c2f`: plain papermill, refused by the first code cell, and the real command line
-
-
-@pytest.mark.parametrize(
-    ("parameters", "said"),
-    [
-        (["-p", "sede", "1"], "there is no parameter 'sede'"),
-        pytest.param(["-p", "study", "false"], "write False, without quotes", marks=pytest.mark.slow),
-        pytest.param(["-y", "overrides: {reward.learning_rate: 1e-6}"], "'1e-6' is text", marks=pytest.mark.slow),
-        pytest.param(["-p", "profile", "huge"], "unknown profile 'huge'", marks=pytest.mark.slow),
-        pytest.param([], "c2f run 01 --profile smoke --seed 0 --run-id lab", marks=pytest.mark.slow),
-    ],
-)
-def test_plain_papermill_is_refused_by_the_first_code_cell(tmp_path, parameters, said):
-    outputs = tmp_path / "outputs"
-    command = [
-        sys.executable,
-        "-m",
-        "papermill",
-        "notebooks/03_coarse_rlhf.ipynb",
-        str(tmp_path / "o.ipynb"),
-        *parameters,
-    ]
-    done = subprocess.run(command, cwd=ROOT, env=surroundings(outputs), capture_output=True, text=True)
-    assert done.returncode == 1 and "C2FError" in done.stderr and said in done.stderr, done.stderr
-    cells = [cell for cell in json.loads((tmp_path / "o.ipynb").read_text())["cells"] if cell["cell_type"] == "code"]
-    ran = [cell["execution_count"] for cell in cells]
-    assert ran[-1] is None, "the story was not told"
-    assert not list(outputs.rglob("status.json")) and not list(outputs.rglob("results.json"))
-
-
-def test_the_command_itself_exits_with_2_and_no_traceback(tmp_path):
-    done = c2f(tmp_path / "outputs", "run", "all", "--profile", "huge")
-    assert done.returncode == 2 and done.stderr.startswith("c2f: unknown profile") and not done.stdout
+def test_there_is_always_a_checkpoint_to_go_back_to(tmp_path):
+    process = trainer("fixed", tmp_path, checkpoint_every=100)
+    process.step()
+    assert checkpoints.latest(tmp_path).name == "step-00000"
+    process.reward = lambda batch: distinct_tokens(batch) * float("nan")
+    with pytest.raises(C2FError, match="step-00000 is from before it"):
+        process.step()

@@ -10,6 +10,7 @@ from c2f_utils import data, models, rewards, tasks
 from c2f_utils.config import Settings
 from c2f_utils.evaluate import answers, measure
 from c2f_utils.files import write_text
+from c2f_utils.refusals import refuse_other_tokenizer
 from c2f_utils.rollout import Prompt, Sample
 from c2f_utils.runs import Run
 
@@ -58,6 +59,8 @@ class Inputs:
         stage = self.run.parent("02_reward_model")
         found = stage.results()
         source = self.settings.models.reward or stage.dir / "model"
+        if self.settings.models.reward:
+            refuse_other_tokenizer(source, self.tokenizer)
         return rewards.load_reward_model(source, self.settings, self.tokenizer.pad_token_id, found["mean"], found["std"])
 
     def prompts(self, split: tasks.Split, count: int | None = None) -> list[Prompt]:

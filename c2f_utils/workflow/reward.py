@@ -5,6 +5,7 @@ from scipy import stats as scipy_stats
 
 from c2f_utils import data, rewards, tasks
 from c2f_utils.models import save_model
+from c2f_utils.refusals import refuse_other_tokenizer
 from c2f_utils.rollout import Prompt, Sample
 from c2f_utils.runs import Run
 from c2f_utils.workflow.inputs import Inputs
@@ -24,6 +25,7 @@ def make(run: Run) -> dict:
         training, held_out, utilities, too_long = _pairs(inputs, base)
     losses: list[dict] = []
     if settings.models.reward:
+        refuse_other_tokenizer(settings.models.reward, inputs.tokenizer)
         model = rewards.load_reward_model(settings.models.reward, settings, inputs.tokenizer.pad_token_id)
     else:
         with here.timer("training"):

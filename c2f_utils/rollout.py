@@ -88,7 +88,7 @@ class KVDecoder:
             raise C2FError(f"{type(self.causal).__name__} is not of the Llama layout; only Mistral and Llama models are decoded here")
         self.config = self.causal.config
         self.tokenizer = tokenizer
-        self.eos = _eos_ids(tokenizer, self.config)
+        self.eos = eos_ids(tokenizer, self.config)
         self.tokens_in_cache = tokens_in_cache
         self.stop_strings = tuple(stop_strings)
 
@@ -96,7 +96,7 @@ class KVDecoder:
     def __call__(self, prompts: Sequence[Prompt], limits: Sequence[int] | int, *, temperature: float = 1.0, seed: int = 0) -> list[Sample]:
         """Answer every prompt; `limits` in tokens, temperature 0 is greedy, the same seed gives the same answers."""
         limits = [limits] * len(prompts) if isinstance(limits, int) else list(limits)
-        self._refuse_overlong(prompts, limits)
+        refuse_overlong(self.config, prompts, limits)
         generator = torch.Generator(device=self._device).manual_seed(seed)
         layers = self._stack()
         samples: list[Sample] = []
@@ -110,18 +110,6 @@ class KVDecoder:
     @property
     def _device(self) -> torch.device:
         return self.causal.lm_head.weight.device
-
-    def _refuse_overlong(self, prompts: Sequence[Prompt], limits: Sequence[int]) -> None:
-        positions = self.config.max_position_embeddings
-        window = getattr(self.config, "sliding_window", None) or positions
-        for prompt, limit in zip(prompts, limits, strict=True):
-            if not prompt.ids:
-                raise C2FError(f"empty prompt {prompt.text[:60]!r}: expected at least one token; drop it from the data")
-            if len(prompt.ids) + limit > min(positions, window):
-                raise C2FError(
-                    f"a prompt of {len(prompt.ids)} tokens with a limit of {limit} needs {len(prompt.ids) + limit} positions, the model has "
-                    f"{min(positions, window)}; lower the law's maximum, evaluation.max_tokens or data.max_prompt_tokens"
-                )
 
     def _waves(self, prompts: Sequence[Prompt], limits: Sequence[int]) -> list[list[int]]:
         """Consecutive prompts whose padded cache stays within the budget; a single longer one goes alone."""
@@ -273,7 +261,23 @@ def _sample(logits: Tensor, temperature: float, generator: torch.Generator) -> t
     return token, logps.gather(-1, token[:, None])[:, 0]
 
 
-def _eos_ids(tokenizer, config) -> frozenset[int]:
+def refuse_overlong(config, prompts: Sequence[Prompt], limits: Sequence[int]) -> None:
+    """Raise C2FError for an empty prompt and for one that with its limit needs more positions than the model has."""
+    positions = config.max_position_embeddings
+    window = getattr(config, "sliding_window", None) or positions
+    for prompt, limit in zip(prompts, limits, strict=True):
+        if not prompt.ids:
+            raise C2FError(f"empty prompt {prompt.text[:60]!r}: expected at least one token; drop it from the data")
+        if len(prompt.ids) + limit > min(positions, window):
+            raise C2FError(
+                f"a prompt of {len(prompt.ids)} tokens with a limit of {limit} needs {len(prompt.ids) + limit} positions, "
+                f"the model has {min(positions, window)}; lower the law's maximum, evaluation.max_tokens or "
+                "data.max_prompt_tokens"
+            )
+
+
+def eos_ids(tokenizer, config) -> frozenset[int]:
+    """Ids that end an answer, of tokenizer and model together; raises C2FError when there is none."""
     found = {tokenizer.eos_token_id, *(config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id])}
     if not (found := found - {None}):
         raise C2FError("the tokenizer has no EOS token; expected one in tokenizer_config.json (eos_token), or answers could never end")

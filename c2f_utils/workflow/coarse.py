@@ -11,6 +11,7 @@ from torch import nn
 from c2f_utils import evaluate, limits, models, processes, provenance
 from c2f_utils.coarse import CoarseTrainer
 from c2f_utils.config import Coarse
+from c2f_utils.continuous import ContinuousBatching
 from c2f_utils.errors import C2FError
 from c2f_utils.files import read_jsonl, write_text
 from c2f_utils.ranks import Ranks
@@ -44,7 +45,8 @@ def trainer(
     else:
         critic = models.Critic(model.config.hidden_size, inputs.base().model if config.critic == "separate" else None)
     policy = models.ActorCritic(actor, critic.to(models.device(settings.models)))
-    decoder = KVDecoder(actor, inputs.tokenizer, config.tokens_in_cache, settings.data.stop_strings)
+    engine = {"kv": KVDecoder, "continuous": ContinuousBatching}[config.engine]
+    decoder = engine(actor, inputs.tokenizer, config.tokens_in_cache, settings.data.stop_strings)
     return CoarseTrainer(
         policy, reward or inputs.reward, decoder, inputs.prompts("train"), law, config, folder=folder,
         seed=settings.seed if seed is None else seed, pad_id=inputs.tokenizer.pad_token_id,

@@ -1,8 +1,8 @@
 """A budget of padded tokens per forward/backward pass, tried before training and halved when memory runs out.
 
-The packing changes no gradient (losses are sums over tokens divided by the step's tokens), so a step can be redone in smaller pieces.
-Simplified: a budget never grows back, and split weights (FSDP2) cannot redo a step, because the other processes are already in the
-middle of a collective: there only the try before training protects.
+The packing changes no gradient (losses are sums over tokens divided by the step's tokens), so a step can be redone
+in smaller pieces. Simplified: a budget never grows back, and split weights (FSDP2) cannot redo a step, because the
+other processes are already in the middle of a collective: there only the try before training protects.
 """
 
 import gc
@@ -28,7 +28,8 @@ class TokenBudget:
         self.tokens, self.ranks = tokens, ranks
 
     def spend(self, work: Callable[[int], T], longest: int) -> T:
-        """`work(tokens)`, again with half the budget while memory runs out on any process; `work` must be able to start over.
+        """`work(tokens)`, again with half the budget while memory runs out on any process; `work` must be able to
+        start over.
 
         `longest` is the longest single sequence, tokens. Raises C2FError when even one sequence at a time is too much.
         """
@@ -39,7 +40,9 @@ class TokenBudget:
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 if not out_of_memory(error):
                     raise
-                failure = str(error).splitlines()[0]  # the exception itself would keep the graph of the failed pass alive
+                failure = str(error).splitlines()[
+                    0
+                ]  # the exception itself would keep the graph of the failed pass alive
             # With split weights the others wait inside a collective of the failed pass: nobody could answer.
             failed = bool(failure) if self.ranks.sharded else self.ranks.any(bool(failure))
             if not failed:
@@ -59,7 +62,10 @@ class TokenBudget:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         self.tokens //= 2
-        print(f"out of memory: micro-batches now hold {self.tokens} tokens; the step is redone and its gradient is the same")
+        print(
+            f"out of memory: micro-batches now hold {self.tokens} tokens; the step is redone and its gradient is "
+            "the same"
+        )
 
 
 def out_of_memory(error: Exception) -> bool:
@@ -68,9 +74,11 @@ def out_of_memory(error: Exception) -> bool:
 
 
 def preflight(policy: nn.Module, budget: TokenBudget, width: int, temperature: float, device: torch.device) -> bool:
-    """One forward and backward pass with sequences of `width` tokens that fill the budget: memory runs out now or never.
+    """One forward and backward pass with sequences of `width` tokens that fill the budget: memory runs out now or
+    never.
 
-    Returns whether it was tried; models too small to run out of anything are skipped. Gradients are dropped, no random number is drawn.
+    Returns whether it was tried; models too small to run out of anything are skipped. Gradients are dropped, no
+    random number is drawn.
     """
     parameters = sum(p.numel() for p in policy.parameters())
     if device.type == "cpu" and parameters * max(width, budget.tokens) < TINY:

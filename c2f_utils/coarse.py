@@ -1,10 +1,10 @@
 """Coarse RLHF: PPO with a critic straight on a base model, while a law moves the output-length limit.
 
-Question: what does reinforcement learning without supervised fine-tuning give as the limit grows? Inputs: a base model, a reward,
-prompts, a law. Outputs: the Coarse Actor, one metrics row per iteration, an evaluation curve at a fixed limit. The loop is five verbs,
-each callable alone: `collect -> judge -> credit -> improve -> advance`. Several processes: `accelerate launch -m c2f_utils.coarse
-run.yaml` (see `ranks.py`, `processes.py`). A trainer from a library is not used because none is left that has a critic: TRL removed
-its PPO after 1.10.
+Question: what does reinforcement learning without supervised fine-tuning give as the limit grows? Inputs: a base
+model, a reward, prompts, a law. Outputs: the Coarse Actor, one metrics row per iteration, an evaluation curve at a
+fixed limit. The loop is five verbs, each callable alone: `collect -> judge -> credit -> improve -> advance`. Several
+processes: `accelerate launch -m c2f_utils.coarse run.yaml` (see `ranks.py`, `processes.py`). A trainer from a
+library is not used because none is left that has a critic: TRL removed its PPO after 1.10.
 """
 
 import random
@@ -33,9 +33,10 @@ from c2f_utils.updates import Stats, Updates
 class CoarseTrainer:
     """PPO under a moving limit; iterate over it for one metrics row per iteration.
 
-    `reward` is any callable from samples to [B] rewards; if it has `prefix_scores`, laws may use the tail return. `evaluate(actor)`
-    gives a metrics dictionary at a fixed limit. `folder` receives checkpoints; a trainer built on a folder with checkpoints continues.
-    `ranks` are the processes that share the work. Raises C2FError before training for impossible work (`refusals.py`).
+    `reward` is any callable from samples to [B] rewards; if it has `prefix_scores`, laws may use the tail return.
+    `evaluate(actor)` gives a metrics dictionary at a fixed limit. `folder` receives checkpoints; a trainer built on
+    a folder with checkpoints continues. `ranks` are the processes that share the work. Raises C2FError before
+    training for impossible work (`refusals.py`).
     """
 
     def __init__(
@@ -74,7 +75,8 @@ class CoarseTrainer:
         preflight(policy, self.budget, longest, config.temperature, self.device)
 
     def __iter__(self) -> Iterator[dict]:
-        """Run until `config.iterations` or a stop request, yielding each iteration's metrics; the state is saved on the way."""
+        """Run until `config.iterations` or a stop request, yielding each iteration's metrics; the state is saved on
+        the way."""
         if self.evaluate and not self.curve:
             self._measure()
         while self.iteration < self.config.iterations and not self.ranks.any(self.stop()):
@@ -94,7 +96,8 @@ class CoarseTrainer:
     # --- the five verbs ----------------------------------------------------------------------------------------------
 
     def collect(self) -> Experience:
-        """Answer the next prompts (with several processes: this one's share), each under the limit that the law draws for it."""
+        """Answer the next prompts (with several processes: this one's share), each under the limit that the law
+        draws for it."""
         rng = random.Random(f"{self.seed}-{self.iteration}")
         limits = self.law.draw(self.config.prompts, rng)
         seed = rng.getrandbits(62) + 100_003 * self.ranks.rank
@@ -105,7 +108,8 @@ class CoarseTrainer:
 
     @torch.no_grad()
     def judge(self, e: Experience) -> Experience:
-        """Rewards, reference log-probabilities and values of every answer; afterwards every process holds all answers."""
+        """Rewards, reference log-probabilities and values of every answer; afterwards every process holds all
+        answers."""
         columns: dict[str, list[Tensor]] = {}
         with self.ranks.whole(self.policy):
             if hasattr(self.reward, "prefix_scores"):
@@ -151,7 +155,8 @@ class CoarseTrainer:
         return e
 
     def improve(self, e: Experience) -> dict[str, float]:
-        """PPO epochs over token-budgeted micro-batches; every loss is a sum over tokens divided by the step's token count."""
+        """PPO epochs over token-budgeted micro-batches; every loss is a sum over tokens divided by the step's token
+        count."""
         warming = self.iteration < self.config.critic_warmup
         totals: dict[str, list[Tensor]] = {"policy_loss": [], "value_loss": [], "entropy": [], "clip_fraction": []}
         ratio_error = 0.0
@@ -183,14 +188,25 @@ class CoarseTrainer:
         self.rollout_tokens += sum(tokens)
         self.iteration += 1
         row = {
-            "iteration": self.iteration, "limit": limit, "next_limit": next_limit, "reason": self.law.reason,
-            "rollout_tokens": self.rollout_tokens, "reward": float(e.rewards.mean()), "reward_sd": float(e.rewards.std()),
-            "kl_per_token": seen.kl_per_token, "kl_coefficient": self.kl.coefficient, "mean_tokens": sum(tokens) / len(tokens),
-            "p95_tokens": sorted(tokens)[int(0.95 * (len(tokens) - 1))], "truncated_share": seen.truncated_share,
-            "tail_return": seen.tail_return, "explained_variance": ppo.explained_variance(e.values, e.returns, e.mask),
-            "rep4": sum(rep_n(s.ids, 4) for s in e.samples) / len(tokens), "sampler_mismatch": e.sampler_mismatch,
-            "tokens_per_micro_batch": self.budget.tokens, **stats,
-        }  # fmt: skip
+            "iteration": self.iteration,
+            "limit": limit,
+            "next_limit": next_limit,
+            "reason": self.law.reason,
+            "rollout_tokens": self.rollout_tokens,
+            "reward": float(e.rewards.mean()),
+            "reward_sd": float(e.rewards.std()),
+            "kl_per_token": seen.kl_per_token,
+            "kl_coefficient": self.kl.coefficient,
+            "mean_tokens": sum(tokens) / len(tokens),
+            "p95_tokens": sorted(tokens)[int(0.95 * (len(tokens) - 1))],
+            "truncated_share": seen.truncated_share,
+            "tail_return": seen.tail_return,
+            "explained_variance": ppo.explained_variance(e.values, e.returns, e.mask),
+            "rep4": sum(rep_n(s.ids, 4) for s in e.samples) / len(tokens),
+            "sampler_mismatch": e.sampler_mismatch,
+            "tokens_per_micro_batch": self.budget.tokens,
+            **stats,
+        }
         row = {k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}
         last = self.iteration >= self.config.iterations
         if self.evaluate and (self.iteration % self.config.evaluate_every == 0 or last):
@@ -204,7 +220,8 @@ class CoarseTrainer:
     # --- helpers -----------------------------------------------------------------------------------------------------
 
     def _next_prompts(self) -> list[Prompt]:
-        """Prompts in an order reshuffled at every pass; a function of seed and iteration, so resuming needs no cursor."""
+        """Prompts in an order reshuffled at every pass; a function of seed and iteration, so resuming needs no
+        cursor."""
         chosen = []
         for position in range(self.iteration * self.config.prompts, (self.iteration + 1) * self.config.prompts):
             epoch, offset = divmod(position, len(self.prompts))
@@ -222,7 +239,8 @@ class CoarseTrainer:
         return collate(samples, self.pad_id, self.device)
 
     def _score(self, samples: Sequence[Sample], budget: int) -> dict[str, list[Tensor]]:
-        """Reference log-probabilities and values of each answer, and the old policy's log-probabilities where the sampler's do not serve."""
+        """Reference log-probabilities and values of each answer, and the old policy's log-probabilities where the
+        sampler's do not serve."""
         c = self.config
         recorded = c.old_logps == "recorded" or (c.old_logps == "auto" and self.policy.dtype == torch.float32)
         names = ("reference", "values", "final") if recorded else ("reference", "values", "final", "logps")
@@ -232,7 +250,11 @@ class CoarseTrainer:
             logps, _, values = self.policy(batch, c.temperature, actor=not recorded)
             reference = self.policy.reference_logps(batch, c.temperature)
             final = self.policy.final_values(batch) if c.cut == "bootstrap" else torch.zeros(len(group))
-            rows = {"reference": batch.split(reference.cpu()), "values": batch.split(values.cpu()), "final": final.cpu().split(1)}
+            rows = {
+                "reference": batch.split(reference.cpu()),
+                "values": batch.split(values.cpu()),
+                "final": final.cpu().split(1),
+            }
             if not recorded:
                 rows["logps"] = batch.split(logps.cpu())
             for name, parts in rows.items():
@@ -241,7 +263,8 @@ class CoarseTrainer:
         return found
 
     def _update(self, e: Experience, chosen: list[int], warming: bool) -> list[Stats]:
-        """One optimiser step on the chosen answers, dealt out longest first; returns this process's micro-batch statistics."""
+        """One optimiser step on the chosen answers, dealt out longest first; returns this process's micro-batch
+        statistics."""
         tokens = sum(e.samples[i].tokens for i in chosen)
         lengths = {i: len(e.samples[i].prompt.ids) + e.samples[i].tokens for i in chosen}
         mine = self.ranks.deal(sorted(chosen, key=lambda i: -lengths[i]) if self.ranks.world > 1 else chosen)
@@ -266,7 +289,13 @@ class CoarseTrainer:
         per_token = ppo.value_loss(values, old_value, target, c.value_clip)
         loss = v_loss = per_token.sum() / tokens
         zero = torch.zeros((), device=device)
-        stats = {"policy_loss": zero, "value_loss": v_loss.detach(), "entropy": zero, "clip_fraction": zero, "ratio_error": 0.0}
+        stats = {
+            "policy_loss": zero,
+            "value_loss": v_loss.detach(),
+            "entropy": zero,
+            "clip_fraction": zero,
+            "ratio_error": 0.0,
+        }
         if not warming:
             p_token, ratio, clipped = ppo.policy_loss(logp, old_logp, advantage, c.clip)
             p_loss = p_token.sum() / tokens

@@ -1,8 +1,8 @@
 """Typed settings: what can be set, in which unit, and which stage a setting decides.
 
-Inputs: a profile (`profiles/*.yaml`), a seed and overrides. Output: one frozen `Settings` object. Every problem is reported at
-once, before any work starts. Values are strict: `'1e-6'` is text, not a number, and `'false'` is text, not a flag, because
-papermill hands exactly such strings on when it reads YAML itself.
+Inputs: a profile (`profiles/*.yaml`), a seed and overrides. Output: one frozen `Settings` object. Every problem is
+reported at once, before any work starts. Values are strict: `'1e-6'` is text, not a number, and `'false'` is text,
+not a flag, because papermill hands exactly such strings on when it reads YAML itself.
 """
 
 import re
@@ -58,7 +58,9 @@ class Models(_Section):
 
     base: str | None = Field(None, description="local folder or hub id of a causal language model")
     base_revision: str | None = Field(None, description="hub revision of the base model")
-    instruct: str | None = Field(None, description="local folder or hub id of an instruction model derived from the same base")
+    instruct: str | None = Field(
+        None, description="local folder or hub id of an instruction model derived from the same base"
+    )
     reward: str | None = Field(None, description="local folder or hub id of a finished reward model; null trains one")
     lora: Lora | None = Field(None, description="adapters for actor and reward model; null trains all weights")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of frozen weights and activations")
@@ -73,7 +75,9 @@ class Data(_Section):
     preferences: str | None = Field(None, description="HH-RLHF pairs: a .jsonl or .jsonl.gz file, or a hub data set id")
     preference_split: str = "train"
     stop_strings: list[str] = Field([], description="texts that end an answer, e.g. the next turn's header")
-    operations: tuple[Positive, Positive] = Field((3, 5), description="fewest and most steps of an embedded problem", strict=False)
+    operations: tuple[Positive, Positive] = Field(
+        (3, 5), description="fewest and most steps of an embedded problem", strict=False
+    )
     max_prompt_tokens: Positive = Field(64, description="longer prompts are left out and counted, tokens")
     validation_prompts: Positive = Field(256, description="problems for choices such as the merge coefficient")
     test_prompts: Positive = Field(256, description="problems for reported figures; disjoint from all others")
@@ -103,8 +107,12 @@ class Reward(_Section):
     held_out_pairs: Positive = Field(500, description="pairs for calibration, never trained on")
     base_share: Share = Field(0.4, description="embedded: share of pairs made of base samples, the rest is synthetic")
     cut_share: Share = Field(0.42, description="embedded: share of answers cut at a random token")
-    label_noise: NonNegative = Field(0.3, description="embedded: standard deviation of the noise on utility before comparing")
-    length_bonus: float = Field(0.002, description="embedded: labelled utility per answer token; never part of `utility`")
+    label_noise: NonNegative = Field(
+        0.3, description="embedded: standard deviation of the noise on utility before comparing"
+    )
+    length_bonus: float = Field(
+        0.002, description="embedded: labelled utility per answer token; never part of `utility`"
+    )
     pairs_per_step: Positive = 12
     learning_rate: Rate = 2e-3
     epochs: Positive = 1
@@ -125,7 +133,9 @@ class Law(_Section):
     steps: list[Positive] | None = Field(None, description="clock, shape steps: limits of equal duration, tokens")
     growth: NonNegative | None = Field(None, description="tail, gated: largest relative growth per iteration")
     step: Positive | None = Field(None, description="logistic: largest growth per iteration, tokens")
-    weights: dict[str, float] | None = Field(None, description="logistic: w0, reward, value_loss, truncation, truncation_target")
+    weights: dict[str, float] | None = Field(
+        None, description="logistic: w0, reward, value_loss, truncation, truncation_target"
+    )
 
 
 class Coarse(_Section):
@@ -138,31 +148,48 @@ class Coarse(_Section):
     epochs: Positive = Field(2, description="passes over each rollout batch")
     minibatches: Positive = Field(2, description="optimiser steps per pass")
     tokens_per_micro_batch: Positive = Field(16_384, description="padded tokens of one forward/backward pass")
-    tokens_in_cache: Positive = Field(65_536, description="key/value positions held while decoding; more answers wait their turn")
-    engine: Literal["kv", "continuous"] = Field("kv", description="sampler: our decoder, or transformers' continuous batching")
+    tokens_in_cache: Positive = Field(
+        65_536, description="key/value positions held while decoding; more answers wait their turn"
+    )
+    engine: Literal["kv", "continuous"] = Field(
+        "kv", description="sampler: our decoder, or transformers' continuous batching"
+    )
     old_logps: Literal["auto", "recorded", "recomputed"] = Field(
-        "auto", description="old policy: log-probabilities of the sampler or of the training forward; auto: recorded if float32"
+        "auto",
+        description="old log-probabilities: the sampler's or the training forward's; auto: recorded if float32",
     )
     processes: Positive = Field(1, description="training processes; more than 1 starts `accelerate launch`")
-    spread: Literal["ddp", "fsdp2"] = Field("ddp", description="processes > 1: weights replicated (LoRA), or split (full fine-tuning)")
+    spread: Literal["ddp", "fsdp2"] = Field(
+        "ddp", description="processes > 1: weights replicated (LoRA), or split (full fine-tuning)"
+    )
     actor_learning_rate: Rate = 5e-4
     critic_learning_rate: Rate = 1e-3
     critic: Literal["separate", "shared"] = "separate"
-    critic_head: Literal["reward", "zero"] = Field("reward", description="initial critic: the reward model, or a zero head")
+    critic_head: Literal["reward", "zero"] = Field(
+        "reward", description="initial critic: the reward model, or a zero head"
+    )
     critic_warmup: Count = Field(0, description="iterations in which only the critic learns; their tokens count")
     value_coefficient: NonNegative = Field(0.1, description="weight of the value loss when the trunk is shared")
     clip: Rate = Field(0.2, description="PPO ratio clip")
     value_clip: NonNegative = Field(0.2, description="value clip in units of the reward's standard deviation; 0 = off")
     kl_coefficient: NonNegative = Field(0.05, description="price of one nat of KL to the reference")
-    kl_target: NonNegative = Field(0.0, description="target KL per token for the adaptive controller, nats; 0 = fixed coefficient")
+    kl_target: NonNegative = Field(
+        0.0, description="target KL per token for the adaptive controller, nats; 0 = fixed coefficient"
+    )
     discount: Share = Field(1.0, description="gamma")
-    lambda_policy: Share | Literal["adaptive"] = Field(0.95, description="GAE lambda of the policy; adaptive = clamp(1 - 1/(alpha l), .95, 1)")
+    lambda_policy: Share | Literal["adaptive"] = Field(
+        0.95, description="GAE lambda of the policy; adaptive = clamp(1 - 1/(alpha l), .95, 1)"
+    )
     lambda_critic: Share = Field(0.95, description="GAE lambda of the value targets")
     lambda_alpha: Annotated[float, Field(gt=0)] = 0.05
-    cut: Literal["score", "bootstrap", "penalty"] = Field("score", description="how an answer cut by the limit is credited")
+    cut: Literal["score", "bootstrap", "penalty"] = Field(
+        "score", description="how an answer cut by the limit is credited"
+    )
     cut_penalty: NonNegative = Field(1.0, description="subtracted from the reward of a cut answer when cut = penalty")
     reward_clip: Annotated[float, Field(gt=0)] = Field(10.0, description="bound of the normalised reward")
-    reward_scaling: Literal["base", "running"] = Field("base", description="z-score on base samples, or running standard deviation")
+    reward_scaling: Literal["base", "running"] = Field(
+        "base", description="z-score on base samples, or running standard deviation"
+    )
     token_price: NonNegative = Field(0.0, description="subtracted from the reward per answer token")
     gradient_clip: Annotated[float, Field(gt=0)] = 1.0
     evaluate_every: Positive = Field(4, description="iterations between evaluations on validation problems")
@@ -193,7 +220,9 @@ class Schedules(_Section):
 
     laws: dict[str, Law] = {}
     study_laws: dict[str, Law] = Field({}, description="further laws, only with study=True")
-    credit: dict[str, Credit] = Field({}, description="by name of the law: another way to credit cut answers, and for how long")
+    credit: dict[str, Credit] = Field(
+        {}, description="by name of the law: another way to credit cut answers, and for how long"
+    )
     study_seeds: list[int] = Field([0, 1, 2], description="seeds of the study")
 
 
@@ -215,7 +244,8 @@ class Merge(_Section):
     token_price: NonNegative = Field(0.02, description="score = utility (or reward) - token_price * mean tokens")
     out_dtype: Literal["same", "float32", "bfloat16", "bfloat16_stochastic"] = "same"
     sections: list[Literal["layers", "depths", "averages", "proxies", "roundings"]] = Field(
-        ["layers", "depths", "averages", "proxies", "roundings"], description="comparisons beside the coefficient sweep; each costs generation runs"
+        ["layers", "depths", "averages", "proxies", "roundings"],
+        description="comparisons beside the coefficient sweep; each costs generation runs",
     )
     controls: list[Literal["interpolation", "random_residue", "ppo_instruct", "fixed_long_residue"]] = [
         "interpolation", "random_residue", "ppo_instruct", "fixed_long_residue",
@@ -259,16 +289,25 @@ class Settings(_Section):
     def _credit_has_a_law(self) -> "Settings":
         laws = {**self.schedules.laws, **self.schedules.study_laws}
         if stray := [name for name in self.schedules.credit if name not in laws]:
-            raise ValueError(f"schedules.credit names {', '.join(stray)}, which is no law of schedules.laws or schedules.study_laws")
+            raise ValueError(
+                f"schedules.credit names {', '.join(stray)}, which is no law of schedules.laws or schedules.study_laws"
+            )
         return self
 
     @model_validator(mode="after")
     def _sources_agree(self) -> "Settings":
         found = []
         if self.embedded and (self.models.base or self.models.instruct or self.models.reward):
-            found.append("models.base, models.instruct and models.reward need data.source 'preferences': the embedded domain has its own tokenizer")
+            found.append(
+                "models.base, models.instruct and models.reward need data.source 'preferences': the embedded "
+                "domain has its own tokenizer"
+            )
         if not self.embedded:
-            found += [f"models.{key} is null: name a local folder or a hub id" for key in ("base", "instruct") if not getattr(self.models, key)]
+            found += [
+                f"models.{key} is null: name a local folder or a hub id"
+                for key in ("base", "instruct")
+                if not getattr(self.models, key)
+            ]
             if not self.data.preferences:
                 found.append("data.preferences is null: name a .jsonl file in the HH-RLHF format or a hub data set")
         if found:
@@ -287,7 +326,9 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
 
 
 def read_yaml(path: str | Path) -> dict[str, object]:
@@ -299,7 +340,10 @@ def read_yaml(path: str | Path) -> dict[str, object]:
     except yaml.YAMLError as error:
         raise C2FError(f"overrides file {path} is not valid YAML: {error}") from None
     if not isinstance(content, dict | None):
-        raise C2FError(f"overrides file {path} holds a {type(content).__name__}; expected a mapping such as 'coarse: {{iterations: 5}}'")
+        raise C2FError(
+            f"overrides file {path} holds a {type(content).__name__}; expected a mapping such as 'coarse: "
+            f"{{iterations: 5}}'"
+        )
     return content or {}
 
 
@@ -312,8 +356,8 @@ def load_settings(
 ) -> Settings:
     """Profile, then overrides (nested or dotted keys), checked as a whole.
 
-    Raises C2FError listing every unknown key and every value of the wrong type, with the spelling to use; then everything that the files
-    it names make impossible (`preflight.py`).
+    Raises C2FError listing every unknown key and every value of the wrong type, with the spelling to use; then
+    everything that the files it names make impossible (`preflight.py`).
     """
     if profile not in PROFILES:
         raise C2FError(f"unknown profile {profile!r}; expected one of {', '.join(PROFILES)}")
@@ -357,7 +401,9 @@ def _explain(item: dict) -> str:
     if isinstance(value, str) and kind in {"bool_type", "bool_parsing"}:
         return f"{where} = {value!r} is text; write True or False (YAML: true or false), without quotes"
     if isinstance(value, str) and kind in {"int_type", "float_type", "int_parsing", "float_parsing"}:
-        return f"{where} = {value!r} is text; write a number without quotes (papermill's own YAML needs 1.0e-6, not 1e-6)"
+        return (
+            f"{where} = {value!r} is text; write a number without quotes (papermill's own YAML needs 1.0e-6, not 1e-6)"
+        )
     return f"{where} = {value!r}: {item['msg'].removeprefix('Value error, ')}"
 
 
@@ -365,5 +411,9 @@ def _neighbours(loc: tuple) -> str:
     section: type[BaseModel] | None = Settings
     for part in loc[:-1]:
         field = section.model_fields.get(str(part)) if section else None
-        section = field.annotation if field and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel) else None
+        section = (
+            field.annotation
+            if field and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+            else None
+        )
     return "known here: " + ", ".join(section.model_fields) if section else "see c2f_utils/config.py"

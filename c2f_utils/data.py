@@ -1,4 +1,5 @@
-"""Prompts and preference pairs as token ids: from the embedded domain, or from preference files in the HH-RLHF format."""
+"""Prompts and preference pairs as token ids: from the embedded domain, or from preference files in the HH-RLHF
+format."""
 
 import random
 from collections.abc import Sequence
@@ -42,7 +43,8 @@ def _hub_prompts(settings: Settings, split: tasks.Split, count: int, tokenizer) 
     fitting = [p for p in encoded if len(p.ids) <= data.max_prompt_tokens][:count]
     if not fitting:
         raise C2FError(
-            f"none of the {len(parts[split])} {split} prompts of {data.preferences} has at most data.max_prompt_tokens = {data.max_prompt_tokens} "
+            f"none of the {len(parts[split])} {split} prompts of {data.preferences} has at most "
+            f"data.max_prompt_tokens = {data.max_prompt_tokens} "
             "tokens; raise it or add pairs"
         )
     return fitting
@@ -59,7 +61,10 @@ def hub_pairs(settings: Settings, tokenizer) -> tuple[list[Pair], list[Pair], in
     pairs: list[Pair] = []
     too_long = 0
     for text in texts:
-        pair = tuple([*tokenizer(text.prompt + answer)["input_ids"], tokenizer.eos_token_id] for answer in (text.chosen, text.rejected))
+        pair = tuple(
+            [*tokenizer(text.prompt + answer)["input_ids"], tokenizer.eos_token_id]
+            for answer in (text.chosen, text.rejected)
+        )
         if max(map(len, pair)) > reward.max_tokens:
             too_long += 1
         else:
@@ -69,7 +74,8 @@ def hub_pairs(settings: Settings, tokenizer) -> tuple[list[Pair], list[Pair], in
     held_out = min(reward.held_out_pairs, len(pairs) // 4)
     if not held_out:
         raise C2FError(
-            f"{len(pairs)} pairs of {settings.data.preferences} have at most reward.max_tokens = {reward.max_tokens} tokens ({too_long} are longer); "
+            f"{len(pairs)} pairs of {settings.data.preferences} have at most reward.max_tokens = "
+            f"{reward.max_tokens} tokens ({too_long} are longer); "
             "expected at least 4, one of them held out: raise reward.max_tokens or add pairs"
         )
     return pairs[held_out:], pairs[:held_out], too_long
@@ -91,7 +97,8 @@ class EmbeddedPair:
 
 
 def embedded_pairs(settings: Settings, base, tokenizer, count: int, seed: int) -> list[EmbeddedPair]:
-    """Labelled pairs on training problems: synthetic answers of mixed quality and samples of the base model, some of them cut.
+    """Labelled pairs on training problems: synthetic answers of mixed quality and samples of the base model, some of
+    them cut.
 
     The label compares utility plus a small length bonus under Gaussian noise; see `Reward` for the sizes.
     """
@@ -100,7 +107,9 @@ def embedded_pairs(settings: Settings, base, tokenizer, count: int, seed: int) -
     questions = tasks.problems("train", count, rng.getrandbits(32), settings.data.operations)
     sampled = round(count * reward.base_share)
     decoder = KVDecoder(base, tokenizer)
-    base_answers = decoder(make_prompts([q for q in questions[:sampled] for _ in (0, 1)]), PAIR_ANSWER_TOKENS, seed=rng.getrandbits(32))
+    base_answers = decoder(
+        make_prompts([q for q in questions[:sampled] for _ in (0, 1)]), PAIR_ANSWER_TOKENS, seed=rng.getrandbits(32)
+    )
     pairs = []
     for index, problem in enumerate(questions):
         if index < sampled:

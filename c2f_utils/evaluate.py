@@ -1,7 +1,7 @@
 """Generation and scoring of finished models under fixed limits and three decodings, and lm-eval task suites.
 
-Inputs: a model, prompts, a reward model. Outputs: the metrics every results file uses. Checker metrics are null on hub data, where
-nobody knows the true answer. A score is always read with its length: redundancy also at fixed prefixes.
+Inputs: a model, prompts, a reward model. Outputs: the metrics every results file uses. Checker metrics are null on
+hub data, where nobody knows the true answer. A score is always read with its length: redundancy also at fixed prefixes.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,8 @@ def measure(samples: Sequence[Sample], reward: RewardFunction | None = None) -> 
     """The metrics of one model under one decoding, rounded to 6 digits; `n` is the number of answers.
 
     accuracy_* and eos_rate are shares, correct_steps a mean count, mean_tokens a mean length (EOS included), rep4 and
-    duplicate_sentences mean shares per answer, utility the checker's score, reward the normalised reward. eos_rate counts stop strings.
+    duplicate_sentences mean shares per answer, utility the checker's score, reward the normalised reward. eos_rate
+    counts stop strings.
     """
     count = len(samples)
     row: dict[str, float | int | None] = dict.fromkeys(CHECKER_METRICS)
@@ -32,14 +33,24 @@ def measure(samples: Sequence[Sample], reward: RewardFunction | None = None) -> 
         row["duplicate_sentences"] = sum(v.duplicate_sentences for v in verdicts) / count
     else:
         row["rep4"] = sum(redundancy.rep_n(s.ids, 4) for s in samples) / count
-        row["duplicate_sentences"] = sum(redundancy.duplicate_sentence_share(redundancy.sentences(s.text)) for s in samples) / count
+        row["duplicate_sentences"] = (
+            sum(redundancy.duplicate_sentence_share(redundancy.sentences(s.text)) for s in samples) / count
+        )
     row["mean_tokens"] = sum(len(s.answer) for s in samples) / count
     row["eos_rate"] = sum(not s.cut for s in samples) / count
     row["reward"] = float(reward(samples).mean()) if reward else None
     return {k: None if v is None else round(v, 6) for k, v in row.items()} | {"n": count}
 
 
-def answers(model, tokenizer, prompts: Sequence[Prompt], decoding: str, max_tokens: int, seed: int, stop_strings: Sequence[str] = ()) -> list[Sample]:
+def answers(
+    model,
+    tokenizer,
+    prompts: Sequence[Prompt],
+    decoding: str,
+    max_tokens: int,
+    seed: int,
+    stop_strings: Sequence[str] = (),
+) -> list[Sample]:
     """One answer per prompt; the same seed gives the same answers, decodings do not share random numbers."""
     decoder = KVDecoder(model, tokenizer, stop_strings=stop_strings)
     offset = list(TEMPERATURES).index(decoding)
@@ -53,17 +64,28 @@ def rows(samples: Sequence[Sample], model: str, decoding: str, reward: RewardFun
     for sample, score in zip(samples, scores, strict=True):
         verdict = tasks.check(sample.prompt.problem, sample.answer) if sample.prompt.problem else None
         text = tasks.decode(sample.answer) if verdict else sample.text
-        table.append({
-            "model": model, "decoding": decoding, "prompt": sample.prompt.text, "text": text, "tokens": len(sample.answer),
-            "stop": sample.stop, "reward": None if score is None else round(score, 4),
-            "utility": verdict and round(verdict.utility, 4), "correct_steps": verdict and verdict.correct_steps,
-            "first_answer": verdict and verdict.first_answer, "last_answer": verdict and verdict.last_answer, "gold": verdict and verdict.gold,
-        })  # fmt: skip
+        table.append(
+            {
+                "model": model,
+                "decoding": decoding,
+                "prompt": sample.prompt.text,
+                "text": text,
+                "tokens": len(sample.answer),
+                "stop": sample.stop,
+                "reward": None if score is None else round(score, 4),
+                "utility": verdict and round(verdict.utility, 4),
+                "correct_steps": verdict and verdict.correct_steps,
+                "first_answer": verdict and verdict.first_answer,
+                "last_answer": verdict and verdict.last_answer,
+                "gold": verdict and verdict.gold,
+            }
+        )
     return table
 
 
 def per_answer(samples: Sequence[Sample]) -> dict[str, list[float]]:
-    """Per-answer values for paired comparisons: accuracy_last, accuracy_first, utility, tokens, rep4 (checker ones only if known)."""
+    """Per-answer values for paired comparisons: accuracy_last, accuracy_first, utility, tokens, rep4 (checker ones
+    only if known)."""
     values = {"tokens": [float(len(s.answer)) for s in samples]}
     if samples[0].prompt.problem:
         verdicts = [tasks.check(s.prompt.problem, s.answer) for s in samples]

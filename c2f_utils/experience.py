@@ -1,8 +1,9 @@
 """One iteration's data: answers, what was measured on them, and the signals that laws read off it.
 
-With several processes each answers its share of the prompts; `pool` then gives every process everything (about 16 bytes a token). So
-whitening, explained variance, the KL controller and the law are the same arithmetic on the same numbers everywhere, bit for bit what a
-single process computes, and every optimiser step can be dealt out evenly whoever generated the answers.
+With several processes each answers its share of the prompts; `pool` then gives every process everything (about 16
+bytes a token). So whitening, explained variance, the KL controller and the law are the same arithmetic on the same
+numbers everywhere, bit for bit what a single process computes, and every optimiser step can be dealt out evenly
+whoever generated the answers.
 """
 
 from collections.abc import Sequence

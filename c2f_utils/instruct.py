@@ -1,7 +1,8 @@
-"""The instruction model: supervised fine-tuning of the embedded base on concise answers (TRL `SFTTrainer`), or the user's model.
+"""The instruction model: supervised fine-tuning of the embedded base on concise answers (TRL `SFTTrainer`), or the
+user's model.
 
-Question: what does the Coarse Actor's residue get merged into? Two thirds of the examples are bare answers, one third worked ones: the
-model must know that worked answers end, or the merge is a mere mixture of its parents.
+Question: what does the Coarse Actor's residue get merged into? Two thirds of the examples are bare answers, one
+third worked ones: the model must know that worked answers end, or the merge is a mere mixture of its parents.
 """
 
 from pathlib import Path
@@ -15,24 +16,40 @@ from c2f_utils.training_log import fit, quiet
 
 
 def train(source: str | Path, tokenizer, settings: Settings, log=lambda row: None) -> tuple[nn.Module, int]:
-    """Fine-tune the base model at `source`; the loss counts answer tokens only. Returns the model and the number of examples."""
+    """Fine-tune the base model at `source`; the loss counts answer tokens only. Returns the model and the number of
+    examples."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
     config = settings.instruct
     examples = list(tasks.instructions(config.tokens, config.worked_share, settings.seed, settings.data.operations))
-    dataset = Dataset.from_dict({
-        "input_ids": [prompt + answer for prompt, answer in examples],
-        "labels": [[-100] * len(prompt) + answer for prompt, answer in examples],
-    })
+    dataset = Dataset.from_dict(
+        {
+            "input_ids": [prompt + answer for prompt, answer in examples],
+            "labels": [[-100] * len(prompt) + answer for prompt, answer in examples],
+        }
+    )
     model = load_causal(source, settings.models)
     steps = -(-len(examples) // config.examples_per_step)
     arguments = SFTConfig(
-        output_dir=".", max_length=None, per_device_train_batch_size=config.examples_per_step, learning_rate=config.learning_rate,
-        max_steps=steps, lr_scheduler_type="linear", weight_decay=0.0, seed=settings.seed, data_seed=settings.seed, save_strategy="no",
-        report_to=[], logging_steps=max(1, steps // 50), disable_tqdm=True, bf16=False, gradient_checkpointing=False,
-        use_cpu=device(settings.models).type == "cpu", dataloader_pin_memory=False,
-    )  # fmt: skip
+        output_dir=".",
+        max_length=None,
+        per_device_train_batch_size=config.examples_per_step,
+        learning_rate=config.learning_rate,
+        max_steps=steps,
+        lr_scheduler_type="linear",
+        weight_decay=0.0,
+        seed=settings.seed,
+        data_seed=settings.seed,
+        save_strategy="no",
+        report_to=[],
+        logging_steps=max(1, steps // 50),
+        disable_tqdm=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        use_cpu=device(settings.models).type == "cpu",
+        dataloader_pin_memory=False,
+    )
     with quiet():
         trainer = SFTTrainer(model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer)
         disable_dropout(trainer.model)

@@ -1,9 +1,10 @@
 """Laws for the output-length limit l(t): one protocol, `limit = law.update(signals)`, decisions with reasons.
 
-Which law is whose: the paper extends the limit by a logistic function of reward and critic and publishes no constants; `Logistic`
-is our form of that description. `Fixed` and `Clock` are controls, `Tail`, `Gated` and `Probe` are ours.
-A law keeps its own state (`state_dict`), so that a resumed run continues with the same l(t). Everything that depends on the limit
-reads the law's `limit`. A law written in a notebook cell needs only `limit`, `needs` and `update` (see `Law`).
+Which law is whose: the paper extends the limit by a logistic function of reward and critic and publishes no
+constants; `Logistic` is our form of that description. `Fixed` and `Clock` are controls, `Tail`, `Gated` and `Probe`
+are ours. A law keeps its own state (`state_dict`), so that a resumed run continues with the same l(t). Everything
+that depends on the limit reads the law's `limit`. A law written in a notebook cell needs only `limit`, `needs` and
+`update` (see `Law`).
 """
 
 import math
@@ -23,7 +24,9 @@ class Signals:
     reward: float | None = None  # mean raw reward, before clipping and scaling
     value_error: float | None = None  # critic's squared error / Var(returns) = 1 - explained variance, centred
     truncated_share: float | None = None  # share of answers that the limit ended
-    tail_return: float | None = None  # reward gained in the last quarter of the limit minus the quarter before (normalised)
+    tail_return: float | None = (
+        None  # reward gained in the last quarter of the limit minus the quarter before (normalised)
+    )
     value_slope: float | None = None  # critic: V at the cut minus V at three quarters, mean over cut answers
     tail_repetition: float | None = None  # share of repeated 4-grams in the last quarter of the answers
     kl_per_token: float | None = None  # nats
@@ -63,7 +66,10 @@ class Law:
         """The same signals; raises C2FError when one that this law needs was not measured."""
         missing = [name for name in self.needs if getattr(signals, name) in (None, ())]
         if missing:
-            raise C2FError(f"law {type(self).__name__} needs {', '.join(missing)}, which this trainer or reward does not measure; choose another law")
+            raise C2FError(
+                f"law {type(self).__name__} needs {', '.join(missing)}, which this trainer or reward does not "
+                "measure; choose another law"
+            )
         return signals
 
 
@@ -78,7 +84,8 @@ class Fixed(Law):
 
 @dataclass
 class Clock(Law):
-    """From `start` to `maximum` in `duration` iterations without looking at anything; staged context lengthening is `steps`."""
+    """From `start` to `maximum` in `duration` iterations without looking at anything; staged context lengthening is
+    `steps`."""
 
     maximum: int
     duration: int
@@ -104,11 +111,12 @@ class Clock(Law):
 
 @dataclass
 class Logistic(Law):
-    """l <- min(l_max, l + step * sigma(w0 + w_R z(R) - w_V value_error + w_rho (rho - rho_0))), our form of the paper's description.
+    """l <- min(l_max, l + step * sigma(w0 + w_R z(R) - w_V value_error + w_rho (rho - rho_0))), our form of the
+    paper's description.
 
-    z standardises the mean raw reward against its own running mean and deviation (weights 0.7 / 0.3, clamped to +-3); value_error is
-    the critic's loss over Var(returns), because the raw loss grows with the limit itself. rho is the truncated share; the paper knows
-    no such term, so `w_rho = 0` is the paper mode.
+    z standardises the mean raw reward against its own running mean and deviation (weights 0.7 / 0.3, clamped to
+    +-3); value_error is the critic's loss over Var(returns), because the raw loss grows with the limit itself. rho
+    is the truncated share; the paper knows no such term, so `w_rho = 0` is the paper mode.
     """
 
     maximum: int
@@ -135,7 +143,8 @@ class Logistic(Law):
         self.variance = 0.7 * (self.variance + 0.3 * change * change)
         self.exact = min(float(self.maximum), (self.limit if self.exact is None else self.exact) + growth)
         self.limit = round(self.exact)
-        self.reason = f"z(reward) {z:+.2f}, value error {signals.value_error:.2f}, cut {signals.truncated_share:.0%}: +{growth:.1f}"
+        seen = f"z(reward) {z:+.2f}, value error {signals.value_error:.2f}, cut {signals.truncated_share:.0%}"
+        self.reason = f"{seen}: +{growth:.1f}"
         return self.limit
 
 
@@ -143,9 +152,9 @@ class Logistic(Law):
 class Tail(Law):
     """Geometric growth with a brake: grow by `growth` until the tail return, once productive, has faded below its peak.
 
-    e is the running mean (1/2, 1/2) of the tail return and P its peak; growth is scaled by clip((e - 0.2 P) / 0.3 P, 0, 1) once e has
-    exceeded `productive`. Never holds before that: a limit that stands still below the useful length teaches the policy to please the
-    reward at the cut. Never shrinks.
+    e is the running mean (1/2, 1/2) of the tail return and P its peak; growth is scaled by clip((e - 0.2 P) / 0.3 P,
+    0, 1) once e has exceeded `productive`. Never holds before that: a limit that stands still below the useful
+    length teaches the policy to please the reward at the cut. Never shrinks.
     """
 
     maximum: int
@@ -163,18 +172,23 @@ class Tail(Law):
         self.peak = max(self.peak, self.mean)
         self.awake = self.awake or self.mean > self.productive
         share = min(1.0, max(0.0, (self.mean - 0.2 * self.peak) / (0.3 * self.peak))) if self.awake else 1.0
-        self.exact = min(float(self.maximum), (self.limit if self.exact is None else self.exact) * (1 + self.growth * share))
+        self.exact = min(
+            float(self.maximum), (self.limit if self.exact is None else self.exact) * (1 + self.growth * share)
+        )
         self.limit = round(self.exact)
-        self.reason = f"tail return {signals.tail_return:+.2f} (mean {self.mean:+.2f}, peak {self.peak:.2f}): {share:.0%} of full growth"
+        seen = f"tail return {signals.tail_return:+.2f} (mean {self.mean:+.2f}, peak {self.peak:.2f})"
+        self.reason = f"{seen}: {share:.0%} of full growth"
         return self.limit
 
 
 @dataclass
 class Gated(Law):
-    """Additive trust, multiplicative retreat: grow only when several witnesses agree, shrink when the tail is redundant.
+    """Additive trust, multiplicative retreat: grow only when several witnesses agree, shrink when the tail is
+    redundant.
 
-    Grows by `growth` when answers are cut, the critic expects no loss at the cut and the tail is not repetition; shrinks by half of it
-    when the tail is mostly repetition; else holds. Witnesses that the reward model does not produce, hence harder to please.
+    Grows by `growth` when answers are cut, the critic expects no loss at the cut and the tail is not repetition;
+    shrinks by half of it when the tail is mostly repetition; else holds. Witnesses that the reward model does not
+    produce, hence harder to please.
     """
 
     maximum: int
@@ -197,7 +211,8 @@ class Gated(Law):
         else:
             factor, why = 1.0, "witnesses disagree: hold"
         self.limit = max(self.minimum, min(self.maximum, round(self.limit * factor)))
-        self.reason = f"cut {signals.truncated_share:.0%}, value slope {signals.value_slope:+.3f}, tail repetition {self.repetition:.2f}; {why}"
+        seen = f"cut {signals.truncated_share:.0%}, value slope {signals.value_slope:+.3f}"
+        self.reason = f"{seen}, tail repetition {self.repetition:.2f}; {why}"
         return self.limit
 
 
@@ -205,8 +220,9 @@ class Gated(Law):
 class Probe(Law):
     """Randomise the limit per request, so that the slope of reward on log limit is causal, and follow the slope.
 
-    l_i ~ U[(1 - jitter) l, (1 + jitter) l]; the slope is averaged over about 10 iterations, because one batch hardly sees it. Growth is
-    `growth` x clip(slope / productive, -1/2, 1); until the average has settled (5 iterations) the law grows at full speed.
+    l_i ~ U[(1 - jitter) l, (1 + jitter) l]; the slope is averaged over about 10 iterations, because one batch hardly
+    sees it. Growth is `growth` x clip(slope / productive, -1/2, 1); until the average has settled (5 iterations) the
+    law grows at full speed.
     """
 
     maximum: int
@@ -230,7 +246,11 @@ class Probe(Law):
         logs = [math.log(limit) for limit in signals.limits]
         mean_log, mean_reward = sum(logs) / len(logs), sum(signals.rewards) / len(logs)
         variance = sum((x - mean_log) ** 2 for x in logs)
-        slope = sum((x - mean_log) * (r - mean_reward) for x, r in zip(logs, signals.rewards, strict=True)) / variance if variance else 0.0
+        slope = (
+            sum((x - mean_log) * (r - mean_reward) for x, r in zip(logs, signals.rewards, strict=True)) / variance
+            if variance
+            else 0.0
+        )
         self.seen += 1
         self.slope += (slope - self.slope) / min(self.seen, 10)
         share = 1.0 if self.seen < 5 else min(1.0, max(-0.5, self.slope / self.productive))
@@ -247,7 +267,13 @@ _KEYS = {
     "gated": (("start", "maximum"), ("growth",)),
     "probe": (("start", "maximum"), ("growth",)),
 }
-_WEIGHTS = {"w0": "w0", "reward": "w_reward", "value_loss": "w_value", "truncation": "w_truncation", "truncation_target": "truncation_target"}
+_WEIGHTS = {
+    "w0": "w0",
+    "reward": "w_reward",
+    "value_loss": "w_value",
+    "truncation": "w_truncation",
+    "truncation_target": "truncation_target",
+}
 
 
 def make_law(settings: LawSettings) -> Law:
@@ -257,7 +283,9 @@ def make_law(settings: LawSettings) -> Law:
     needed, optional = _KEYS[name]
     missing, extra = [k for k in needed if k not in given], [k for k in given if k not in (*needed, *optional)]
     if missing or extra:
-        wrong = [f"missing: {', '.join(missing)}"] * bool(missing) + [f"not used by it: {', '.join(extra)}"] * bool(extra)
+        wrong = [f"missing: {', '.join(missing)}"] * bool(missing) + [f"not used by it: {', '.join(extra)}"] * bool(
+            extra
+        )
         raise C2FError(f"law {name!r}: {'; '.join(wrong)}; it takes {', '.join((*needed, *optional))}")
     start, maximum = given.get("start", given.get("limit")), given.get("maximum", given.get("limit"))
     if start > maximum:

@@ -1,7 +1,7 @@
 """Loading, saving and wrapping of models: the causal language model, the actor-critic, the frozen reference.
 
-Inputs: local folders or hub ids in Hugging Face format, safetensors only, no remote code. What is simplified: the actor is a
-Llama-layout causal model; encoder-decoders are refused by the decoder.
+Inputs: local folders or hub ids in Hugging Face format, safetensors only, no remote code. What is simplified: the
+actor is a Llama-layout causal model; encoder-decoders are refused by the decoder.
 """
 
 import copy
@@ -28,22 +28,32 @@ CHUNKED_ABOVE = 4096  # vocabularies above this size never see full logits
 def device(models: Models) -> torch.device:
     """The device to work on; raises C2FError when CUDA is asked for and absent."""
     if models.device == "cuda" and not torch.cuda.is_available():
-        raise C2FError("models.device is 'cuda', but torch sees no GPU; install a CUDA build or set models.device to 'cpu'")
+        raise C2FError(
+            "models.device is 'cuda', but torch sees no GPU; install a CUDA build or set models.device to 'cpu'"
+        )
     return torch.device("cuda" if models.device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def load_causal(source: str | Path, models: Models, revision: str | None = None) -> nn.Module:
-    """A causal language model in evaluation mode, dropout off, in `models.dtype` on the chosen device; C2FError when it cannot be loaded."""
+    """A causal language model in evaluation mode, dropout off, in `models.dtype` on the chosen device; C2FError when
+    it cannot be loaded."""
     from transformers import AutoModelForCausalLM
 
     check_folder(str(source), "model")
     try:
         with quiet():
             model = AutoModelForCausalLM.from_pretrained(
-                str(source), revision=revision, dtype=getattr(torch, models.dtype), use_safetensors=True, trust_remote_code=False
+                str(source),
+                revision=revision,
+                dtype=getattr(torch, models.dtype),
+                use_safetensors=True,
+                trust_remote_code=False,
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise C2FError(f"model {source} cannot be loaded: {str(error).splitlines()[0]}; expected safetensors weights in Hugging Face format") from error
+        raise C2FError(
+            f"model {source} cannot be loaded: {str(error).splitlines()[0]}; expected safetensors weights in "
+            "Hugging Face format"
+        ) from error
     disable_dropout(model)
     return model.to(device(models)).eval()
 
@@ -51,8 +61,8 @@ def load_causal(source: str | Path, models: Models, revision: str | None = None)
 def load_tokenizer(source: str | Path, revision: str | None = None):
     """The tokenizer of a model, with EOS and with a PAD that is not EOS; embeddings are never resized.
 
-    Without a PAD of its own the tokenizer borrows an existing id (`<unk>`, else BOS, else the first other id): padding is never read,
-    it only must not look like the end of an answer.
+    Without a PAD of its own the tokenizer borrows an existing id (`<unk>`, else BOS, else the first other id):
+    padding is never read, it only must not look like the end of an answer.
     """
     from transformers import AutoTokenizer
 
@@ -61,7 +71,10 @@ def load_tokenizer(source: str | Path, revision: str | None = None):
     except (OSError, ValueError) as error:
         raise C2FError(f"tokenizer of {source} cannot be loaded: {str(error).splitlines()[0]}") from error
     if tokenizer.eos_token_id is None:
-        raise C2FError(f"the tokenizer of {source} has no EOS token; answers could never end. Set eos_token in its tokenizer_config.json")
+        raise C2FError(
+            f"the tokenizer of {source} has no EOS token; answers could never end. Set eos_token in its "
+            "tokenizer_config.json"
+        )
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         candidates = (tokenizer.unk_token_id, tokenizer.bos_token_id, *range(4))
         tokenizer.pad_token_id = next(i for i in candidates if i is not None and i != tokenizer.eos_token_id)
@@ -83,13 +96,19 @@ def add_lora(model: nn.Module, lora: Lora, task: str = "CAUSAL_LM", also: list[s
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.targets, lora_dropout=0.0, task_type=task, modules_to_save=also
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        target_modules=lora.targets,
+        lora_dropout=0.0,
+        task_type=task,
+        modules_to_save=also,
     )
     return get_peft_model(model, config)
 
 
 def save_model(model: nn.Module, tokenizer, folder: Path) -> None:
-    """Save to `folder` atomically; adapters are saved as adapters (`adapter_model.safetensors`), full models as models."""
+    """Save to `folder` atomically; adapters are saved as adapters (`adapter_model.safetensors`), full models as
+    models."""
     folder = Path(folder)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -119,13 +138,15 @@ def trunk_and_head(model: nn.Module) -> tuple[nn.Module, Tensor]:
 def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies [N] (nats, float32) of `targets` under softmax(hidden W^T / temperature).
 
-    The head computes in float32 whatever the trunk does. Large vocabularies go through TRL's chunked kernel, so that no [N, V] array
-    exists in forward or backward.
+    The head computes in float32 whatever the trunk does. Large vocabularies go through TRL's chunked kernel, so that
+    no [N, V] array exists in forward or backward.
     """
     if weight.shape[0] > CHUNKED_ABOVE:
         from trl.kernels import ChunkedLogProbFunction
 
-        logps, entropy, *_ = ChunkedLogProbFunction.apply(hidden.float(), weight, None, targets, temperature, CHUNKED_ABOVE, None, 1.0, ("entropy",))
+        logps, entropy, *_ = ChunkedLogProbFunction.apply(
+            hidden.float(), weight, None, targets, temperature, CHUNKED_ABOVE, None, 1.0, ("entropy",)
+        )
         return logps.float(), entropy.float()
     full = (F.linear(hidden.float(), weight.float()) / temperature).log_softmax(-1)
     with torch.no_grad():
@@ -157,21 +178,26 @@ class Critic(nn.Module):
 
 
 class ActorCritic(nn.Module):
-    """Actor and critic behind one trainable entry point, so that wrappers for distributed training always see the call."""
+    """Actor and critic behind one trainable entry point, so that wrappers for distributed training always see the
+    call."""
 
     def __init__(self, actor: nn.Module, critic: Critic):
         super().__init__()
         self.actor, self.critic = actor, critic
         # With adapters the reference is the actor itself with the adapters off; otherwise a frozen copy.
         adapters = hasattr(actor, "disable_adapter")
-        self._frozen = [] if adapters else [copy.deepcopy(actor).requires_grad_(False)]  # a list hides it from parameters()
+        self._frozen = (
+            [] if adapters else [copy.deepcopy(actor).requires_grad_(False)]
+        )  # a list hides it from parameters()
 
     @property
     def dtype(self) -> torch.dtype:
         """The type in which actor and reference compute."""
         return trunk_and_head(self.actor)[1].dtype
 
-    def forward(self, batch: Batch, temperature: float = 1.0, actor: bool = True) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    def forward(
+        self, batch: Batch, temperature: float = 1.0, actor: bool = True
+    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
         """Log-probability, entropy and value of every answer token, each [N] float32; no [B, T, V] array is made.
 
         With `actor=False` only values are computed (critic warm-up and scoring).
@@ -191,7 +217,11 @@ class ActorCritic(nn.Module):
     def final_values(self, batch: Batch) -> Tensor:
         """V after the last token of each row, [B]: what a cut answer is worth to the critic."""
         shared = self.critic.trunk is None
-        states = trunk_and_head(self.actor)[0](input_ids=batch.ids, use_cache=False).last_hidden_state if shared else self._states(batch)
+        states = (
+            trunk_and_head(self.actor)[0](input_ids=batch.ids, use_cache=False).last_hidden_state
+            if shared
+            else self._states(batch)
+        )
         return self.critic(states[torch.arange(len(batch.last)), batch.last])
 
     def _states(self, batch: Batch) -> Tensor:
@@ -212,6 +242,16 @@ class ActorCritic(nn.Module):
         else:
             with self.actor.disable_adapter():
                 yield self.actor
+
+    def recompute_activations(self) -> None:
+        """Keep only layer inputs for the backward pass, in the trunks of actor and critic (gradient checkpointing).
+
+        The library does so in training mode only; that mode changes nothing else, because dropout is off (`disable_dropout`).
+        """
+        for trunk in (self.actor, self.critic.trunk):
+            if trunk is not None:
+                trunk.gradient_checkpointing_enable({"use_reentrant": False})
+                trunk.train()
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Named parameters that training changes; a checkpoint holds these and nothing else."""

@@ -12,7 +12,8 @@ from c2f_utils.rollout import Sample
 def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Group indices so that (count x longest) stays within `budget` tokens; a longer single sequence goes alone.
 
-    Longest first: neighbours in length share a group, so little is padding. The grouping changes no gradient (losses are sums).
+    Longest first: neighbours in length share a group, so little is padding. The grouping changes no gradient (losses
+    are sums).
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     groups: list[list[int]] = []
@@ -26,7 +27,8 @@ def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded sequences and the places where answer tokens are predicted; a row's padding is seen by none of its tokens."""
+    """Right-padded sequences and the places where answer tokens are predicted; a row's padding is seen by none of
+    its tokens."""
 
     ids: Tensor  # [B, T] prompt + answer
     rows: Tensor  # [N] row of each answer token

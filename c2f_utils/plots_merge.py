@@ -133,7 +133,8 @@ def operator_table(source: object) -> Figure:
 
 @styled
 def variant_differences(source: object) -> Figure:
-    """Every variant against one coefficient for all tensors: paired difference in score, 95 % interval over problems."""
+    """Every variant against one coefficient for all tensors: paired difference in score, 95 % interval over
+    problems."""
     results, place = load(source, STAGE)
     rows = [
         {"group": group, "name": str(row.get("name") or row.get("operator") or row.get("out_dtype")), **row}
@@ -157,7 +158,9 @@ def variant_differences(source: object) -> Figure:
     ax.scatter(middle, y, 18, color=colours, zorder=3)
     ax.set_yticks(y, [f"{row['name']}  ({row['group']})" for row in rows], fontsize=6.5)
     ax.set_ylim(len(rows) - 0.5, -0.5)
-    ax.set_xlabel("difference in score, 95 % interval over validation problems\ngreen: better, orange: worse, grey: cannot tell")
+    ax.set_xlabel(
+        "difference in score, 95 % interval over validation problems\ngreen: better, orange: worse, grey: cannot tell"
+    )
     return fig
 
 

@@ -30,11 +30,13 @@ def kl_k3(logp: Tensor, reference: Tensor) -> Tensor:
     return log_ratio.exp() - 1 - log_ratio
 
 
-def gae(rewards: Tensor, values: Tensor, final_values: Tensor, mask: Tensor, gamma: float, lam: float | Tensor) -> Tensor:
+def gae(
+    rewards: Tensor, values: Tensor, final_values: Tensor, mask: Tensor, gamma: float, lam: float | Tensor
+) -> Tensor:
     """Generalised advantage estimates [B, T] (Schulman et al. 2016), zero outside the mask.
 
-    final_values [B] is V after the last token: 0 where the answer truly ended, the critic's value where the limit cut it and the
-    cut is bootstrapped (Pardo et al. 2018). `lam` is one number or one per row [B].
+    final_values [B] is V after the last token: 0 where the answer truly ended, the critic's value where the limit
+    cut it and the cut is bootstrapped (Pardo et al. 2018). `lam` is one number or one per row [B].
     """
     lengths = mask.sum(1)
     lam = torch.as_tensor(lam, dtype=values.dtype).expand(len(values))
@@ -91,21 +93,24 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float |
 class KLController:
     """Coefficient of the KL price; with a target it follows the *per-token* KL (after Ziegler et al. 2019).
 
-    Per token and not summed, because the summed KL grows with the limit and would tighten the leash for a reason that is not drift.
+    Per token and not summed, because the summed KL grows with the limit and would tighten the leash for a reason
+    that is not drift.
     """
 
     coefficient: float
     target: float = 0.0
 
     def update(self, kl_per_token: float) -> None:
-        """Multiply the coefficient by 1 + clip(KL / target - 1, -0.2, 0.2); KL in nats per token, target 0 keeps it fixed."""
+        """Multiply the coefficient by 1 + clip(KL / target - 1, -0.2, 0.2); KL in nats per token, target 0 keeps it
+        fixed."""
         if self.target:
             self.coefficient *= 1.0 + min(0.2, max(-0.2, kl_per_token / self.target - 1.0))
 
 
 @dataclass
 class RunningScale:
-    """Mean square of the reward over iterations; rewards are divided by its root, the mean is not shifted (PPO-max, MOSS 2023)."""
+    """Mean square of the reward over iterations; rewards are divided by its root, the mean is not shifted (PPO-max,
+    MOSS 2023)."""
 
     square: float = 0.0
     count: int = 0

@@ -36,7 +36,8 @@ def read(source: str, split: str = "train") -> tuple[list[Preference], int]:
     pairs = [pair for pair in rows if pair is not None]
     if not pairs:
         raise C2FError(
-            f"data.preferences = {source!r} holds no usable pair among {len(rows)} rows; expected rows with 'chosen' and 'rejected' dialogues "
+            f"data.preferences = {source!r} holds no usable pair among {len(rows)} rows; "
+            "expected rows with 'chosen' and 'rejected' dialogues "
             "that share all but the last answer: choose another file"
         )
     return pairs, len(rows) - len(pairs)
@@ -55,7 +56,8 @@ def _rows(source: str, split: str) -> Iterator[dict]:
     path = Path(source)
     if not path.is_file():
         raise C2FError(
-            f"data.preferences = {source!r} does not exist or is no file; expected a .jsonl or .jsonl.gz file in the HH-RLHF format"
+            f"data.preferences = {source!r} does not exist or is no file; "
+            "expected a .jsonl or .jsonl.gz file in the HH-RLHF format"
         )
     try:
         with (
@@ -90,7 +92,8 @@ def _hub_rows(source: str, split: str) -> Iterator[dict]:
         dataset = load_dataset(source, split=split)
     except Exception as error:  # the library raises many kinds; all mean the same to the user
         raise C2FError(
-            f"data.preferences = {source!r} is no local file and cannot be loaded from the hub ({str(error).splitlines()[0]}); "
+            f"data.preferences = {source!r} is no local file and cannot be loaded from the hub "
+            f"({str(error).splitlines()[0]}); "
             "name a .jsonl file or a data set that can be reached from here"
         ) from error
     if not {"chosen", "rejected"} <= set(dataset.column_names):
@@ -101,7 +104,7 @@ def _hub_rows(source: str, split: str) -> Iterator[dict]:
 
 
 def _split_pair(row: dict) -> Preference | None:
-    """Cut both transcripts at the last assistant header of `chosen`; None when they do not share the dialogue before it."""
+    """Cut both transcripts at the last assistant header of `chosen`; None unless they share the dialogue before."""
     cut = row["chosen"].rfind(ASSISTANT)
     prompt = row["chosen"][: cut + len(ASSISTANT)]
     # More turns on the rejected side only would make a whole dialogue into one answer.

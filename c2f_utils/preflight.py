@@ -18,7 +18,7 @@ _QUESTION, _STEP, _FORCED = 12, 4, 6
 
 
 def findings(settings: Settings) -> list[str]:
-    """One line per impossibility, each with the setting, its value, what was expected and what to do; empty when none is known."""
+    """One line per impossibility: the setting, its value, what was expected, what to do; empty if there is none."""
     found: list[str] = []
     for check in (_models, _preferences, _laws, _positions):
         found += check(settings)
@@ -42,7 +42,8 @@ def check_folder(source: str, what: str) -> None:
     weights = sorted(path.glob("*.safetensors"))
     if not weights:
         raise C2FError(
-            f"{what} = {source!r} has no *.safetensors file; expected safetensors weights (pickled checkpoints are not loaded)"
+            f"{what} = {source!r} has no *.safetensors file; "
+            "expected safetensors weights (pickled checkpoints are not loaded)"
         )
     from safetensors import SafetensorError, safe_open
 
@@ -87,7 +88,8 @@ def _preferences(settings: Settings) -> list[str]:
     prompts = len({pair.prompt for pair in pairs})
     if prompts < FEWEST_PROMPTS:
         return [
-            f"data.preferences = {data.preferences!r} holds {prompts} different prompts; expected at least {FEWEST_PROMPTS}: add more pairs"
+            f"data.preferences = {data.preferences!r} holds {prompts} different prompts; "
+            f"expected at least {FEWEST_PROMPTS}: add more pairs"
         ]
     return []
 
@@ -108,7 +110,7 @@ def _laws(settings: Settings) -> list[str]:
 
 
 def _positions(settings: Settings) -> list[str]:
-    """Every limit plus the longest prompt must fit the model's positions; unknown positions (hub ids) are checked when loaded."""
+    """Every limit plus the longest prompt must fit the model's positions; those of hub ids are checked when loaded."""
     limits = {
         f"{where}, largest limit": max(n for n in (law.limit, law.start, law.maximum, *(law.steps or [])) if n)
         if _any(law)
@@ -140,13 +142,15 @@ def _positions(settings: Settings) -> list[str]:
     if positions is None:
         return []
     found = [
-        f"{where} = {limit} tokens: with a prompt of up to {prompt} tokens that is beyond the model's {positions} positions ({name}); {advice}"
+        f"{where} = {limit} tokens: with a prompt of up to {prompt} tokens that is beyond the model's "
+        f"{positions} positions ({name}); {advice}"
         for where, limit in limits.items()
         if limit + prompt > positions
     ]
     if not settings.embedded and settings.reward.max_tokens > positions:
         found.append(
-            f"reward.max_tokens = {settings.reward.max_tokens} is beyond the model's {positions} positions ({name}); lower it"
+            f"reward.max_tokens = {settings.reward.max_tokens} is beyond the model's {positions} positions "
+            f"({name}); lower it"
         )
     return found
 

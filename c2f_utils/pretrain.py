@@ -1,9 +1,10 @@
 """Pretraining of the embedded base model: a real `MistralForCausalLM` checkpoint in about two minutes of one CPU core.
 
-Inputs: `settings.pretrain`, the document generator. Outputs: `model/` (safetensors, config, tokenizer) and the loss curve.
-Step-by-step arithmetic appears as a phase transition that depends on the number of updates more than on tokens, hence small steps
-(about 2,000 tokens) and Muon (momentum orthogonalised by Newton-Schulz iterations; Jordan et al. 2024) on the layer matrices, AdamW
-on the rest. Simplified: no packing across documents (a batch holds documents of similar length), no resume (it takes minutes).
+Inputs: `settings.pretrain`, the document generator. Outputs: `model/` (safetensors, config, tokenizer) and the loss
+curve. Step-by-step arithmetic appears as a phase transition that depends on the number of updates more than on
+tokens, hence small steps (about 2,000 tokens) and Muon (momentum orthogonalised by Newton-Schulz iterations; Jordan
+et al. 2024) on the layer matrices, AdamW on the rest. Simplified: no packing across documents (a batch holds
+documents of similar length), no resume (it takes minutes).
 """
 
 import random
@@ -51,7 +52,9 @@ def _bucket(pool: list[list[int]], budget: int, rng: random.Random) -> list[Tens
         groups[-1].append(document)
     rng.shuffle(groups)
     return [
-        nn.utils.rnn.pad_sequence([torch.tensor(d) for d in group], batch_first=True, padding_value=tasks.PAD) for group in groups if group
+        nn.utils.rnn.pad_sequence([torch.tensor(d) for d in group], batch_first=True, padding_value=tasks.PAD)
+        for group in groups
+        if group
     ]
 
 
@@ -61,7 +64,11 @@ def optimisers(model: nn.Module, config: Pretrain) -> list[torch.optim.Optimizer
     others = [p for n, p in model.named_parameters() if not (p.ndim == 2 and ".layers." in n)]
     return [
         torch.optim.Muon(
-            matrices, lr=config.learning_rate_matrices, momentum=0.95, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
+            matrices,
+            lr=config.learning_rate_matrices,
+            momentum=0.95,
+            weight_decay=config.weight_decay,
+            adjust_lr_fn="match_rms_adamw",
         ),
         torch.optim.AdamW(others, lr=config.learning_rate_other, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
     ]
@@ -96,6 +103,13 @@ def pretrain(settings: Settings, log=lambda row: None) -> nn.Module:
         tokens += int((batch != tasks.PAD).sum())
         losses.append(loss.detach())
         if step % every == 0:
-            log({"step": step, "tokens": tokens, "loss": round(torch.stack(losses).mean().item(), 5), "lr": groups[0].param_groups[0]["lr"]})
+            log(
+                {
+                    "step": step,
+                    "tokens": tokens,
+                    "loss": round(torch.stack(losses).mean().item(), 5),
+                    "lr": groups[0].param_groups[0]["lr"],
+                }
+            )
             losses = []
     return model.eval()

@@ -1,7 +1,7 @@
 """Decode-time counterpart of the residue merge: sample from instruct + c (coarse - base) in logit space.
 
-The three models run side by side on the same tokens (proxy-tuning, Liu et al. 2024); nothing is merged, and every token costs three
-forward passes and three key/value caches. A comparison, not a way to serve.
+The three models run side by side on the same tokens (proxy-tuning, Liu et al. 2024); nothing is merged, and every
+token costs three forward passes and three key/value caches. A comparison, not a way to serve.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,13 @@ class ProxyDecoder(KVDecoder):
     """A decoder whose logits are combined from three models of one layout."""
 
     def __init__(
-        self, instruct: nn.Module, coarse: nn.Module, base: nn.Module, tokenizer, coefficient: float, stop_strings: Sequence[str] = ()
+        self,
+        instruct: nn.Module,
+        coarse: nn.Module,
+        base: nn.Module,
+        tokenizer,
+        coefficient: float,
+        stop_strings: Sequence[str] = (),
     ):
         super().__init__(instruct, tokenizer, stop_strings=stop_strings)
         self.coefficient = coefficient
@@ -29,6 +35,7 @@ class ProxyDecoder(KVDecoder):
         depth = len(layers) // 3
         instruct = super()._forward(layers[:depth], *inputs)
         coarse, base = (
-            decoder._forward(layers[(i + 1) * depth : (i + 2) * depth], *inputs) for i, decoder in enumerate(self.others)
+            decoder._forward(layers[(i + 1) * depth : (i + 2) * depth], *inputs)
+            for i, decoder in enumerate(self.others)
         )
         return instruct + self.coefficient * (coarse - base)

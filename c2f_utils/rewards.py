@@ -1,9 +1,9 @@
 """Reward: train it (TRL `RewardTrainer`), average it (WARM), ask it for whole answers and for every prefix.
 
-Question: does the reward rank answers as intended, and how much does it like length? Inputs: preference pairs as token ids. Outputs: a
-`*ForSequenceClassification` checkpoint and its normalisation. The score is read off the last real token by explicit length, so a cut
-answer is scored as cut; being causal, one pass gives the reward of every prefix.
-Any function `samples -> rewards` can take the reward model's place (see `RewardFunction`).
+Question: does the reward rank answers as intended, and how much does it like length? Inputs: preference pairs as
+token ids. Outputs: a `*ForSequenceClassification` checkpoint and its normalisation. The score is read off the last
+real token by explicit length, so a cut answer is scored as cut; being causal, one pass gives the reward of every
+prefix. Any function `samples -> rewards` can take the reward model's place (see `RewardFunction`).
 """
 
 from collections.abc import Sequence
@@ -25,14 +25,16 @@ Pair = tuple[list[int], list[int]]  # prompt + chosen answer, prompt + rejected 
 
 
 class RewardFunction(Protocol):
-    """What the trainer asks for: one reward per sample, in any unit; `prefix_scores` is optional and feeds the tail laws."""
+    """What the trainer asks for: one reward per sample, in any unit; `prefix_scores` is optional and feeds the tail
+    laws."""
 
     def __call__(self, samples: Sequence[Sample]) -> Tensor: ...
 
 
 @dataclass
 class RewardModel:
-    """A trained scalar model with the mean and deviation of its score on base samples; rewards are (score - mean) / std."""
+    """A trained scalar model with the mean and deviation of its score on base samples; rewards are (score - mean) /
+    std."""
 
     model: nn.Module
     pad_id: int
@@ -46,23 +48,29 @@ class RewardModel:
 
     @torch.no_grad()
     def prefix_scores(self, samples: Sequence[Sample]) -> list[Tensor]:
-        """Per sample the normalised reward after each answer token, [len(ids)] float32: what the reward had been, cut there."""
+        """Per sample the normalised reward after each answer token, [len(ids)] float32: what the reward had been,
+        cut there."""
         scores: list[Tensor] = [torch.empty(0)] * len(samples)
         for group in pack([len(s.prompt.ids) + s.tokens for s in samples], self.tokens_per_batch):
             batch = collate([samples[i] for i in group], self.pad_id, self.model.score.weight.device)
-            hidden = self.model.model(input_ids=batch.ids, use_cache=False).last_hidden_state[batch.rows, batch.columns + 1]
+            hidden = self.model.model(input_ids=batch.ids, use_cache=False).last_hidden_state[
+                batch.rows, batch.columns + 1
+            ]
             flat = (self.model.score(hidden)[:, 0].float().cpu() - self.mean) / self.std
             for index, row in zip(group, batch.split(flat), strict=True):
                 scores[index] = row
         return scores
 
     def normalised_on(self, samples: Sequence[Sample]) -> "RewardModel":
-        """The same model with mean 0 and deviation 1 on these samples; raises C2FError if it gives them all the same score."""
+        """The same model with mean 0 and deviation 1 on these samples; raises C2FError if it gives them all the same
+        score."""
         raw = self(samples) * self.std + self.mean
         if not torch.isfinite(raw).all():
             raise C2FError("the reward model gives non-finite scores on base samples; lower reward.learning_rate")
         if raw.std() < 1e-6:
-            raise C2FError("the reward model gives every base sample the same score; it has learnt nothing: more pairs or steps")
+            raise C2FError(
+                "the reward model gives every base sample the same score; it has learnt nothing: more pairs or steps"
+            )
         return RewardModel(self.model, self.pad_id, float(raw.mean()), float(raw.std()), self.tokens_per_batch)
 
 
@@ -74,14 +82,21 @@ def new_reward_model(source: str | Path, settings: Settings, seed: int) -> nn.Mo
     torch.manual_seed(seed)
     revision = settings.models.base_revision if str(source) == settings.models.base else None
     model = AutoModelForSequenceClassification.from_pretrained(
-        str(source), revision=revision, num_labels=1, dtype=getattr(torch, settings.models.dtype), use_safetensors=True, trust_remote_code=False
+        str(source),
+        revision=revision,
+        num_labels=1,
+        dtype=getattr(torch, settings.models.dtype),
+        use_safetensors=True,
+        trust_remote_code=False,
     )
     nn.init.normal_(model.score.weight, std=(model.config.hidden_size + 1) ** -0.5)
     disable_dropout(model)
     return model.to(device(settings.models))
 
 
-def load_reward_model(source: str | Path, settings: Settings, pad_id: int, mean: float = 0.0, std: float = 1.0) -> RewardModel:
+def load_reward_model(
+    source: str | Path, settings: Settings, pad_id: int, mean: float = 0.0, std: float = 1.0
+) -> RewardModel:
     """A finished reward model; raises C2FError when the folder is no single-output model."""
     from transformers import AutoModelForSequenceClassification
 
@@ -90,16 +105,22 @@ def load_reward_model(source: str | Path, settings: Settings, pad_id: int, mean:
         str(source), dtype=getattr(torch, settings.models.dtype), use_safetensors=True, trust_remote_code=False
     )
     if model.config.num_labels != 1 or not hasattr(model, "score"):
-        raise C2FError(f"reward model {source} has {model.config.num_labels} outputs; expected one score per sequence (num_labels=1)")
+        raise C2FError(
+            f"reward model {source} has {model.config.num_labels} outputs; expected one score per sequence "
+            "(num_labels=1)"
+        )
     disable_dropout(model)
     return RewardModel(model.to(device(settings.models)).eval(), pad_id, mean, std)
 
 
-def train(source: str | Path, pairs: Sequence[Pair], tokenizer, settings: Settings, seed: int, log=lambda row: None) -> nn.Module:
+def train(
+    source: str | Path, pairs: Sequence[Pair], tokenizer, settings: Settings, seed: int, log=lambda row: None
+) -> nn.Module:
     """Fit a reward model on pairs of full token sequences with TRL's `RewardTrainer` (Bradley-Terry loss).
 
-    Pairs are handed over as `chosen_ids`/`rejected_ids` with `max_length=None`: given text, the trainer would append EOS to every
-    answer, also to cut ones, and drop long pairs. `log` receives {"step", "loss"}. Raises C2FError without pairs.
+    Pairs are handed over as `chosen_ids`/`rejected_ids` with `max_length=None`: given text, the trainer would append
+    EOS to every answer, also to cut ones, and drop long pairs. `log` receives {"step", "loss"}. Raises C2FError
+    without pairs.
     """
     from datasets import Dataset
     from trl import RewardConfig, RewardTrainer
@@ -116,11 +137,24 @@ def train(source: str | Path, pairs: Sequence[Pair], tokenizer, settings: Settin
     dataset = Dataset.from_dict({"chosen_ids": [c for c, _ in pairs], "rejected_ids": [r for _, r in pairs]})
     steps = config.max_steps or -(-len(pairs) * config.epochs // config.pairs_per_step)
     arguments = RewardConfig(
-        output_dir=".", max_length=None, per_device_train_batch_size=config.pairs_per_step, learning_rate=config.learning_rate,
-        max_steps=steps, lr_scheduler_type="linear", weight_decay=0.0, seed=seed, data_seed=seed, save_strategy="no", report_to=[],
-        logging_steps=max(1, steps // 50), disable_tqdm=True, bf16=False, gradient_checkpointing=settings.models.gradient_checkpointing,
-        use_cpu=device(settings.models).type == "cpu", dataloader_pin_memory=False,
-    )  # fmt: skip
+        output_dir=".",
+        max_length=None,
+        per_device_train_batch_size=config.pairs_per_step,
+        learning_rate=config.learning_rate,
+        max_steps=steps,
+        lr_scheduler_type="linear",
+        weight_decay=0.0,
+        seed=seed,
+        data_seed=seed,
+        save_strategy="no",
+        report_to=[],
+        logging_steps=max(1, steps // 50),
+        disable_tqdm=True,
+        bf16=False,
+        gradient_checkpointing=settings.models.gradient_checkpointing,
+        use_cpu=device(settings.models).type == "cpu",
+        dataloader_pin_memory=False,
+    )
     with quiet():
         trainer = RewardTrainer(model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer)
         fit(trainer, log)
@@ -129,7 +163,8 @@ def train(source: str | Path, pairs: Sequence[Pair], tokenizer, settings: Settin
 
 
 def average(models: Sequence[nn.Module]) -> nn.Module:
-    """Weight average of reward models that share an initial trunk (WARM, Rame et al. 2024); the first one is overwritten."""
+    """Weight average of reward models that share an initial trunk (WARM, Rame et al. 2024); the first one is
+    overwritten."""
     first, *others = models
     if others:
         states = [m.state_dict() for m in others]
@@ -140,7 +175,8 @@ def average(models: Sequence[nn.Module]) -> nn.Module:
 
 
 def verifiable(samples: Sequence[Sample]) -> Tensor:
-    """The programmatic reward of the embedded domain (its exact utility), an R1-Zero-style alternative to a learnt reward; [B]."""
+    """The programmatic reward of the embedded domain (its exact utility), an R1-Zero-style alternative to a learnt
+    reward; [B]."""
     from c2f_utils.tasks import check
 
     if any(s.prompt.problem is None for s in samples):

@@ -1,12 +1,13 @@
 """The embedded domain: inventory stories whose answers can be checked exactly.
 
-Question it answers: what does a model do when working step by step pays, and nobody ever showed it how to stop? A problem has 3-5
-operations on one running number. Guessing the result directly is near chance for a small model; writing one analysis sentence per
-operation is not. The base corpus holds both habits in mixed quality and hardly ever ends an analysis, so reinforcement learning
-without supervised fine-tuning makes the model analytical *and* endless, the behaviour that the coarse-to-fine method starts from.
+Question it answers: what does a model do when working step by step pays, and nobody ever showed it how to stop? A
+problem has 3-5 operations on one running number. Guessing the result directly is near chance for a small model;
+writing one analysis sentence per operation is not. The base corpus holds both habits in mixed quality and hardly
+ever ends an analysis, so reinforcement learning without supervised fine-tuning makes the model analytical *and*
+endless, the behaviour that the coarse-to-fine method starts from.
 
-Outputs: problems (disjoint splits), documents, preference pairs, instruction examples, and an exact `check` of any answer.
-Everything here is our design; the published system uses real data.
+Outputs: problems (disjoint splits), documents, preference pairs, instruction examples, and an exact `check` of any
+answer. Everything here is our design; the published system uses real data.
 """
 
 import random
@@ -29,10 +30,20 @@ CHECK = ("let", "us", "check", ".")
 FORCED_ANALYSIS = "let us think . start with"
 FORCED_ANSWER = "answer :"
 # Sentences that carry nothing, for the rambling part of the corpus.
-FILLERS = tuple(tuple(text.split()) for text in (
-    "this is not easy .", "we look at it again .", "so it goes on .", "there is more to say .", "now we think about it .",
-    "maybe it is more .", "maybe it is less .", "that is one way .", "and then we go on .",
-))  # fmt: skip
+FILLERS = tuple(
+    tuple(text.split())
+    for text in (
+        "this is not easy .",
+        "we look at it again .",
+        "so it goes on .",
+        "there is more to say .",
+        "now we think about it .",
+        "maybe it is more .",
+        "maybe it is less .",
+        "that is one way .",
+        "and then we go on .",
+    )
+)
 SPECIALS = ("<pad>", "<s>", "</s>", "<unk>")
 PAD, BOS, EOS = 0, 1, 2
 
@@ -115,7 +126,8 @@ def draw_problem(rng: random.Random, operations: tuple[int, int] = (3, 5)) -> Pr
 
 
 def problems(split: Split, count: int, seed: int, operations: tuple[int, int] = (3, 5)) -> list[Problem]:
-    """`count` distinct problems of one split, the same for the same seed; raises ValueError if `operations` asks for over 5 steps."""
+    """`count` distinct problems of one split, the same for the same seed; raises ValueError if `operations` asks for
+    over 5 steps."""
     if operations[1] > len(ORDINALS) or operations[0] > operations[1]:
         raise ValueError(f"operations = {operations}: expected (fewest, most) with at most {len(ORDINALS)}")
     rng = random.Random(f"{split}-{seed}")
@@ -130,7 +142,9 @@ def problems(split: Split, count: int, seed: int, operations: tuple[int, int] = 
 # --- answers ---------------------------------------------------------------------------------------------------------
 
 
-def analysis(problem: Problem, rng: random.Random, error_rate: float = 0.0, steps: int | None = None) -> tuple[list[str], int]:
+def analysis(
+    problem: Problem, rng: random.Random, error_rate: float = 0.0, steps: int | None = None
+) -> tuple[list[str], int]:
     """Analysis sentences (10 words each) and the value they end with; an error carries over into the later steps."""
     value = problem.start
     words = ["start", "with", str(value), "."]
@@ -207,12 +221,20 @@ def _drill(rng: random.Random) -> list[str]:
     for _ in range(rng.randint(4, 10)):
         value, operand = rng.randint(0, LARGEST), rng.randint(1, 4)
         gain = value + operand <= LARGEST and (value < operand or rng.random() < 0.5)
-        words += [str(value), "+" if gain else "-", str(operand), "=", str(value + operand if gain else value - operand), "."]
+        words += [
+            str(value),
+            "+" if gain else "-",
+            str(operand),
+            "=",
+            str(value + operand if gain else value - operand),
+            ".",
+        ]
     return words
 
 
 def documents(tokens: int, seed: int, operations: tuple[int, int] = (3, 5), longest: int = 160) -> Iterator[list[int]]:
-    """Base-corpus documents (token ids, begin-of-sequence first) until `tokens` tokens are reached; training problems only."""
+    """Base-corpus documents (token ids, begin-of-sequence first) until `tokens` tokens are reached; training
+    problems only."""
     rng = random.Random(f"documents-{seed}")
     while tokens > 0:
         if rng.random() < 0.15:
@@ -227,8 +249,11 @@ def documents(tokens: int, seed: int, operations: tuple[int, int] = (3, 5), long
         yield document
 
 
-def instructions(tokens: int, worked_share: float, seed: int, operations: tuple[int, int] = (3, 5)) -> Iterator[tuple[list[int], list[int]]]:
-    """Concise (prompt, answer) examples until `tokens` tokens are reached: right answers that end, some worked step by step."""
+def instructions(
+    tokens: int, worked_share: float, seed: int, operations: tuple[int, int] = (3, 5)
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Concise (prompt, answer) examples until `tokens` tokens are reached: right answers that end, some worked step
+    by step."""
     rng = random.Random(f"instructions-{seed}")
     while tokens > 0:
         problem = draw_problem(rng, operations)
@@ -270,7 +295,8 @@ class Verdict:
 
     @property
     def utility(self) -> float:
-        """True quality: 3 x share of distinct correct steps - 0.25 x wrong steps (at most 4) + 1.5 or -0.5 for the last answer + 0.4 for a check section; no length term."""
+        """True quality: 3 x share of distinct correct steps - 0.25 x wrong steps (at most 4) + 1.5 or -0.5 for the
+        last answer + 0.4 for a check section; no length term."""
         steps = 3.0 * self.correct_steps / self.steps - 0.25 * min(self.wrong_steps, 4)
         return steps + (1.5 if self.last_right else -0.5) + (0.4 if self.checks else 0.0)
 
@@ -309,10 +335,18 @@ def check(problem: Problem, ids: Sequence[int]) -> Verdict:
                 wrong += 1
     plain = [token for token in ids if token >= len(SPECIALS)]
     return Verdict(
-        correct_steps=len(right), wrong_steps=wrong, steps=len(problem.operations),
-        first_answer=answers[0] if answers else None, last_answer=answers[-1] if answers else None, gold=problem.answer,
-        checks=checks, tokens=len(ids), ended=EOS in ids, rep4=rep_n(plain, 4), duplicate_sentences=duplicate_sentence_share(spoken),
-    )  # fmt: skip
+        correct_steps=len(right),
+        wrong_steps=wrong,
+        steps=len(problem.operations),
+        first_answer=answers[0] if answers else None,
+        last_answer=answers[-1] if answers else None,
+        gold=problem.answer,
+        checks=checks,
+        tokens=len(ids),
+        ended=EOS in ids,
+        rep4=rep_n(plain, 4),
+        duplicate_sentences=duplicate_sentence_share(spoken),
+    )
 
 
 def _step(problem: Problem, index: int, values: tuple[int, ...]) -> list[str]:

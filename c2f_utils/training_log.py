@@ -8,7 +8,8 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence transformers' and TRL's console output and progress bars inside the block; all of it comes back afterwards."""
+    """Silence transformers' and TRL's console output and progress bars inside the block; all of it comes back
+    afterwards."""
     from transformers.utils import logging as hf_logging
 
     before, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()

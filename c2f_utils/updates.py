@@ -1,8 +1,9 @@
 """One optimiser step out of micro-batches of any number: accumulate, agree with the other processes, clip, step.
 
-AdamW works in float32. Parameters in another type (bfloat16, full fine-tuning) get a float32 master that the optimiser owns and that
-is rounded into the model after each step: at learning rates near 1e-6 bfloat16 alone would swallow every update. Their gradients are
-summed over micro-batches in float32, too. Adapters and heads are float32 already.
+AdamW works in float32. Parameters in another type (bfloat16, full fine-tuning) get a float32 master that the
+optimiser owns and that is rounded into the model after each step: at learning rates near 1e-6 bfloat16 alone would
+swallow every update. Their gradients are summed over micro-batches in float32, too. Adapters and heads are float32
+already.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,24 +26,30 @@ class Updates:
         self.config, self.ranks, self.budget = config, ranks, budget
         self.parameters: dict[str, nn.Parameter] = policy.trainable()
         self.weights = {
-            name: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for name, p in self.parameters.items()
+            name: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float())
+            for name, p in self.parameters.items()
         }
         self._mastered = [(p, self.weights[n]) for n, p in self.parameters.items() if p is not self.weights[n]]
         actor = [w for n, w in self.weights.items() if not n.startswith("critic.")]
         critic = [w for n, w in self.weights.items() if n.startswith("critic.")]
-        groups = [{"params": actor, "lr": config.actor_learning_rate}, {"params": critic, "lr": config.critic_learning_rate}]
+        groups = [
+            {"params": actor, "lr": config.actor_learning_rate},
+            {"params": critic, "lr": config.critic_learning_rate},
+        ]
         self.optimiser = torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.0, fused=True)
 
     def accumulate(self, lengths: Sequence[int], backward: Callable[[list[int], float], Stats]) -> list[Stats]:
         """Gradients of one optimiser step, summed over micro-batches and processes; statistics of each micro-batch.
 
-        `lengths` are the padded tokens of this process's sequences, `backward(indices, weight)` adds one micro-batch's gradient.
+        `lengths` are the padded tokens of this process's sequences, `backward(indices, weight)` adds one
+        micro-batch's gradient.
         """
 
         def attempt(budget: int) -> list[Stats]:
             self.optimiser.zero_grad(set_to_none=True)
             groups = pack(lengths, budget)
-            # With split weights every pass is collective: processes with fewer of them keep the others company, at weight zero.
+            # With split weights every pass is collective: processes with fewer of them keep the others company, at
+            # weight zero.
             idle = int(self.ranks.most(len(groups))) - len(groups) if self.ranks.sharded else 0
             stats = [self._absorbed(backward(group, 1.0)) for group in groups]
             for _ in range(idle):

@@ -1,6 +1,7 @@
 """A small server for `test_kills.py`: forks a training process per line of input, so that 40 of them need one import.
 
-    python killed_runs.py        # then lines of "LAW LORA FOLDER"; answers the process number, and "ready" once training starts
+    python killed_runs.py        # then lines of "LAW LORA FOLDER"; answers the process number, and "ready" once
+    training starts
 
 The forked process trains to the end and writes what it found to FOLDER/found.json; the test kills it whenever it likes.
 """
@@ -30,7 +31,12 @@ def work(law: str, lora: bool, folder: Path) -> None:
     for _ in process:
         pass
     rows = [{k: v for k, v in row.items() if k != "seconds"} for row in process.history]
-    found = {"rows": rows, "law": process.law.state_dict(), "weights": digest(weights(process)), "tokens": process.rollout_tokens}
+    found = {
+        "rows": rows,
+        "law": process.law.state_dict(),
+        "weights": digest(weights(process)),
+        "tokens": process.rollout_tokens,
+    }
     (folder / "found.json").write_text(json.dumps(found))
 
 

@@ -39,7 +39,7 @@ POOR = (" No.", " I do not know and I do not know and I do not know.", " Why do 
 
 
 def pairs(count: int = PAIRS, seed: int = 0) -> list[dict[str, str]]:
-    """Rows {"chosen", "rejected"} as HH-RLHF has them: one or two turns, both transcripts sharing all but the last answer."""
+    """Rows {"chosen", "rejected"} as HH-RLHF has them: one or two turns, sharing all but the last answer."""
     rng = random.Random(seed)
     rows = []
     for number in range(count):
@@ -86,6 +86,7 @@ def model(vocabulary: int, seed: int = 0, **changes):
     )
     with torch.no_grad():
         made.lm_head.weight.mul_(8)
+        made.lm_head.weight[2].mul_(6)  # otherwise one token in 400 would be EOS
     return made
 
 
@@ -118,11 +119,16 @@ def settings(folder: Path, dtype: str) -> dict:
             "base": str(folder / "base"), "instruct": str(folder / "instruct"), "dtype": dtype, "device": "cpu",
             "lora": {"rank": 4, "alpha": 8},
         },
-        "data": {"preferences": str(folder / "pairs.jsonl"), "max_prompt_tokens": 96, "validation_prompts": 8, "test_prompts": 8},
+        "data": {
+            "preferences": str(folder / "pairs.jsonl"), "max_prompt_tokens": 96,
+            "validation_prompts": 8, "test_prompts": 8,
+        },
         "reward": {"pairs": 48, "held_out_pairs": 16, "pairs_per_step": 8, "max_tokens": 160},
         "coarse": {
-            "law": law, "iterations": 2, "prompts": 8, "minibatches": 2, "critic_warmup": 1, "tokens_per_micro_batch": 1024,
-            "tokens_in_cache": 2048, "evaluate_every": 1, "evaluation_prompts": 6, "evaluation_tokens": 16, "checkpoint_every": 1,
+            "law": law, "iterations": 2, "prompts": 8, "minibatches": 2, "critic_warmup": 1,
+            "tokens_per_micro_batch": 1024,
+            "tokens_in_cache": 2048, "evaluate_every": 1, "evaluation_prompts": 6,
+            "evaluation_tokens": 16, "checkpoint_every": 1,
             "probes": 2, "actor_learning_rate": 1e-3,
         },
         "schedules": {"laws": {

@@ -36,7 +36,9 @@ def step_gradient(process, e, chosen) -> torch.Tensor:
     return kept["g"]
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
 def test_out_of_memory_halves_the_budget_and_leaves_the_gradient_as_it_was(error, capsys):
     gradients = []
     for scarce in (False, True):

@@ -55,7 +55,9 @@ def test_packing_changes_no_gradient():
         tokens = sum(s.tokens for s in e.samples)
         for group in groups(process, e):
             process._backward(e, group, tokens, warming=False)
-        gradients.append(torch.cat([p.grad.flatten() for p in process.policy.trainable().values() if p.grad is not None]))
+        gradients.append(
+            torch.cat([p.grad.flatten() for p in process.policy.trainable().values() if p.grad is not None])
+        )
     for other in gradients[1:]:
         assert (gradients[0] - other).norm() / gradients[0].norm() < 1e-5
 
@@ -182,7 +184,13 @@ def test_training_raises_a_reward_that_can_be_raised():
         return torch.tensor([s.ids.count(tasks.IDS["coins"]) / 4 for s in batch])
 
     process = trainer(
-        "fixed", reward=mentions, iterations=30, prompts=16, actor_learning_rate=3e-3, kl_coefficient=0.0, critic_learning_rate=3e-3
+        "fixed",
+        reward=mentions,
+        iterations=30,
+        prompts=16,
+        actor_learning_rate=3e-3,
+        kl_coefficient=0.0,
+        critic_learning_rate=3e-3,
     )
     rows = list(process)
     assert sum(r["reward"] for r in rows[-5:]) / 5 > sum(r["reward"] for r in rows[:5]) / 5 + 0.2
@@ -192,7 +200,11 @@ def test_the_critic_learns_to_explain_the_returns():
     def known_from_the_prompt(batch):
         return torch.tensor([2.0 * (s.prompt.ids[3] % 2) for s in batch])
 
-    rows = list(trainer("fixed", reward=known_from_the_prompt, iterations=20, critic_learning_rate=3e-3, actor_learning_rate=1e-6))
+    rows = list(
+        trainer(
+            "fixed", reward=known_from_the_prompt, iterations=20, critic_learning_rate=3e-3, actor_learning_rate=1e-6
+        )
+    )
     assert rows[-1]["explained_variance"] > 0.8 and rows[0]["explained_variance"] < 0.3
 
 
@@ -212,7 +224,9 @@ def test_impossible_work_is_refused_before_it_starts():
         trainer(limits.Fixed(500))
     process = trainer()
     with pytest.raises(C2FError, match="no prompts"):
-        type(process)(process.policy, process.reward, process.sampler, [], process.law, process.config, seed=0, pad_id=0)
+        type(process)(
+            process.policy, process.reward, process.sampler, [], process.law, process.config, seed=0, pad_id=0
+        )
 
 
 def test_a_law_without_its_signal_is_refused_at_the_first_step():

@@ -46,15 +46,16 @@ def test_the_loss_counts_answer_tokens_only(base, monkeypatch):
 
 
 def test_it_learns_to_end_its_answers(base):
+    bare = {"instruct.learning_rate": 5e-3, "instruct.worked_share": 0.0}
     losses: list[dict] = []
-    model, _ = instruct.train(base, TOKENIZER, settings(90_000, **{"instruct.learning_rate": 5e-3}), losses.append)
+    model, _ = instruct.train(base, TOKENIZER, settings(60_000, **bare), losses.append)
     assert losses[-1]["loss"] < 0.6 * losses[0]["loss"] and not model.training
     prompts = make_prompts(tasks.problems("validation", 16, 0))
     ends = [
         evaluate.measure(evaluate.answers(m, TOKENIZER, prompts, "sampled_t1", 40, 0))["eos_rate"]
         for m in (models.load_causal(base, settings().models), model)
     ]
-    assert ends[1] > 0.8 > ends[0]
+    assert ends[1] > 0.9 > ends[0]
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(base):

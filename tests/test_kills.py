@@ -1,4 +1,5 @@
-"""A training process killed at any moment continues as if nothing had happened: 20 SIGKILLs over laws and adapters, 0 differences."""
+"""A training process killed at any moment continues as if nothing had happened: 20 SIGKILLs over laws and adapters,
+0 differences."""
 
 import itertools
 import json

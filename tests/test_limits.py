@@ -105,7 +105,12 @@ def test_in_paper_mode_truncation_has_no_say():
     paths = []
     for share in (0.0, 1.0):
         one = make("logistic", **law)
-        paths.append([one.update(limits.Signals(iteration=i, reward=0.1 * i, value_error=0.4, truncated_share=share)) for i in range(6)])
+        paths.append(
+            [
+                one.update(limits.Signals(iteration=i, reward=0.1 * i, value_error=0.4, truncated_share=share))
+                for i in range(6)
+            ]
+        )
     assert paths[0] == paths[1]
 
 

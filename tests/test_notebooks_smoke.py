@@ -27,9 +27,7 @@ from c2f_utils.config import STAGES, load_settings
 
 SMOKE = load_settings("smoke")
 PARENTS = ("base", "instruct", "coarse", "fine")
-CONTROLS = (
-    "interpolation", "random_residue", "instruct_forced", "base_forced", "ppo_instruct", "fixed_long_residue",
-)  # fmt: skip
+CONTROLS = {*SMOKE.merge.controls, "best_recipe", "instruct_forced", "base_forced"}
 
 
 def test_every_stage_is_done_and_says_where_it_comes_from(smoke_run):
@@ -156,6 +154,7 @@ def test_the_fine_actor_on_disk_is_the_chosen_recipe(smoke_run):
 
 def test_the_evaluation_has_every_model_control_and_decoding(smoke_run):
     found = results(smoke_run, "07")
+    assert {"interpolation", "random_residue", "ppo_instruct", "fixed_long_residue"} <= CONTROLS, "always shown"
     assert set(found["models"]) == {*PARENTS, *CONTROLS}
     for name, model in found["models"].items():
         assert model["role"] == (name if name in PARENTS else "control") and model["label"]
@@ -190,7 +189,7 @@ def test_samples_are_complete(smoke_run, stage, models):
 def test_models_are_in_hugging_face_format(smoke_run, stage):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = next(smoke_run.glob(f"{stage}_*/model"))
+    folder = next(smoke_run.glob("04_*/models/fixed_long-s0" if stage == "04" else f"{stage}_*/model"))
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert type(model).__name__ == "MistralForCausalLM" and len(tokenizer) == model.config.vocab_size
     assert tokenizer.pad_token_id != tokenizer.eos_token_id == model.config.eos_token_id

@@ -11,7 +11,7 @@ from finished_runs import DECODINGS, check_metrics, check_samples, finished, res
 from c2f_utils import preferences
 from c2f_utils.config import STAGES, load_settings, read_yaml
 
-MODELS = {"base", "instruct", "coarse", "fine", "interpolation", "random_residue", "ppo_instruct", "fixed_long_residue"}
+MODELS = {"base", "instruct", "coarse", "fine", "best_recipe", *load_settings("mistral_7b").merge.controls}
 
 
 @pytest.fixture(scope="module")

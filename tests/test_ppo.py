@@ -36,7 +36,9 @@ def test_gae_ignores_what_lies_behind_an_answer():
     rewards, values = torch.randn(2, 2, 6) * mask
     dirty = values.masked_fill(~mask, 99.0)
     final = torch.zeros(2)
-    assert torch.allclose(ppo.gae(rewards, values, final, mask, 1.0, 0.9), ppo.gae(rewards, dirty, final, mask, 1.0, 0.9))
+    assert torch.allclose(
+        ppo.gae(rewards, values, final, mask, 1.0, 0.9), ppo.gae(rewards, dirty, final, mask, 1.0, 0.9)
+    )
 
 
 def test_whitened_advantages_have_unit_variance_over_real_tokens_only():
@@ -54,7 +56,9 @@ def test_the_first_policy_gradient_is_that_of_the_advantage():
     assert torch.equal(logp.grad, -advantages) and torch.equal(ratio, torch.ones(2)) and not clipped.any()
 
 
-@pytest.mark.parametrize(("ratio", "advantage", "gradient"), [(1.5, 1.0, False), (0.5, -1.0, False), (1.5, -1.0, True), (0.5, 1.0, True)])
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "gradient"), [(1.5, 1.0, False), (0.5, -1.0, False), (1.5, -1.0, True), (0.5, 1.0, True)]
+)
 def test_the_clip_stops_only_moves_that_went_far_in_the_wanted_direction(ratio, advantage, gradient):
     logp = torch.tensor([ratio]).log().requires_grad_()
     ppo.policy_loss(logp, torch.zeros(1), torch.tensor([advantage]), 0.2)[0].sum().backward()

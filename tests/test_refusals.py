@@ -1,4 +1,5 @@
-"""Bad input is refused before training, all of it at once; what goes wrong later stops with the samples and a sound checkpoint."""
+"""Bad input is refused before training, all of it at once; what goes wrong later stops with the samples and a sound
+checkpoint."""
 
 import copy
 
@@ -23,13 +24,21 @@ def scored(vocabulary: int) -> MistralForSequenceClassification:
 
 def again(process, **changes):
     """The same trainer built anew with other parts."""
-    parts = {"policy": process.policy, "reward": process.reward, "sampler": process.sampler, "prompts": process.prompts, "law": process.law}
+    parts = {
+        "policy": process.policy,
+        "reward": process.reward,
+        "sampler": process.sampler,
+        "prompts": process.prompts,
+        "law": process.law,
+    }
     return type(process)(**parts | changes, config=process.config, seed=0, pad_id=tasks.PAD)
 
 
 def test_a_reward_model_with_another_vocabulary_is_refused():
     reward = rewards.RewardModel(scored(len(tasks.VOCABULARY) + 8), tasks.PAD)
-    with pytest.raises(C2FError, match=f"reward model has a vocabulary of {len(tasks.VOCABULARY) + 8} tokens, the actor one of"):
+    with pytest.raises(
+        C2FError, match=f"reward model has a vocabulary of {len(tasks.VOCABULARY) + 8} tokens, the actor one of"
+    ):
         again(trainer(), reward=reward)
 
 
@@ -76,7 +85,12 @@ def test_a_tokenizer_without_eos_is_refused(tmp_path):
 
 def test_every_impossible_prompt_is_named_at_once():
     good = prompts(3)
-    bad = [*good, rollout.Prompt((), "empty"), rollout.Prompt((1, 10_000), "foreign"), rollout.Prompt((1,) * 120, "long")]
+    bad = [
+        *good,
+        rollout.Prompt((), "empty"),
+        rollout.Prompt((1, 10_000), "foreign"),
+        rollout.Prompt((1,) * 120, "long"),
+    ]
     with pytest.raises(C2FError) as caught:
         again(trainer("fixed"), prompts=bad)
     said = str(caught.value)
@@ -117,7 +131,9 @@ def test_a_non_finite_loss_stops_with_the_iteration_the_sample_and_a_checkpoint_
     process = trainer("fixed", tmp_path, checkpoint_every=100)
     before = weights(process)
     poisoned(process, 5)
-    with pytest.raises(C2FError, match=r"non-finite loss in iteration 1, samples \[5\] of 8; checkpoint .*step-00000 is from before it"):
+    with pytest.raises(
+        C2FError, match=r"non-finite loss in iteration 1, samples \[5\] of 8; checkpoint .*step-00000 is from before it"
+    ):
         process.step()
     sound = load_file(checkpoints.latest(tmp_path) / "weights.safetensors")
     assert all(torch.equal(before[name], value) for name, value in sound.items())
@@ -131,7 +147,9 @@ def test_a_non_finite_gradient_takes_no_step_and_names_its_samples(tmp_path):
     clip = torch.nn.utils.clip_grad_norm_
     torch.nn.utils.clip_grad_norm_ = lambda parameters, limit: clip(parameters, limit) * float("inf")
     try:
-        with pytest.raises(C2FError, match=r"non-finite gradient norm in iteration 1, samples \[0, 1, 2, 3, 4, 5, 6, 7\]"):
+        with pytest.raises(
+            C2FError, match=r"non-finite gradient norm in iteration 1, samples \[0, 1, 2, 3, 4, 5, 6, 7\]"
+        ):
             process.improve(e)
     finally:
         torch.nn.utils.clip_grad_norm_ = clip

@@ -5,9 +5,9 @@ import torch
 from tiny_models import SHAPE, TOKENIZER, causal, prompts, samples
 
 from c2f_utils import tasks
+from c2f_utils.config import Lora
 from c2f_utils.errors import C2FError
 from c2f_utils.models import ActorCritic, Critic, add_lora
-from c2f_utils.config import Lora
 from c2f_utils.packing import collate
 from c2f_utils.rollout import KVDecoder, Prompt
 
@@ -44,7 +44,9 @@ def test_greedy_answers_equal_those_of_the_library(model):
     ours = KVDecoder(model, TOKENIZER)(prompts(6), 24, temperature=0.0)
     for sample in ours:
         ids = torch.tensor([sample.prompt.ids])
-        theirs = model.generate(ids, max_new_tokens=24, do_sample=False, pad_token_id=tasks.PAD, attention_mask=torch.ones_like(ids))
+        theirs = model.generate(
+            ids, max_new_tokens=24, do_sample=False, pad_token_id=tasks.PAD, attention_mask=torch.ones_like(ids)
+        )
         assert sample.ids == theirs[0, ids.shape[1] :].tolist()
 
 

@@ -25,7 +25,13 @@ WORKED = (
 
 def test_a_right_worked_answer_gets_full_marks(problem):
     verdict = tasks.check(problem, ids(WORKED))
-    assert (verdict.correct_steps, verdict.wrong_steps, verdict.first_right, verdict.last_right, verdict.ended) == (3, 0, True, True, True)
+    assert (verdict.correct_steps, verdict.wrong_steps, verdict.first_right, verdict.last_right, verdict.ended) == (
+        3,
+        0,
+        True,
+        True,
+        True,
+    )
     assert verdict.utility == pytest.approx(4.5)
 
 
@@ -39,7 +45,11 @@ def test_utility_follows_its_published_formula(problem):
 
 def test_repeating_a_right_step_earns_nothing_more(problem):
     once = "first finds 4 so 7 + 4 = 11 ."
-    assert tasks.check(problem, ids(once)).correct_steps == tasks.check(problem, ids(f"{once} {once} {once}")).correct_steps == 1
+    assert (
+        tasks.check(problem, ids(once)).correct_steps
+        == tasks.check(problem, ids(f"{once} {once} {once}")).correct_steps
+        == 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -58,7 +68,10 @@ def test_a_step_that_is_not_the_problems_is_wrong(problem, sentence):
 
 def test_utility_has_no_length_term(problem):
     filler = "so it goes on . "
-    assert tasks.check(problem, ids("answer : 12 .")).utility == tasks.check(problem, ids(filler * 9 + "answer : 12 .")).utility
+    assert (
+        tasks.check(problem, ids("answer : 12 .")).utility
+        == tasks.check(problem, ids(filler * 9 + "answer : 12 .")).utility
+    )
 
 
 def test_length_enters_the_label_and_only_the_label(problem):
@@ -68,8 +81,15 @@ def test_length_enters_the_label_and_only_the_label(problem):
 
 
 def test_splits_are_disjoint_in_what_decides_a_problem():
-    keys = {split: {(p.start, p.operations) for p in tasks.problems(split, 300, 5)} for split in ("train", "validation", "test")}
-    assert not keys["train"] & keys["validation"] and not keys["train"] & keys["test"] and not keys["validation"] & keys["test"]
+    keys = {
+        split: {(p.start, p.operations) for p in tasks.problems(split, 300, 5)}
+        for split in ("train", "validation", "test")
+    }
+    assert (
+        not keys["train"] & keys["validation"]
+        and not keys["train"] & keys["test"]
+        and not keys["validation"] & keys["test"]
+    )
 
 
 def test_corpus_instructions_and_training_prompts_hold_training_problems_only():

@@ -55,9 +55,23 @@ LAWS = {
 }
 
 
-def trainer(law: str | limits.Law = "logistic", folder=None, lora: bool = False, reward=None, seed: int = 0, those=None, **changes) -> CoarseTrainer:
+def trainer(
+    law: str | limits.Law = "logistic",
+    folder=None,
+    lora: bool = False,
+    reward=None,
+    seed: int = 0,
+    those=None,
+    **changes,
+) -> CoarseTrainer:
     """A trainer on a random model; `changes` go into `Coarse`, `those` are the processes that share the work."""
-    settings = {"iterations": 4, "prompts": 8, "tokens_per_micro_batch": 400, "checkpoint_every": 1, "critic_head": "zero"} | changes
+    settings = {
+        "iterations": 4,
+        "prompts": 8,
+        "tokens_per_micro_batch": 400,
+        "checkpoint_every": 1,
+        "critic_head": "zero",
+    } | changes
     actor = causal()
     if lora:
         torch.manual_seed(5)
@@ -68,7 +82,15 @@ def trainer(law: str | limits.Law = "logistic", folder=None, lora: bool = False,
     decoder = rollout.KVDecoder(actor, TOKENIZER)
     rule = limits.make_law(LAWS[law]) if isinstance(law, str) else law
     return CoarseTrainer(
-        policy, reward or PrefixReward(), decoder, prompts(), rule, Coarse(law=LAWS["fixed"], **settings), seed=seed, pad_id=tasks.PAD, folder=folder,
+        policy,
+        reward or PrefixReward(),
+        decoder,
+        prompts(),
+        rule,
+        Coarse(law=LAWS["fixed"], **settings),
+        seed=seed,
+        pad_id=tasks.PAD,
+        folder=folder,
         ranks=those,
     )
 

@@ -8,7 +8,8 @@ from c2f_utils.workflow.inputs import Inputs, keep_samples
 
 
 def make(run: Run) -> dict:
-    """Results of 01: loss curve, what the base can do when its answer's beginning is forced, how it behaves on its own."""
+    """Results of 01: loss curve, what the base can do when its answer's beginning is forced, how it behaves on its
+    own."""
     here, settings = run.here, run.settings
     if here.loaded:
         return here.results()
@@ -37,7 +38,8 @@ def make(run: Run) -> dict:
 
 
 def _forced(inputs: Inputs, model, prompts) -> dict[str, float]:
-    """Greedy first-answer accuracy after a forced analysis and after a forced direct answer: where the knowledge sits."""
+    """Greedy first-answer accuracy after a forced analysis and after a forced direct answer: where the knowledge
+    sits."""
     problems = [p.problem for p in prompts]
     shares = {}
     for name, prefix in (("forced_accuracy", tasks.FORCED_ANALYSIS), ("forced_direct_accuracy", tasks.FORCED_ANSWER)):

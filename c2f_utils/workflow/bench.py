@@ -18,8 +18,8 @@ def state_of(model: nn.Module) -> State:
 class Bench:
     """Merges with the kernels of the streaming merger and measures on validation problems, T=1.
 
-    One model object is reused for all merges. Once `compare_with` has set a reference, every row also carries its paired
-    difference to it: `difference`, `low`, `high` (score, 95 % bootstrap interval over problems).
+    One model object is reused for all merges. Once `compare_with` has set a reference, every row also carries its
+    paired difference to it: `difference`, `low`, `high` (score, 95 % bootstrap interval over problems).
     """
 
     def __init__(self, run: Run):
@@ -52,7 +52,9 @@ class Bench:
 
     def merged(self, recipe: merge.Recipe, coarse: State | None = None) -> nn.Module:
         """The bench's model with merged weights; valid until the next call."""
-        state = merge.merge_state_dicts(recipe, self.states["base"], self.states["instruct"], coarse or self.states["coarse"])
+        state = merge.merge_state_dicts(
+            recipe, self.states["base"], self.states["instruct"], coarse or self.states["coarse"]
+        )
         return self.loaded(state)
 
     def loaded(self, state: State) -> nn.Module:

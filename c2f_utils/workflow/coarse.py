@@ -38,13 +38,13 @@ def trainer(
     config = config or settings.coarse
     model = inputs.base() if start is None else start
     actor = models.add_lora(model, settings.models.lora) if settings.models.lora else model
-    if settings.models.gradient_checkpointing:
-        actor.gradient_checkpointing_enable({"use_reentrant": False})
     if config.critic == "separate" and config.critic_head == "reward":
         critic = models.Critic.from_reward(inputs.reward.model, inputs.reward.mean, inputs.reward.std)
     else:
         critic = models.Critic(model.config.hidden_size, inputs.base().model if config.critic == "separate" else None)
     policy = models.ActorCritic(actor, critic.to(models.device(settings.models)))
+    if settings.models.gradient_checkpointing:
+        policy.recompute_activations()
     engine = {"kv": KVDecoder, "continuous": ContinuousBatching}[config.engine]
     decoder = engine(actor, inputs.tokenizer, config.tokens_in_cache, settings.data.stop_strings)
     return CoarseTrainer(

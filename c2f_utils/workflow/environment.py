@@ -29,11 +29,16 @@ def profiles_table(run: Run) -> pd.DataFrame:
             verdict = "yes"
         else:
             verdict = f"no: laid out for {needed} GiB of GPU memory, found {largest:.0f}"
-        rows.append({
-            "profile": name + (" (chosen)" if name == run.settings.profile else ""), "base": settings.models.base or "pretrained here",
-            "trains": "adapters" if settings.models.lora else "all weights", "largest limit, tokens": settings.coarse.law.maximum or settings.coarse.law.limit,
-            "iterations": settings.coarse.iterations, "runs here": verdict,
-        })  # fmt: skip
+        rows.append(
+            {
+                "profile": name + (" (chosen)" if name == run.settings.profile else ""),
+                "base": settings.models.base or "pretrained here",
+                "trains": "adapters" if settings.models.lora else "all weights",
+                "largest limit, tokens": settings.coarse.law.maximum or settings.coarse.law.limit,
+                "iterations": settings.coarse.iterations,
+                "runs here": verdict,
+            }
+        )
     return pd.DataFrame(rows).set_index("profile")
 
 
@@ -44,7 +49,10 @@ def make(run: Run) -> dict:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     here.save_results(found)
     # Beside the results, not in them: the same settings give the same results.json on every machine.
-    write_json(here.path("machine.json"), {"memory_gib": round(memory, 1), "free_disk_gib": round(shutil.disk_usage(here.dir).free / 2**30, 1)})
+    write_json(
+        here.path("machine.json"),
+        {"memory_gib": round(memory, 1), "free_disk_gib": round(shutil.disk_usage(here.dir).free / 2**30, 1)},
+    )
     return found
 
 
@@ -56,26 +64,43 @@ def _embedded(run: Run) -> dict:
     for problem in problems:
         answers = [tasks.synthetic_answer(problem, rng, settings.reward.cut_share) for _ in (0, 1)]
         verdicts = [tasks.check(problem, a) for a in answers]
-        labels = [tasks.labelled_utility(v, rng, settings.reward.label_noise, settings.reward.length_bonus) for v in verdicts]
+        labels = [
+            tasks.labelled_utility(v, rng, settings.reward.label_noise, settings.reward.length_bonus) for v in verdicts
+        ]
         order = (0, 1) if labels[0] >= labels[1] else (1, 0)
         for role, index in zip(pairs, order, strict=True):
             pairs[role].append(_sample(problem, answers[index], verdicts[index].utility))
-    examples = itertools.islice(tasks.instructions(10_000, settings.instruct.worked_share, settings.seed, settings.data.operations), SHOWN)
+    examples = itertools.islice(
+        tasks.instructions(10_000, settings.instruct.worked_share, settings.seed, settings.data.operations), SHOWN
+    )
     return {
         "sizes": {
-            "pretraining tokens": settings.pretrain.tokens, "preference pairs": settings.reward.pairs,
-            "instruction tokens": settings.instruct.tokens, "validation problems": settings.data.validation_prompts,
-            "test problems": settings.data.test_prompts, "words in the vocabulary": len(tasks.VOCABULARY),
+            "pretraining tokens": settings.pretrain.tokens,
+            "preference pairs": settings.reward.pairs,
+            "instruction tokens": settings.instruct.tokens,
+            "validation problems": settings.data.validation_prompts,
+            "test problems": settings.data.test_prompts,
+            "words in the vocabulary": len(tasks.VOCABULARY),
         },
-        "documents": [{"prompt": f"document {i + 1}", "text": tasks.decode(d), "tokens": len(d)} for i, d in enumerate(documents)],
+        "documents": [
+            {"prompt": f"document {i + 1}", "text": tasks.decode(d), "tokens": len(d)} for i, d in enumerate(documents)
+        ],
         **pairs,
-        "instructions": [{"prompt": tasks.decode(p), "text": tasks.decode(a), "tokens": len(a), "stop": "eos"} for p, a in examples],
-    }  # fmt: skip
+        "instructions": [
+            {"prompt": tasks.decode(p), "text": tasks.decode(a), "tokens": len(a), "stop": "eos"} for p, a in examples
+        ],
+    }
 
 
 def _sample(problem: tasks.Problem, ids: list[int], utility: float) -> dict:
     stop = "eos" if ids[-1] == tasks.EOS else "limit"
-    return {"prompt": " ".join(problem.words), "text": tasks.decode(ids), "tokens": len(ids), "stop": stop, "utility": round(utility, 3)}
+    return {
+        "prompt": " ".join(problem.words),
+        "text": tasks.decode(ids),
+        "tokens": len(ids),
+        "stop": stop,
+        "utility": round(utility, 3),
+    }
 
 
 def _preferences(run: Run) -> dict:
@@ -85,7 +110,11 @@ def _preferences(run: Run) -> dict:
         run.here.add_input(f"data:{path}", digest)
     shown = pairs[:SHOWN]
     return {
-        "sizes": {"preference pairs": len(pairs), "rows left out": left_out, "distinct prompts": len({p.prompt for p in pairs})},
+        "sizes": {
+            "preference pairs": len(pairs),
+            "rows left out": left_out,
+            "distinct prompts": len({p.prompt for p in pairs}),
+        },
         "documents": [{"prompt": f"prompt {i + 1}", "text": p.prompt} for i, p in enumerate(shown)],
         "chosen": [{"prompt": p.prompt, "text": p.chosen} for p in shown],
         "rejected": [{"prompt": p.prompt, "text": p.rejected} for p in shown],

@@ -1,8 +1,8 @@
-"""07: is the Fine Actor better, and is it less redundant? Test problems, fixed limits, every control beside the method."""
+"""07: is the Fine Actor better, and is it less redundant? Test problems, fixed limits, every control beside the
+method."""
 
 from collections.abc import Iterator
 
-import torch
 from torch import nn
 
 from c2f_utils import evaluate, models, redundancy, stats, tasks, verdicts
@@ -11,17 +11,25 @@ from c2f_utils.runs import Run
 from c2f_utils.workflow.inputs import Inputs, keep_samples
 
 LABELS = {
-    "base": "base", "instruct": "instruct", "coarse": "coarse actor", "fine": "fine actor",
-    "interpolation": "instruct + base, no RL", "random_residue": "instruct + random residue",
-    "instruct_forced": "instruct, analysis forced", "base_forced": "base, analysis forced",
-    "ppo_instruct": "RLHF from instruct", "fixed_long_residue": "residue of fixed-long", "best_recipe": "best recipe of all tried",
-}  # fmt: skip
+    "base": "base",
+    "instruct": "instruct",
+    "coarse": "coarse actor",
+    "fine": "fine actor",
+    "interpolation": "instruct + base, no RL",
+    "random_residue": "instruct + random residue",
+    "instruct_forced": "instruct, analysis forced",
+    "base_forced": "base, analysis forced",
+    "ppo_instruct": "RLHF from instruct",
+    "fixed_long_residue": "residue of fixed-long",
+    "best_recipe": "best recipe of all tried",
+}
 ROLES = ("base", "instruct", "coarse", "fine")
 PAIRED = ("accuracy_last", "accuracy_first", "utility", "tokens", "rep4")
 
 
 def make(run: Run) -> dict:
-    """Results of 07: metrics of every model under every decoding, redundancy at fixed prefixes, paired differences to the fine actor."""
+    """Results of 07: metrics of every model under every decoding, redundancy at fixed prefixes, paired differences
+    to the fine actor."""
     here, settings = run.here, run.settings
     if here.loaded:
         return here.results()

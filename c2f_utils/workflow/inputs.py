@@ -61,19 +61,31 @@ class Inputs:
         source = self.settings.models.reward or stage.dir / "model"
         if self.settings.models.reward:
             refuse_other_tokenizer(source, self.tokenizer)
-        return rewards.load_reward_model(source, self.settings, self.tokenizer.pad_token_id, found["mean"], found["std"])
+        return rewards.load_reward_model(
+            source, self.settings, self.tokenizer.pad_token_id, found["mean"], found["std"]
+        )
 
     def prompts(self, split: tasks.Split, count: int | None = None) -> list[Prompt]:
         """Prompts of a split; the default counts are those of the settings."""
-        sizes = {"train": TRAIN_PROMPTS, "validation": self.settings.data.validation_prompts, "test": self.settings.data.test_prompts}
+        sizes = {
+            "train": TRAIN_PROMPTS,
+            "validation": self.settings.data.validation_prompts,
+            "test": self.settings.data.test_prompts,
+        }
         return data.prompts(self.settings, split, count or sizes[split], self.tokenizer)
 
-    def answers(self, model: nn.Module, prompts: list[Prompt], decoding: str = "sampled_t1", limit: int | None = None) -> list[Sample]:
+    def answers(
+        self, model: nn.Module, prompts: list[Prompt], decoding: str = "sampled_t1", limit: int | None = None
+    ) -> list[Sample]:
         """One answer per prompt under the evaluation's limit (tokens) and this run's seed."""
         limit = limit or self.settings.evaluation.max_tokens
-        return answers(model, self.tokenizer, prompts, decoding, limit, self.settings.seed, self.settings.data.stop_strings)
+        return answers(
+            model, self.tokenizer, prompts, decoding, limit, self.settings.seed, self.settings.data.stop_strings
+        )
 
-    def measured(self, model: nn.Module, prompts: list[Prompt], decoding: str = "sampled_t1", limit: int | None = None) -> dict:
+    def measured(
+        self, model: nn.Module, prompts: list[Prompt], decoding: str = "sampled_t1", limit: int | None = None
+    ) -> dict:
         return measure(self.answers(model, prompts, decoding, limit), self.reward)
 
 

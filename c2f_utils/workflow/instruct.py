@@ -8,7 +8,8 @@ from c2f_utils.workflow.inputs import Inputs, keep_samples
 
 
 def make(run: Run) -> dict:
-    """Results of 05: fine-tune the embedded base (TRL `SFTTrainer`), or load the user's model and check that it fits the base."""
+    """Results of 05: fine-tune the embedded base (TRL `SFTTrainer`), or load the user's model and check that it fits
+    the base."""
     here, settings = run.here, run.settings
     if here.loaded:
         return here.results()
@@ -26,16 +27,24 @@ def make(run: Run) -> dict:
         samples = inputs.answers(model, inputs.prompts("validation"))
         behaviour = evaluate.measure(samples)
     keep_samples(here, evaluate.rows(samples, "instruct", "sampled_t1"), settings)
-    results = {"source": settings.models.instruct or "embedded", "examples": examples, "loss": losses, "behaviour": behaviour}
+    results = {
+        "source": settings.models.instruct or "embedded",
+        "examples": examples,
+        "loss": losses,
+        "behaviour": behaviour,
+    }
     here.save_results(results)
     return results
 
 
 def _refuse_other_shape(base, instruct_model, source: str) -> None:
     ours, theirs = base.state_dict(), instruct_model.state_dict()
-    wrong = sorted(n for n in ours.keys() | theirs.keys() if n not in ours or n not in theirs or ours[n].shape != theirs[n].shape)
+    wrong = sorted(
+        n for n in ours.keys() | theirs.keys() if n not in ours or n not in theirs or ours[n].shape != theirs[n].shape
+    )
     if wrong:
         raise C2FError(
-            f"models.instruct = {source!r} is not of the base model's shape: {len(wrong)} tensors differ, the first is {wrong[0]}; "
+            f"models.instruct = {source!r} is not of the base model's shape: {len(wrong)} tensors differ, the "
+            f"first is {wrong[0]}; "
             "a residue merge needs an instruction model that was fine-tuned from the same base"
         )

@@ -1,7 +1,7 @@
 """Controls of notebook 06: what the merge must beat, each made with the same care.
 
-A control gets the same grid of coefficients and the same score, or the coefficient chosen for the method where only that compares
-like with like; its note says which.
+A control gets the same grid of coefficients and the same score, or the coefficient chosen for the method where only
+that compares like with like; its note says which.
 """
 
 from collections.abc import Iterator
@@ -18,8 +18,11 @@ def make(run: Run, bench: Bench, coefficient: float) -> Iterator[tuple[str, dict
     """Make and save the control models to `controls/<name>/`; yields each name and how it was made."""
     wanted = run.settings.merge.controls
     makers = {
-        "interpolation": _interpolation, "random_residue": _random, "fixed_long_residue": _fixed_long, "ppo_instruct": _ppo
-    }  # fmt: skip
+        "interpolation": _interpolation,
+        "random_residue": _random,
+        "fixed_long_residue": _fixed_long,
+        "ppo_instruct": _ppo,
+    }
     for name in wanted:
         model, note = makers[name](run, bench, coefficient)
         keep(run, bench, name, model)
@@ -35,20 +38,30 @@ def _interpolation(run: Run, bench: Bench, coefficient: float) -> tuple[nn.Modul
     sweep = bench.sweep({"name": "lerp"}, base)
     chosen = max(sweep, key=lambda row: row["score"])["coefficient"]
     note = "instruct + c (base - instruct), c chosen on the same grid by the same score"
-    return bench.merged(bench.recipe({"name": "lerp"}, chosen), base), {"coefficient": chosen, "sweep": sweep, "note": note}
+    return bench.merged(bench.recipe({"name": "lerp"}, chosen), base), {
+        "coefficient": chosen,
+        "sweep": sweep,
+        "note": note,
+    }
 
 
 def _random(run: Run, bench: Bench, coefficient: float) -> tuple[nn.Module, dict]:
     state = merge.random_residue(bench.states["base"], bench.states["coarse"], run.settings.seed)
     note = "Gaussian residue of equal norm per tensor, the chosen coefficient"
-    return bench.merged(bench.recipe({"name": "residue"}, coefficient), state), {"coefficient": coefficient, "note": note}
+    return bench.merged(bench.recipe({"name": "residue"}, coefficient), state), {
+        "coefficient": coefficient,
+        "note": note,
+    }
 
 
 def _fixed_long(run: Run, bench: Bench, coefficient: float) -> tuple[nn.Module, dict]:
     folder = run.parent("04_length_schedules").dir / "models" / f"fixed_long-s{run.settings.seed}"
     state = state_of(models.load_actor(folder, run.settings.models))
     note = "residue of the actor trained under the fixed long limit, the chosen coefficient"
-    return bench.merged(bench.recipe({"name": "residue"}, coefficient), state), {"coefficient": coefficient, "note": note}
+    return bench.merged(bench.recipe({"name": "residue"}, coefficient), state), {
+        "coefficient": coefficient,
+        "note": note,
+    }
 
 
 def _ppo(run: Run, bench: Bench, coefficient: float) -> tuple[nn.Module, dict]:

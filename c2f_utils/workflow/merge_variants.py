@@ -1,7 +1,7 @@
 """Variants of the merge that notebook 06 compares with one coefficient for all tensors.
 
-Parts of the network, profiles over depth, other operators, averages of coarse actors, decode-time merging, output dtypes. All on
-validation problems, each with its paired difference to the one-coefficient merge.
+Parts of the network, profiles over depth, other operators, averages of coarse actors, decode-time merging, output
+dtypes. All on validation problems, each with its paired difference to the one-coefficient merge.
 """
 
 import tempfile
@@ -23,7 +23,9 @@ PROFILES = {"rising": (0.5, 1.0, 1.5), "falling": (1.5, 1.0, 0.5), "middle": (0.
 
 def operator_text(operator: dict) -> str:
     """An operator and its numbers as short text."""
-    options = ", ".join(f"{k} {v:g}" for k, v in operator.items() if k not in ("name", "seed") and isinstance(v, int | float))
+    options = ", ".join(
+        f"{k} {v:g}" for k, v in operator.items() if k not in ("name", "seed") and isinstance(v, int | float)
+    )
     return f"{operator['name']} ({options})" if options else operator["name"]
 
 
@@ -48,7 +50,9 @@ def depths(bench: Bench, operator: dict, coefficient: float) -> list[dict]:
     """The coefficient as a function of depth, with the chosen one as its mean."""
     rows = []
     for name, heights in PROFILES.items():
-        knots = [[depth, round(coefficient * height, 6)] for depth, height in zip((0.0, 0.5, 1.0), heights, strict=True)]
+        knots = [
+            [depth, round(coefficient * height, 6)] for depth, height in zip((0.0, 0.5, 1.0), heights, strict=True)
+        ]
         rows.append({"name": name, "knots": knots, **bench.measure(bench.recipe(operator, coefficient, knots=knots))})
     return rows
 
@@ -63,7 +67,8 @@ def others(bench: Bench, operators: list[dict]) -> list[dict]:
 
 
 def averages(run: Run, bench: Bench, operator: dict, coefficient: float) -> list[dict]:
-    """Residues of averaged coarse actors: over the run's own snapshots, and over actors of other laws and seeds from the same base."""
+    """Residues of averaged coarse actors: over the run's own snapshots, and over actors of other laws and seeds from
+    the same base."""
     rows = []
     for name, states in _families(run, bench):
         if len(states) > 1:
@@ -74,8 +79,9 @@ def averages(run: Run, bench: Bench, operator: dict, coefficient: float) -> list
 
 
 def _families(run: Run, bench: Bench) -> Iterator[tuple[str, list[tuple[float, State]]]]:
-    """Names and weighted actors. SWA: equal weights (Izmailov et al. 2018); EMA: halved per step back; LaWA: the latest three
-    (Kaddour 2022); ratatouille: fine-tunings of one base that differ in law or seed (after Rame et al. 2023)."""
+    """Names and weighted actors. SWA: equal weights (Izmailov et al. 2018); EMA: halved per step back; LaWA: the
+    latest three (Kaddour 2022); ratatouille: fine-tunings of one base that differ in law or seed (after Rame et al.
+    2023)."""
     folder = run.parent("03_coarse_rlhf").dir / "snapshots"
     snapshots = [load_file(path) for path in sorted(folder.glob("*.safetensors"))] if folder.exists() else []
     equal = [(1.0, state) for state in snapshots]
@@ -83,7 +89,11 @@ def _families(run: Run, bench: Bench) -> Iterator[tuple[str, list[tuple[float, S
     yield "EMA over snapshots", [(0.5 ** (len(snapshots) - 1 - i), state) for i, state in enumerate(snapshots)]
     yield "LaWA, latest three", equal[-3:]
     kept = run.parent("04_length_schedules").dir / "models"
-    actors = [state_of(models.load_actor(path, run.settings.models)) for path in sorted(kept.glob("*"))] if kept.exists() else []
+    actors = (
+        [state_of(models.load_actor(path, run.settings.models)) for path in sorted(kept.glob("*"))]
+        if kept.exists()
+        else []
+    )
     yield "ratatouille over laws and seeds", [(1.0, bench.states["coarse"])] + [(1.0, state) for state in actors]
 
 
@@ -94,7 +104,8 @@ def _weighted(states: list[tuple[float, State]]) -> State:
 
 
 def proxies(bench: Bench, coefficient: float) -> list[dict]:
-    """Merging at decode time: instruct logits + c (coarse - base) logits, three models per token (after Liu et al. 2024)."""
+    """Merging at decode time: instruct logits + c (coarse - base) logits, three models per token (after Liu et al.
+    2024)."""
     inputs = bench.inputs
     trio = inputs.instruct(), inputs.coarse(), inputs.base()
     return [
@@ -109,7 +120,9 @@ def roundings(run: Run, bench: Bench, recipe: merge.Recipe) -> list[dict]:
     rows = []
     for dtype in ("float32", "bfloat16", "bfloat16_stochastic"):
         with tempfile.TemporaryDirectory(dir=run.here.dir) as scratch:
-            report = merge.run_merge(merge.plan_merge(recipe.model_copy(update={"out_dtype": dtype})), Path(scratch) / "model")
+            report = merge.run_merge(
+                merge.plan_merge(recipe.model_copy(update={"out_dtype": dtype})), Path(scratch) / "model"
+            )
             state = load_file(Path(scratch) / "model" / "model.safetensors")
         state = {name: value.to(torch.float32) for name, value in state.items()}
         row = bench.row(bench.inputs.answers(bench.loaded(state), bench.prompts))

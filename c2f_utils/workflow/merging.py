@@ -1,7 +1,9 @@
-"""06: how much residue, in which layers, by which operator? Every choice is made on validation problems; test problems wait for 07.
+"""06: how much residue, in which layers, by which operator? Every choice is made on validation problems; test
+problems wait for 07.
 
-One coefficient for all tensors is the default (`model/`). Everything richer is tried beside it, and the best of all that was tried is
-kept as the control `best_recipe`, so that 07 can say on test problems whether the search was worth it.
+One coefficient for all tensors is the default (`model/`). Everything richer is tried beside it, and the best of all
+that was tried is kept as the control `best_recipe`, so that 07 can say on test problems whether the search was worth
+it.
 """
 
 from c2f_utils import evaluate, merge, models
@@ -12,7 +14,8 @@ from c2f_utils.workflow.inputs import keep_samples
 
 
 def make(run: Run) -> dict:
-    """Results of 06: the sweeps, the chosen recipe, the residue's anatomy; `model/` is the Fine Actor, `controls/` its controls."""
+    """Results of 06: the sweeps, the chosen recipe, the residue's anatomy; `model/` is the Fine Actor, `controls/`
+    its controls."""
     here, settings = run.here, run.settings
     if here.loaded:
         return here.results()
@@ -39,13 +42,27 @@ def make(run: Run) -> dict:
         found["roundings"] = merge_variants.roundings(run, bench, chosen) if "roundings" in sections else []
     richest = _richest(bench, operator, c, best["score"], found)
     merge_controls.keep(run, bench, "best_recipe", bench.merged(richest["recipe"]))
-    parents = {name: bench.row(bench.inputs.answers(bench.loaded(bench.states[name]), bench.prompts)) for name in bench.states}
-    here.save_results({
-        "chosen": {"operator": operator, "coefficient": c}, "score": bench.score_text, "parents": parents, "sweep": sweep, **found,
-        "best_recipe": {"name": richest["name"], "score": richest["score"], "tried": richest["tried"], "recipe": _portable(richest["recipe"])},
-        "controls": dict(merge_controls.make(run, bench, c)),
-        "anatomy": merge.anatomy(*(bench.states[name] for name in ("base", "instruct", "coarse"))), "survival": report.survival,
-    })  # fmt: skip
+    parents = {
+        name: bench.row(bench.inputs.answers(bench.loaded(bench.states[name]), bench.prompts)) for name in bench.states
+    }
+    here.save_results(
+        {
+            "chosen": {"operator": operator, "coefficient": c},
+            "score": bench.score_text,
+            "parents": parents,
+            "sweep": sweep,
+            **found,
+            "best_recipe": {
+                "name": richest["name"],
+                "score": richest["score"],
+                "tried": richest["tried"],
+                "recipe": _portable(richest["recipe"]),
+            },
+            "controls": dict(merge_controls.make(run, bench, c)),
+            "anatomy": merge.anatomy(*(bench.states[name] for name in ("base", "instruct", "coarse"))),
+            "survival": report.survival,
+        }
+    )
     fine = models.load_causal(here.dir / "model", settings.models)
     samples = bench.inputs.answers(fine, bench.prompts)
     keep_samples(here, evaluate.rows(samples, "fine", "sampled_t1", bench.inputs.reward), settings)
@@ -56,12 +73,20 @@ def _richest(bench: Bench, operator: dict, c: float, score: float, found: dict) 
     """The recipe with the best validation score of everything that was tried as a recipe."""
     tried = [{"name": "one coefficient", "score": score, "recipe": bench.recipe(operator, c)}]
     for row in found["layers"]:
-        tried.append({"name": row["name"], "score": row["score"], "recipe": bench.recipe(operator, c, rules=row["rules"])})
+        tried.append(
+            {"name": row["name"], "score": row["score"], "recipe": bench.recipe(operator, c, rules=row["rules"])}
+        )
     for row in found["depths"]:
-        tried.append({"name": row["name"], "score": row["score"], "recipe": bench.recipe(operator, c, knots=row["knots"])})
+        tried.append(
+            {"name": row["name"], "score": row["score"], "recipe": bench.recipe(operator, c, knots=row["knots"])}
+        )
     for row in found["operators"][1:]:
-        tried.append({"name": row["operator"], "score": row["score"], "recipe": bench.recipe(row["spec"], row["coefficient"])})
-    return max(tried, key=lambda item: item["score"]) | {"tried": len(tried) + len(bench.settings.merge.coefficients) - 1}
+        tried.append(
+            {"name": row["operator"], "score": row["score"], "recipe": bench.recipe(row["spec"], row["coefficient"])}
+        )
+    return max(tried, key=lambda item: item["score"]) | {
+        "tried": len(tried) + len(bench.settings.merge.coefficients) - 1
+    }
 
 
 def _portable(recipe: merge.Recipe) -> dict:

@@ -38,7 +38,9 @@ def make(run: Run) -> dict:
         save_model(trained, inputs.tokenizer, here.path("model"))
         model = rewards.RewardModel(trained, inputs.tokenizer.pad_token_id)
     with here.timer("evaluation"):
-        samples = inputs.answers(base, inputs.prompts("train", NORMALISING_PROMPTS), limit=settings.coarse.evaluation_tokens)
+        samples = inputs.answers(
+            base, inputs.prompts("train", NORMALISING_PROMPTS), limit=settings.coarse.evaluation_tokens
+        )
         model = model.normalised_on(samples)
         results = {
             "n_pairs": len(training), "too_long": too_long, "members": settings.reward.members, "loss": losses,
@@ -49,7 +51,8 @@ def make(run: Run) -> dict:
 
 
 def _pairs(inputs: Inputs, base) -> tuple[list[rewards.Pair], list[rewards.Pair], list[tuple[float, float]], int]:
-    """Training pairs, held-out pairs, the held-out pairs' true utilities (empty on hub data), pairs left out as too long."""
+    """Training pairs, held-out pairs, the held-out pairs' true utilities (empty on hub data), pairs left out as too
+    long."""
     settings = inputs.settings
     if not settings.embedded:
         training, held_out, too_long = data.hub_pairs(settings, inputs.tokenizer)
@@ -66,7 +69,8 @@ def _whole(ids: list[int]) -> Sample:
 
 
 def _ranking(model: rewards.RewardModel, pairs: list[rewards.Pair], utilities: list[tuple[float, float]]) -> dict:
-    """Accuracy on held-out labels and calibration of sigmoid(margin) in ten equal groups; on the embedded domain also against noise-free utility."""
+    """Accuracy on held-out labels and calibration of sigmoid(margin) in ten equal groups; on the embedded domain
+    also against noise-free utility."""
     margins = model([_whole(c) for c, _ in pairs]) - model([_whole(r) for _, r in pairs])
     # Each pair once as labelled and once swapped: without the swap every label is 1 and nothing could be miscalibrated.
     both = torch.cat([margins, -margins]) * model.std
@@ -102,7 +106,9 @@ def _bias(model: rewards.RewardModel, samples: list[Sample]) -> dict:
         "pearson": None if flat else float(scipy_stats.pearsonr(tokens, score)[0]),
         "spearman": None if flat else float(scipy_stats.spearmanr(tokens, score)[0]),
         "slope_per_100_tokens": None if flat else float(scipy_stats.linregress(tokens, score).slope * 100),
-        "partial_given_utility": None if flat or not known or len(set(utility)) < 2 else _partial(tokens, score, utility),
+        "partial_given_utility": None
+        if flat or not known or len(set(utility)) < 2
+        else _partial(tokens, score, utility),
     }
     points = [
         {"tokens": int(t), "reward": round(float(s), 4), "utility": u}
@@ -112,7 +118,13 @@ def _bias(model: rewards.RewardModel, samples: list[Sample]) -> dict:
     curve = []
     for length in range(8, longest + 1, 8):
         values = torch.stack([row[min(length, len(row)) - 1] for row in prefixes])
-        curve.append({"tokens": length, "reward_mean": float(values.mean()), "reward_se": float(values.std() / len(values) ** 0.5)})
+        curve.append(
+            {
+                "tokens": length,
+                "reward_mean": float(values.mean()),
+                "reward_se": float(values.std() / len(values) ** 0.5),
+            }
+        )
     found = {"length_bias": bias, "points": points, "prefix_reward": curve}
     if known and len(set(utility)) > 1:
         found["utility_correlation"] = float(scipy_stats.pearsonr(utility, score)[0])

@@ -13,8 +13,8 @@ REUSED = "logistic"  # the name under which the law of 03 appears
 def make(run: Run, on_start=lambda name, seed: None) -> dict:
     """Train one actor per law (and seed, with study=True) and compare.
 
-    Each finished one is kept, so a killed study continues. A seed of the study changes prompts, order and sampling of the RL; base and
-    reward model stay those of the run.
+    Each finished one is kept, so a killed study continues. A seed of the study changes prompts, order and sampling
+    of the RL; base and reward model stay those of the run.
     """
     here, settings = run.here, run.settings
     if here.loaded:
@@ -37,7 +37,12 @@ def make(run: Run, on_start=lambda name, seed: None) -> dict:
                 by_seed[str(seed)] = found
         if by_seed:  # a stop leaves out the laws that were not reached
             credit = _credit(run, name)
-            entry = {"label": label(law, credit), "law": law.model_dump(exclude_none=True), "credit": credit, "seeds": by_seed}
+            entry = {
+                "label": label(law, credit),
+                "law": law.model_dump(exclude_none=True),
+                "credit": credit,
+                "seeds": by_seed,
+            }
             results["laws"][name] = entry
     here.save_results(results)
     return results
@@ -50,7 +55,9 @@ def _one(run: Run, inputs: Inputs, name: str, law, seed: int) -> dict | None:
     if done.exists():
         return read_json(done)
     config = run.settings.coarse.model_copy(update=_credit(run, name))
-    process = coarse.trainer(inputs, limits.make_law(law), here.path("checkpoints", f"{name}-s{seed}"), seed=seed, config=config)
+    process = coarse.trainer(
+        inputs, limits.make_law(law), here.path("checkpoints", f"{name}-s{seed}"), seed=seed, config=config
+    )
     coarse.restore_rows(run, process, law=name, seed=seed)
     with here.timer(name):
         for row in process:

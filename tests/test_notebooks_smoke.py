@@ -264,21 +264,24 @@ def test_plain_papermill_runs_03_from_notebooks_and_loads_what_exists(smoke_run,
     assert timestamps(smoke_run) == before
 
 
-@pytest.mark.parametrize("name", ["01_base_model", pytest.param("08_report", marks=pytest.mark.slow)])
-def test_a_notebook_without_parameters_runs(tmp_path, name):
-    command = [
-        sys.executable,
-        "-m",
-        "jupyter",
-        "execute",
-        f"notebooks/{name}.ipynb",
-        "--output",
-        str(tmp_path / "o.ipynb"),
-    ]
-    done = subprocess.run(command, cwd=ROOT, env=surroundings(tmp_path / "outputs"), capture_output=True, text=True)
+def without_parameters(name: str, tmp_path: Path) -> None:
+    """Execute a notebook as it lies in the repository, defaults and all; its stage must be done afterwards."""
+    command = ["-m", "jupyter", "execute", f"notebooks/{name}.ipynb", "--output", str(tmp_path / f"{name}.ipynb")]
+    environment = surroundings(tmp_path / "outputs")
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     status = json.loads((tmp_path / "outputs" / "lab" / name / "status.json").read_text())
     assert status["status"] == "done"
+
+
+def test_a_notebook_without_parameters_runs(tmp_path):
+    without_parameters("01_base_model", tmp_path)
+
+
+@pytest.mark.slow
+def test_all_notebooks_without_parameters_run_in_order(tmp_path):
+    for name in STAGES:
+        without_parameters(name, tmp_path)
 
 
 def test_metrics_named_here_are_those_of_the_evaluation():

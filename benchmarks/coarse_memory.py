@@ -1,12 +1,13 @@
 """Does memory stay flat while the limit grows? Peak resident memory of whole training iterations against l(t).
 
-    python benchmarks/coarse_memory.py                  # vocabulary 32,000, l0 = 32 up to 8 l0, 64 prompts: minutes on one core
-    python benchmarks/coarse_memory.py --vocabulary 8192 --prompts 16 --budget 256 --iterations 1   # a small try
+    python benchmarks/coarse_memory.py                  # vocabulary 32,000, l0 = 32 up to 8 l0, 64 prompts: minutes
+    on one core python benchmarks/coarse_memory.py --vocabulary 8192 --prompts 16 --budget 256 --iterations 1   # a
+    small try
 
-A randomly initialised Mistral with a separate critic and a reward model trains under a fixed limit; every limit runs in a fresh
-process. `growth` is the peak resident size during the iterations minus the resident size after loading, read from /proc (Linux).
-`full_logits` is what the logits of all rollout tokens of one iteration would take in float32. EOS is never sampled, so every answer has
-the full limit. Writes benchmarks/results/coarse_memory.json.
+A randomly initialised Mistral with a separate critic and a reward model trains under a fixed limit; every limit runs
+in a fresh process. `growth` is the peak resident size during the iterations minus the resident size after loading,
+read from /proc (Linux). `full_logits` is what the logits of all rollout tokens of one iteration would take in
+float32. EOS is never sampled, so every answer has the full limit. Writes benchmarks/results/coarse_memory.json.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 PROMPT = 16  # tokens
+KEPT = ("vocabulary", "width", "prompts", "iterations", "budget", "cache", "start")  # settings that results name
 
 
 def resident(key: str) -> float:
@@ -55,22 +57,28 @@ def measure(options: argparse.Namespace) -> dict:
 
     torch.manual_seed(0)
     shape = MistralConfig(
-        vocab_size=options.vocabulary, hidden_size=options.width, intermediate_size=options.width * 5 // 2, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096, sliding_window=None,
+        vocab_size=options.vocabulary, hidden_size=options.width, intermediate_size=options.width * 5 // 2,
+        num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=4096, sliding_window=None,
     )  # fmt: skip
     actor = MistralForCausalLM(shape).eval()
     with torch.no_grad():
         actor.lm_head.weight[Tokenizer.eos_token_id] = 0.0
         actor.lm_head.weight.mul_(0.1)
-    scored = AutoModelForSequenceClassification.from_config(MistralConfig(**shape.to_diff_dict() | {"num_labels": 1})).eval()
+    scored = AutoModelForSequenceClassification.from_config(
+        MistralConfig(**shape.to_diff_dict() | {"num_labels": 1})
+    ).eval()
     reward = rewards.RewardModel(scored, 0, tokens_per_batch=options.budget)
     policy = models.ActorCritic(actor, models.Critic(options.width, copy.deepcopy(scored.model)))
-    decoder = rollout.KVDecoder(actor, Tokenizer(), options.budget)
+    decoder = rollout.KVDecoder(actor, Tokenizer(), options.cache)
     decoder.eos = frozenset({-1})  # no answer ends early
-    prompts = [rollout.Prompt(tuple(int(t) for t in torch.randint(3, options.vocabulary, (PROMPT,))), "") for _ in range(options.prompts)]
+    prompts = [
+        rollout.Prompt(tuple(int(t) for t in torch.randint(3, options.vocabulary, (PROMPT,))), "")
+        for _ in range(options.prompts)
+    ]
     config = Coarse(
-        law=Law(name="fixed", limit=options.limit), iterations=options.iterations, prompts=options.prompts, epochs=1, minibatches=2,
-        tokens_per_micro_batch=options.budget, tokens_in_cache=options.budget,
+        law=Law(name="fixed", limit=options.limit), iterations=options.iterations, prompts=options.prompts, epochs=1,
+        minibatches=2, tokens_per_micro_batch=options.budget, tokens_in_cache=options.cache,
     )  # fmt: skip
     after_loading = resident("VmRSS")
     reset_peak()
@@ -79,18 +87,19 @@ def measure(options: argparse.Namespace) -> dict:
     peak = resident("VmHWM")
     tokens = rows[-1]["rollout_tokens"] // len(rows)
     return {
-        "limit": options.limit, "rollout_tokens": tokens, "full_logits": round(tokens * options.vocabulary * 4 / 2**20, 1),
+        "limit": options.limit, "rollout_tokens": tokens,
+        "full_logits": round(tokens * options.vocabulary * 4 / 2**20, 1),
         "after_loading": round(after_loading, 1), "peak": round(peak, 1), "growth": round(peak - after_loading, 1),
         "seconds_per_iteration": round(sum(r["seconds"] for r in rows) / len(rows), 2),
     }  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> list[dict]:
-    """One fresh process per limit: l0, 2 l0, 4 l0, 8 l0."""
+    """One fresh process per limit."""
     rows = []
-    for factor in (1, 2, 4, 8):
+    for factor in options.factors:
         command = [sys.executable, __file__, "--limit", str(options.start * factor)]
-        for name in ("vocabulary", "width", "prompts", "iterations", "budget"):
+        for name in ("vocabulary", "width", "prompts", "iterations", "budget", "cache"):
             command += [f"--{name}", str(getattr(options, name))]
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         if done.returncode:
@@ -106,8 +115,10 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=64, help="hidden size")
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--iterations", type=int, default=2)
-    parser.add_argument("--budget", type=int, default=1024, help="padded tokens of a micro-batch and of the cache")
+    parser.add_argument("--budget", type=int, default=1024, help="padded tokens of a micro-batch")
+    parser.add_argument("--cache", type=int, default=3072, help="key/value positions while decoding")
     parser.add_argument("--start", type=int, default=32, help="l0, tokens")
+    parser.add_argument("--factors", type=int, nargs="+", default=[1, 2, 4, 8], help="limits as multiples of l0")
     parser.add_argument("--limit", type=int, help="measure this one limit in this process")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "coarse_memory.json")
     options = parser.parse_args()
@@ -119,8 +130,8 @@ def main() -> None:
     rows = run(options)
     result = {
         "what": "peak resident memory of coarse RLHF against the limit; sizes in MiB",
-        "settings": {name: getattr(options, name) for name in ("vocabulary", "width", "prompts", "iterations", "budget", "start")},
-        "machine": {"system": platform.system(), "processor": platform.machine(), "cores": os.cpu_count(), "threads": 1},
+        "settings": {name: getattr(options, name) for name in KEPT},
+        "machine": {"system": platform.system(), "processor": platform.machine(), "cores": os.cpu_count()},
         "versions": provenance.versions(), "rows": rows, "ratio": round(rows[-1]["growth"] / rows[0]["growth"], 3),
     }  # fmt: skip
     files.write_json(options.out, result)

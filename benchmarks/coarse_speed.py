@@ -1,13 +1,15 @@
-"""How long is one iteration of coarse RLHF, and where does the time go, beside TRL 1.10's PPO on the same work in the same run?
+"""How long is one iteration of coarse RLHF, and where does the time go, beside TRL 1.10's PPO on the same work in the
+same run?
 
-    python benchmarks/coarse_speed.py --trl PYTHON                 # PYTHON: interpreter of an environment with trl==1.10.*
-    python benchmarks/coarse_speed.py --iterations 2 --threads 1   # a small try, ours alone
+    python benchmarks/coarse_speed.py --trl PYTHON                 # PYTHON: interpreter of an environment with
+    trl==1.10.* python benchmarks/coarse_speed.py --iterations 2 --threads 1   # a small try, ours alone
 
-The work: the embedded domain's actor (about 97,000 parameters) with a separate critic of the same shape and a reward model, all at
-random weights; 64 prompts, answers of exactly 144 tokens (end-of-sequence is off on both sides), 2 epochs, 2 minibatches, float32. Both
-sides run in fresh processes that take turns, so that a passing load meets both; the median of the iterations after the first is
-reported, seconds of wall time. TRL 1.10 is the last release with a PPO trainer. Run it on an idle machine: with other work around, two
-threads may be slower than one. Writes benchmarks/results/coarse_speed.json.
+The work: the embedded domain's actor (about 97,000 parameters) with a separate critic of the same shape and a reward
+model, all at random weights; 64 prompts, answers of exactly 144 tokens (end-of-sequence is off on both sides), 2
+epochs, 2 minibatches, float32. Both sides run in fresh processes that take turns, so that a passing load meets both;
+the median of the iterations after the first is reported, seconds of wall time. TRL 1.10 is the last release with a
+PPO trainer. Run it on an idle machine: with other work around, two threads may be slower than one. Writes
+benchmarks/results/coarse_speed.json.
 """
 
 import argparse
@@ -37,7 +39,9 @@ def parts():
 
     actor = new_model(Pretrain(), 0).eval()
     torch.manual_seed(0)
-    scored = AutoModelForSequenceClassification.from_config(MistralConfig(**actor.config.to_diff_dict() | {"num_labels": 1}))
+    scored = AutoModelForSequenceClassification.from_config(
+        MistralConfig(**actor.config.to_diff_dict() | {"num_labels": 1})
+    )
     return actor, scored.eval(), tasks.make_tokenizer(), tasks.problems("train", 1000, 0)
 
 
@@ -55,11 +59,18 @@ def ours(iterations: int, threads: int, budget: int) -> dict:
     decoder = rollout.KVDecoder(actor, tokenizer)
     decoder.eos = frozenset({-1})  # no answer ends early
     config = Coarse(
-        law=Law(name="fixed", limit=LENGTH), prompts=BATCH, epochs=EPOCHS, minibatches=MINIBATCHES, iterations=iterations,
-        tokens_per_micro_batch=budget,
+        law=Law(name="fixed", limit=LENGTH), prompts=BATCH, epochs=EPOCHS, minibatches=MINIBATCHES,
+        iterations=iterations, tokens_per_micro_batch=budget,
     )  # fmt: skip
     trainer = CoarseTrainer(
-        policy, rewards.RewardModel(scored, 0), decoder, rollout.make_prompts(problems), limits.Fixed(LENGTH), config, seed=0, pad_id=0
+        policy,
+        rewards.RewardModel(scored, 0),
+        decoder,
+        rollout.make_prompts(problems),
+        limits.Fixed(LENGTH),
+        config,
+        seed=0,
+        pad_id=0,
     )
     rows = []
     for _ in range(iterations):
@@ -110,14 +121,15 @@ def trl(iterations: int, threads: int) -> dict:
         arguments = PPOConfig(
             output_dir=folder, total_episodes=BATCH * iterations, per_device_train_batch_size=BATCH,
             gradient_accumulation_steps=1, num_mini_batches=MINIBATCHES, num_ppo_epochs=EPOCHS, response_length=LENGTH,
-            local_rollout_forward_batch_size=BATCH, stop_token=None, temperature=1.0, num_sample_generations=0, report_to=[],
-            save_strategy="no", eval_strategy="no", logging_steps=10**9, use_cpu=True, disable_tqdm=True, bf16=False,
-            learning_rate=5e-4, kl_coef=0.05, vf_coef=1.0, gradient_checkpointing=False,
+            local_rollout_forward_batch_size=BATCH, stop_token=None, temperature=1.0, num_sample_generations=0,
+            report_to=[], save_strategy="no", eval_strategy="no", logging_steps=10**9, use_cpu=True, disable_tqdm=True,
+            bf16=False, learning_rate=5e-4, kl_coef=0.05, vf_coef=1.0, gradient_checkpointing=False,
         )  # fmt: skip
         dataset = Dataset.from_dict({"input_ids": [p.prompt_ids for p in problems]})
         trainer = PPOTrainer(
-            args=arguments, processing_class=tokenizer, model=actor, ref_model=copy.deepcopy(actor), reward_model=scored,
-            value_model=copy.deepcopy(scored), train_dataset=dataset, eval_dataset=dataset.select(range(2)), callbacks=[Clock()],
+            args=arguments, processing_class=tokenizer, model=actor, ref_model=copy.deepcopy(actor),
+            reward_model=scored, value_model=copy.deepcopy(scored), train_dataset=dataset,
+            eval_dataset=dataset.select(range(2)), callbacks=[Clock()],
         )  # fmt: skip
         trainer.train()
     return {"seconds": [b - a for a, b in zip(marks, marks[1:], strict=False)], "version": library.__version__}
@@ -173,9 +185,26 @@ def main() -> None:
             row["times_faster"] = round(row["trl"]["median"] / row["ours"]["median"], 2)
         rows.append(row)
         print(json.dumps(row), flush=True)
-    work = {"prompts": BATCH, "answer_tokens": LENGTH, "epochs": EPOCHS, "minibatches": MINIBATCHES, "budget": options.budget}
-    machine = {"system": platform.system(), "processor": platform.machine(), "cores": os.cpu_count(), "load": os.getloadavg()}
-    result = {"what": "seconds per iteration of coarse RLHF", "work": work, "machine": machine, "versions": provenance.versions(), "rows": rows}
+    work = {
+        "prompts": BATCH,
+        "answer_tokens": LENGTH,
+        "epochs": EPOCHS,
+        "minibatches": MINIBATCHES,
+        "budget": options.budget,
+    }
+    machine = {
+        "system": platform.system(),
+        "processor": platform.machine(),
+        "cores": os.cpu_count(),
+        "load": os.getloadavg(),
+    }
+    result = {
+        "what": "seconds per iteration of coarse RLHF",
+        "work": work,
+        "machine": machine,
+        "versions": provenance.versions(),
+        "rows": rows,
+    }
     files.write_json(options.out, result)
     print(f"written to {options.out.name}")
 

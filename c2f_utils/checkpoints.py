@@ -1,7 +1,7 @@
 """Exact checkpoints of a training run: safetensors for arrays, JSON for the rest, one atomic rename each.
 
-A checkpoint holds what training changes: trainable weights, Adam moments, the law, the KL controller, reward moments and the rows
-logged so far. Random numbers are functions of seed and iteration, so no generator state is needed.
+A checkpoint holds what training changes: trainable weights, Adam moments, the law, the KL controller, reward moments
+and the rows logged so far. Random numbers are functions of seed and iteration, so no generator state is needed.
 """
 
 import os
@@ -25,7 +25,8 @@ KEPT = 2
 def save(trainer: "CoarseTrainer", folder: Path) -> Path:
     """Write `step-00012/` under `folder` and drop all but the last two; every process must call, the first one writes.
 
-    Raises C2FError when the disk is full, and for weights that are not finite: a checkpoint is always one to go back to.
+    Raises C2FError when the disk is full, and for weights that are not finite: a checkpoint is always one to go back
+    to.
     """
     folder = Path(folder)
     final = folder / f"step-{trainer.iteration:05d}"
@@ -128,7 +129,13 @@ def _moments(trainer: "CoarseTrainer") -> dict[str, torch.Tensor]:
 
 def _state(trainer: "CoarseTrainer") -> dict:
     return {
-        "iteration": trainer.iteration, "rollout_tokens": trainer.rollout_tokens, "law_name": type(trainer.law).__name__,
-        "law": trainer.law.state_dict(), "kl_coefficient": trainer.kl.coefficient, "scale": asdict(trainer.scale),
-        "tokens_per_micro_batch": trainer.budget.tokens, "history": trainer.history, "curve": trainer.curve,
-    }  # fmt: skip
+        "iteration": trainer.iteration,
+        "rollout_tokens": trainer.rollout_tokens,
+        "law_name": type(trainer.law).__name__,
+        "law": trainer.law.state_dict(),
+        "kl_coefficient": trainer.kl.coefficient,
+        "scale": asdict(trainer.scale),
+        "tokens_per_micro_batch": trainer.budget.tokens,
+        "history": trainer.history,
+        "curve": trainer.curve,
+    }

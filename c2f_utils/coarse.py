@@ -5,6 +5,35 @@ model, a reward, prompts, a law. Outputs: the Coarse Actor, one metrics row per 
 fixed limit. The loop is five verbs, each callable alone: `collect -> judge -> credit -> improve -> advance`. Several
 processes: `accelerate launch -m c2f_utils.coarse run.yaml` (see `ranks.py`, `processes.py`). A trainer from a
 library is not used because none is left that has a critic: TRL removed its PPO after 1.10.
+
+What is known to break PPO on language models, and what is done about it here ([-] = left out, with the reason):
+ 1 dropout          off in actor, reference, critic and reward model (`models.disable_dropout`), or no ratio starts at 1
+ 2 PAD and EOS      differ (`models.load_tokenizer`); no padding is ever stored, and none is read
+ 3 padding side     answers are unpadded lists; rows are padded on the right for training, on the left for decoding
+ 4 shift            log-prob of a token is read off the state before it; one temperature for policy and reference
+ 5 sampling         the plain policy: no top-k, top-p, penalties or shortest length, or the KL estimate is wrong
+ 6 reward model     scored at the last real token; head of standard deviation 1/sqrt(d + 1); mean 0 on base samples
+ 7 length           decoding ends at EOS row by row [- fixed-length rollouts: waste that grows with l(t)]
+ 8 no EOS           `cut: penalty` subtracts from answers that the limit ended [- replacing the score hides its size]
+ 9 cuts             `Sample.stop` is stored, never inferred; score, bootstrap or penalty [- masking them: it taught less
+                    in published ablations; - switching by itself: `cut` is one setting per run, so results say which]
+10 critic           from the reward model, or zero head with warm-up; lambda of its own, and one that grows with l
+                    [- ending the warm-up by explained variance: a fixed count is comparable between laws]
+11 reward's place   on the last token of the answer, EOS included
+12 KL               k1 per token in the reward, k3 for the log; the controller follows KL per token, not its sum
+13 whitening        over all real tokens of all processes; value targets are not whitened
+14 schedule         value clip, Adam eps 1e-5, a new permutation per epoch [- decaying rates: laws are compared along
+                    their tokens, and a decay would tie the middle of a run to its end]
+15 normaliser       sums over tokens divided by the step's tokens on all processes, not means of means
+16 old policy       the sampler's log-probs in float32, else recomputed; the first ratio and the mismatch are logged
+                    [- importance weights for that mismatch: no asynchronous sampler here needs them]
+17 range            log-ratios clamped to +-20; softmax, head and values in float32
+18 seeds            one order of prompts for all processes, sampling seeds 100,003 apart
+19 empty rows       refused in `collate`; a process without work backs up a micro-batch of weight 0 (split weights)
+20 PPO-max          running scale, reward clip, a rate for each part, both clips; length, entropy and repetition are
+                    logged beside the reward [- pretraining loss: the KL price to the base does its work]
+21 stale caches     weights are read at every call; continuous batching gets a fresh manager
+22 stop strings     end an answer like EOS, in both samplers
 """
 
 import random

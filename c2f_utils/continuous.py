@@ -1,10 +1,12 @@
-"""A second sampler behind the protocol of `rollout.py`: transformers' continuous batching, for models and GPUs that `KVDecoder` is not for.
+"""A second sampler behind the protocol of `rollout.py`: transformers' continuous batching, for models and GPUs that
+`KVDecoder` is not for.
 
-Paged cache, requests that join and leave a running batch, a limit of its own for each. Three things it does not do by itself: it knows
-end-of-sequence ids only, so stop strings are cut off afterwards (what was generated behind them is thrown away, which costs tokens); it
-changes the model's attention while it runs; and a manager kept over a weight update serves cached prefixes of the old weights. So every
-call makes a fresh manager, and prefix sharing is off all the same. Requests are queued before the engine starts: then what shares a
-batch, and with it the random numbers, is a function of the seed.
+Paged cache, requests that join and leave a running batch, a limit of its own for each. Three things it does not do by
+itself: it knows end-of-sequence ids only, so stop strings are cut off afterwards (what was generated behind them is
+thrown away, which costs tokens); it changes the model's attention while it runs; and a manager kept over a weight
+update serves cached prefixes of the old weights. So every call makes a fresh manager, and prefix sharing is off all
+the same. Requests are queued before the engine starts: then what shares a batch, and with it the random numbers, is a
+function of the seed.
 """
 
 import warnings
@@ -49,7 +51,11 @@ class ContinuousBatching:
 
         eos = sorted(self.eos)
         # The plain policy: no top-k, no top-p, no penalties, or the KL estimate means nothing.
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
+        sampling = (
+            {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+            if temperature
+            else {"do_sample": False}
+        )
         wanted = GenerationConfig(max_new_tokens=max(limits), eos_token_id=eos, pad_token_id=0, **sampling)
         longest = max(len(p.ids) + n for p, n in zip(prompts, limits, strict=True))
         engine = ContinuousBatchingConfig(
@@ -73,7 +79,9 @@ class ContinuousBatching:
         ids, logps = list(output.generated_tokens), torch.tensor(output.logprobs, dtype=torch.float32)
         ended = ids[-1] in self.eos
         kept = self._before_stop_string(ids[:-1] if ended else ids)
-        text = self.tokenizer.decode([i for i in ids[: kept or len(ids)] if i not in self.eos], skip_special_tokens=True)
+        text = self.tokenizer.decode(
+            [i for i in ids[: kept or len(ids)] if i not in self.eos], skip_special_tokens=True
+        )
         if kept is not None:
             for string in self.stop_strings:
                 text = text.split(string)[0]
@@ -106,7 +114,9 @@ def _collect(manager, names: list[str]) -> list:
     failed = [name for name in names if name not in found or found[name].error or not found[name].generated_tokens]
     if failed:
         why = next((found[n].error for n in failed if n in found and found[n].error), "it stopped without a word")
-        raise C2FError(f"continuous batching lost {len(failed)} of {len(names)} requests: {why}; set coarse.engine to 'kv'")
+        raise C2FError(
+            f"continuous batching lost {len(failed)} of {len(names)} requests: {why}; set coarse.engine to 'kv'"
+        )
     return [found[name] for name in names]
 
 

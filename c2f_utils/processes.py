@@ -2,10 +2,11 @@
 
     accelerate launch --config_file c2f_utils/launch/ddp.yaml --num_processes 4 -m c2f_utils.coarse run.yaml
 
-`run.yaml` names a run as a notebook's parameters do: `profile`, and optionally `seed`, `run_id`, `overrides`, `study`. A notebook never
-touches the processes: with `coarse.processes` above 1, `train` writes that file, starts the command, and yields the rows of
-metrics.jsonl as they appear; so a restarted kernel, papermill and a bare shell all continue from the same checkpoints. Simplified: the
-run folder is on a file system that all processes see; evaluation and the sampler's prompts after training are the first process's work.
+`run.yaml` names a run as a notebook's parameters do: `profile`, and optionally `seed`, `run_id`, `overrides`,
+`study`. A notebook never touches the processes: with `coarse.processes` above 1, `train` writes that file, starts the
+command, and yields the rows of metrics.jsonl as they appear; so a restarted kernel, papermill and a bare shell all
+continue from the same checkpoints. Simplified: the run folder is on a file system that all processes see; evaluation
+and the sampler's prompts after training are the first process's work.
 """
 
 import argparse
@@ -67,8 +68,8 @@ def write_run(settings: Settings, path: Path) -> None:
 def train(run: Run) -> Iterator[dict]:
     """Start the processes for a stage that the caller has begun, and yield each iteration's row as it appears.
 
-    Closing the iterator, or an interrupt, ends the processes; they continue from the last checkpoint next time. Raises C2FError with
-    what they said when they fail.
+    Closing the iterator, or an interrupt, ends the processes; they continue from the last checkpoint next time.
+    Raises C2FError with what they said when they fail.
     """
     here, coarse = run.here, run.settings.coarse
     write_run(run.settings, here.path("run.yaml"))
@@ -78,10 +79,14 @@ def train(run: Run) -> Iterator[dict]:
     command += ["--num_processes", str(coarse.processes), "--main_process_port", "0"]
     command += ["-m", "c2f_utils.coarse", str(here.path("run.yaml")), "--begun"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(run.threads)}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+    environment["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")])
+    )
     log = here.path("processes.log")
     with open(log, "w", encoding="utf-8") as output:
-        job = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+        job = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
     try:
         ended = False
         while not ended:
@@ -120,7 +125,12 @@ def _reason(log: Path) -> str:
     start = next((i for i, line in enumerate(lines) if line.startswith("coarse: ")), None)
     if start is None:
         return "\n".join([f"see {log}, which ends with", *lines[-12:]])
-    return "\n".join([lines[start].removeprefix("coarse: "), *itertools.takewhile(lambda line: line.startswith("  - "), lines[start + 1 :])])
+    return "\n".join(
+        [
+            lines[start].removeprefix("coarse: "),
+            *itertools.takewhile(lambda line: line.startswith("  - "), lines[start + 1 :]),
+        ]
+    )
 
 
 def _work(run: Run, begun: bool) -> None:

@@ -1,11 +1,12 @@
 """What several training processes have to agree on, in one room; with a single process every method does nothing.
 
-Two ways to spread a model, chosen by the launch configuration (`launch/*.yaml`). Replicated (DDP's arithmetic, meant for LoRA): every
-process holds the weights, and gradients are summed once per optimiser step, after the last micro-batch. No hook fires in between, so
-the processes need not have the same number of micro-batches and one that ran out of memory can redo its part. Sharded (FSDP2, for
-full fine-tuning): weights, gradients and Adam moments are split; `whole` gathers the weights once for decoding and scoring. There
-every forward is collective: the processes agree on the number of micro-batches and fill up with ones of weight zero.
-Simplified: decoding needs the gathered model (and its frozen reference) to fit each device.
+Two ways to spread a model, chosen by the launch configuration (`launch/*.yaml`). Replicated (DDP's arithmetic, meant
+for LoRA): every process holds the weights, and gradients are summed once per optimiser step, after the last
+micro-batch. No hook fires in between, so the processes need not have the same number of micro-batches and one that
+ran out of memory can redo its part. Sharded (FSDP2, for full fine-tuning): weights, gradients and Adam moments are
+split; `whole` gathers the weights once for decoding and scoring. There every forward is collective: the processes
+agree on the number of micro-batches and fill up with ones of weight zero. Simplified: decoding needs the gathered
+model (and its frozen reference) to fit each device.
 """
 
 import os
@@ -32,7 +33,9 @@ class Ranks:
         return list(items[self.rank :: self.world])
 
     def gather(self, rows: list[Tensor]) -> list[Tensor]:
-        """The inverse of `deal` for 1-D tensors of any length (CPU): the rows of all processes in the order of the undealt list."""
+        """The inverse of `deal` for 1-D tensors of any length (CPU): the rows of all processes in the order of the
+        undealt list.
+        """
         return rows
 
     def any(self, flag: bool) -> bool:
@@ -58,7 +61,9 @@ class Ranks:
         return _nothing()
 
     def plain(self, model: nn.Module, fresh: Callable[[], nn.Module]) -> nn.Module:
-        """The model as an ordinary one: itself, or where it is split a `fresh` one with its weights (first process; every one asks)."""
+        """The model as an ordinary one: itself, or where it is split a `fresh` one with its weights (first process;
+        every one asks).
+        """
         return model
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -92,7 +97,12 @@ class Processes(Ranks):
         from accelerate import PartialState
 
         state = PartialState(cpu=not torch.cuda.is_available())
-        self.rank, self.world, self.device, self.sharded = state.process_index, state.num_processes, state.device, sharded
+        self.rank, self.world, self.device, self.sharded = (
+            state.process_index,
+            state.num_processes,
+            state.device,
+            sharded,
+        )
 
     def _all(self, tensor: Tensor) -> list[Tensor]:
         """The tensors of all processes, of equal shape, on the CPU."""
@@ -113,7 +123,8 @@ class Processes(Ranks):
         flat = self._all(_padded(torch.cat(rows), longest))
         # Boolean slices, not `split(lengths)` alone: the padding behind a process's rows is not theirs.
         parts = [
-            f[:total].split(n[:count].tolist()) for f, n, (count, total) in zip(flat, lengths, sizes.tolist(), strict=True)
+            f[:total].split(n[:count].tolist())
+            for f, n, (count, total) in zip(flat, lengths, sizes.tolist(), strict=True)
         ]
         return [parts[i % self.world][i // self.world] for i in range(int(sizes[:, 0].sum()))]
 
@@ -129,7 +140,10 @@ class Processes(Ranks):
     def agree(self, value: float, what: str) -> None:
         found = [float(v) for v in self._all(torch.tensor([value], dtype=torch.float64))]
         if any(v != found[0] for v in found):
-            raise C2FError(f"{what} differs between processes ({found}); it must be a function of what all of them see, without its own random numbers")
+            raise C2FError(
+                f"{what} differs between processes ({found}); "
+                "it must be a function of what all of them see, without random numbers of its own"
+            )
 
     def start_equal(self, policy: nn.Module) -> None:
         for tensor in (*policy.parameters(), *policy.buffers()):
@@ -145,7 +159,9 @@ class Processes(Ranks):
             yield
             return
         modules = [m for m in policy.modules() if hasattr(m, "unshard")]
-        policy.set_reshard_after_forward(False)  # or each forward would split the weights again and the next one wait for all
+        policy.set_reshard_after_forward(
+            False
+        )  # or each forward would split the weights again and the next one wait for all
         for module in modules:
             module.unshard()
         try:
@@ -179,7 +195,9 @@ class Processes(Ranks):
             self._sum_bucket(bucket)
 
     def _sum_bucket(self, parameters: list[nn.Parameter]) -> None:
-        flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten().float() for p in parameters])
+        flat = torch.cat(
+            [(p.grad if p.grad is not None else torch.zeros_like(p)).flatten().float() for p in parameters]
+        )
         torch.distributed.all_reduce(flat)
         for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
             parameter.grad = part.view_as(parameter).to(parameter.dtype)
@@ -211,7 +229,10 @@ def _shard(policy: nn.Module) -> None:
     from torch.distributed.fsdp import fully_shard
 
     if hasattr(policy.actor, "disable_adapter"):
-        raise C2FError("adapters are small: nothing is won by splitting them; use the launch configuration ddp, or models.lora: null")
+        raise C2FError(
+            "adapters are small: nothing is won by splitting them; use the launch configuration ddp, "
+            "or models.lora: null"
+        )
     mesh = init_device_mesh(next(policy.parameters()).device.type, (torch.distributed.get_world_size(),))
     trunks = [policy.actor.model, policy.critic.trunk]
     for trunk in (t for t in trunks if t is not None):
@@ -231,7 +252,9 @@ def launched() -> bool:
 
 
 def start() -> Ranks:
-    """The processes this one belongs to; the launch configuration says whether weights are split (`ACCELERATE_USE_FSDP`)."""
+    """The processes this one belongs to; the launch configuration says whether weights are split
+    (`ACCELERATE_USE_FSDP`).
+    """
     if not launched():
         return Ranks()
     return Processes(os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true")

@@ -1,5 +1,10 @@
 """Memory: a step survives running out of it with the same gradient, and impossible sizes are found before training."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from tiny_models import trainer, weights
@@ -8,11 +13,14 @@ from c2f_utils import budget, limits
 from c2f_utils.errors import C2FError
 from c2f_utils.ranks import Ranks
 
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
 
 class Scarce:
     """A policy's forward that runs out of memory above so many padded tokens, as a GPU would."""
 
-    def __init__(self, policy, tokens: int, error=torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")):
+    def __init__(self, policy, tokens: int, error: Exception = FULL):
         self.forward, self.tokens, self.error, self.refused = policy.forward, tokens, error, 0
         policy.forward = self
 
@@ -127,3 +135,30 @@ def test_a_budget_too_large_for_the_largest_limit_shrinks_before_training(monkey
 def test_models_too_small_to_run_out_of_memory_are_not_tried():
     process = trainer("fixed")
     assert not budget.preflight(process.policy, process.budget, 100, 1.0, process.device)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="peak memory is reset and read through Linux's /proc"
+)
+def test_memory_stays_flat_while_the_limit_grows_eightfold(tmp_path):
+    command = [
+        sys.executable,
+        str(BENCHMARKS / "coarse_memory.py"),
+        "--iterations",
+        "1",
+        "--prompts",
+        "32",
+        "--budget",
+        "512",
+    ]
+    done = subprocess.run(
+        [*command, "--vocabulary", "16000", "--factors", "1", "8", "--out", str(tmp_path / "found.json")],
+        text=True,
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    first, last = found["rows"]
+    assert last["limit"] == 8 * first["limit"] and last["full_logits"] > 3 * first["growth"]
+    assert found["ratio"] == pytest.approx(last["growth"] / first["growth"], abs=1e-3) and found["ratio"] <= 1.15

@@ -1,4 +1,6 @@
-"""The second sampler keeps the first one's promises: the same greedy answers, limits per request, log-probabilities, fresh weights."""
+"""The second sampler keeps the first one's promises: the same greedy answers, limits per request, log-probabilities,
+fresh weights.
+"""
 
 import pytest
 import torch
@@ -67,7 +69,9 @@ def test_stop_strings_are_cut_where_our_decoder_stops(model):
     ours = KVDecoder(model, TOKENIZER, stop_strings=[word])(prompts(6), 24, temperature=0.0)
     theirs = ContinuousBatching(model, TOKENIZER, CACHE, stop_strings=[word])(prompts(6), 24, temperature=0.0)
     assert any(s.stop == "string" for s in theirs)
-    assert [(s.ids, s.stop, s.text, len(s.logps)) for s in theirs] == [(s.ids, s.stop, s.text, len(s.logps)) for s in ours]
+    assert [(s.ids, s.stop, s.text, len(s.logps)) for s in theirs] == [
+        (s.ids, s.stop, s.text, len(s.logps)) for s in ours
+    ]
 
 
 def test_adapters_are_part_of_the_policy_and_the_model_trains_on_afterwards():

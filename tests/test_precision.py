@@ -1,4 +1,6 @@
-"""bfloat16: float32 where it matters, small updates are not swallowed, resuming is exact, mismatch is visible; checkpointed activations."""
+"""bfloat16: float32 where it matters, small updates are not swallowed, resuming is exact, mismatch is visible;
+checkpointed activations.
+"""
 
 import copy
 
@@ -20,10 +22,19 @@ def half(folder=None, lora: bool = False, **changes) -> CoarseTrainer:
     if lora:
         torch.manual_seed(5)
         actor = models.add_lora(actor, Lora(rank=4, alpha=8))
-    policy = models.ActorCritic(actor, models.Critic(SHAPE.hidden_size, copy.deepcopy(causal(1).model).to(torch.bfloat16)))
-    settings = {"iterations": 4, "prompts": 8, "tokens_per_micro_batch": 400, "checkpoint_every": 1, "critic_head": "zero"} | changes
+    policy = models.ActorCritic(
+        actor, models.Critic(SHAPE.hidden_size, copy.deepcopy(causal(1).model).to(torch.bfloat16))
+    )
+    settings = {
+        "iterations": 4,
+        "prompts": 8,
+        "tokens_per_micro_batch": 400,
+        "checkpoint_every": 1,
+        "critic_head": "zero",
+    } | changes
     return CoarseTrainer(
-        policy, PrefixReward(), rollout.KVDecoder(actor, TOKENIZER), prompts(), limits.Fixed(16), Coarse(law=Law(name="fixed", limit=16), **settings),
+        policy, PrefixReward(), rollout.KVDecoder(actor, TOKENIZER), prompts(), limits.Fixed(16),
+        Coarse(law=Law(name="fixed", limit=16), **settings),
         seed=0, pad_id=tasks.PAD, folder=folder,
     )  # fmt: skip
 
@@ -31,7 +42,10 @@ def half(folder=None, lora: bool = False, **changes) -> CoarseTrainer:
 def test_trunks_and_reference_are_bfloat16_and_heads_adapters_and_log_probs_float32():
     process = half(lora=True)
     kinds = {name: p.dtype for name, p in process.policy.named_parameters()}
-    assert all(t == (torch.float32 if "lora_" in n or n.startswith("critic.head") else torch.bfloat16) for n, t in kinds.items())
+    assert all(
+        t == (torch.float32 if "lora_" in n or n.startswith("critic.head") else torch.bfloat16)
+        for n, t in kinds.items()
+    )
     batch = collate(samples(causal()), tasks.PAD)
     logps, entropy, values = process.policy(batch)
     assert logps.dtype == entropy.dtype == values.dtype == process.policy.reference_logps(batch).dtype == torch.float32
@@ -99,7 +113,9 @@ def test_activations_of_both_trunks_are_recomputed_and_gradients_are_the_same(lo
         count = {"actor": 0, "critic": 0}
         trunks = {"actor": models.trunk_and_head(process.policy.actor)[0], "critic": process.policy.critic.trunk}
         for name, trunk in trunks.items():
-            trunk.layers[0].self_attn.register_forward_hook(lambda *_, name=name: count.__setitem__(name, count[name] + 1))
+            trunk.layers[0].self_attn.register_forward_hook(
+                lambda *_, name=name, count=count: count.update({name: count[name] + 1})
+            )
         process._backward(e, [0, 1, 2], 30, warming=False)
         gradients.append({n: p.grad for n, p in process.policy.trainable().items() if p.grad is not None})
         calls.append(count)

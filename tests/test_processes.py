@@ -1,4 +1,6 @@
-"""A notebook that asks for two processes gets its rows, its results and a readable error, and can be stopped and continued."""
+"""A notebook that asks for two processes gets its rows, its results and a readable error, and can be stopped and
+continued.
+"""
 
 import json
 import os
@@ -16,7 +18,11 @@ from c2f_utils.config import load_settings
 from c2f_utils.errors import C2FError
 from c2f_utils.runs import Run
 
-OVERRIDES = {"coarse.processes": 2, "coarse.snapshots": False, "coarse.law": {"name": "clock", "shape": "linear", "start": 8, "maximum": 24, "duration": 4}}
+OVERRIDES = {
+    "coarse.processes": 2,
+    "coarse.snapshots": False,
+    "coarse.law": {"name": "clock", "shape": "linear", "start": 8, "maximum": 24, "duration": 4},
+}
 
 
 def test_a_run_file_gives_back_the_settings_it_was_made_from(tmp_path):

@@ -1,4 +1,6 @@
-"""Two processes do what one does: the same gradient, the same limits, the same rows, on weights that are replicated or split."""
+"""Two processes do what one does: the same gradient, the same limits, the same rows, on weights that are replicated
+or split.
+"""
 
 import json
 import os
@@ -25,13 +27,21 @@ def launch(spread: str, folder: Path, *words: str) -> None:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(LAUNCH / f"{spread}.yaml")]
     command += ["--num_processes", "2", "--main_process_port", "0", str(HERE / "two_processes.py"), str(folder), *words]
     paths = os.pathsep.join([str(LAUNCH.parent.parent), str(HERE)])
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths})
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.fixture(scope="module", params=["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
 def both(request, tmp_path_factory):
-    """(what one process found, what each of two found, the folder of the two), for LoRA replicated and for full weights split."""
+    """(what one process found, what each of two found, the folder of the two), for LoRA replicated and for full
+    weights split.
+    """
     lora = request.param == "ddp"
     folder = tmp_path_factory.mktemp(request.param)
     launch(request.param, folder, *["lora"] * lora)
@@ -64,7 +74,10 @@ def test_the_weights_are_the_same_on_both_processes_and_those_of_one(both):
 
 def test_the_limits_are_the_same_on_both_processes_and_those_of_one(both):
     (_, _, rows, _), two, _, _ = both
-    limits = [[(row["limit"], row["next_limit"], row["reason"]) for row in table] for table in (rows, two[0]["rows"], two[1]["rows"])]
+    limits = [
+        [(row["limit"], row["next_limit"], row["reason"]) for row in table]
+        for table in (rows, two[0]["rows"], two[1]["rows"])
+    ]
     assert limits[0] == limits[1] == limits[2] and limits[0][0] != limits[0][-1]
 
 

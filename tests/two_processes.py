@@ -1,4 +1,5 @@
-"""What each of several processes runs in `test_ranks.py`: one trainer on samples that do not depend on who generates them.
+"""What each of several processes runs in `test_ranks.py`: one trainer on samples that do not depend on who generates
+them.
 
     accelerate launch --config_file FILE --num_processes 2 tests/two_processes.py FOLDER [lora]
 
@@ -26,20 +27,31 @@ def injected(process):
 
     def sample(prompts, limits, *, temperature, seed):
         draws = (zlib.crc32(repr(p.ids).encode()) for p in prompts)
-        return [decoder([p], [n], temperature=temperature, seed=s)[0] for p, n, s in zip(prompts, limits, draws, strict=True)]
+        return [
+            decoder([p], [n], temperature=temperature, seed=s)[0]
+            for p, n, s in zip(prompts, limits, draws, strict=True)
+        ]
 
     return sample
 
 
 def found(folder: Path | None = None, lora: bool = False, those: ranks.Ranks | None = None, **changes):
-    """(gradient of the first step, weights after three iterations, the rows, micro-batches of each step on this process)."""
+    """(gradient of the first step, weights after three iterations, the rows, micro-batches of each step on this
+    process).
+    """
     process = trainer("logistic", folder, lora, those=those, **SETTINGS | changes)
     process.sampler = injected(process)
     gradient, counts, step, accumulate = {}, [], process.updates.step, process.updates.accumulate
 
     def spied_step():
         if not gradient:
-            gradient.update({n: process.ranks.full(w.grad).clone() for n, w in process.updates.weights.items() if w.grad is not None})
+            gradient.update(
+                {
+                    n: process.ranks.full(w.grad).clone()
+                    for n, w in process.updates.weights.items()
+                    if w.grad is not None
+                }
+            )
         return step()
 
     def spied_accumulate(lengths, backward):
@@ -65,7 +77,13 @@ if __name__ == "__main__":
         these.agree(float(these.rank), "a number of its own")
     except C2FError as error:
         disagreement = str(error)
-    facts = {"rows": rows, "counts": counts, "world": these.world, "sharded": these.sharded, "disagreement": disagreement}
+    facts = {
+        "rows": rows,
+        "counts": counts,
+        "world": these.world,
+        "sharded": these.sharded,
+        "disagreement": disagreement,
+    }
     Path(target, f"rows-{these.rank}.json").write_text(json.dumps(facts))
     save_file(weights, Path(target) / f"weights-{these.rank}.safetensors")
     if these.rank == 0:

@@ -1,0 +1,147 @@
+"""The details that break PPO when they are wrong (the list in `c2f_utils/coarse.py`), those that no other file holds
+to their word.
+"""
+
+import copy
+
+import pytest
+import torch
+from test_ranks import Two
+from tiny_models import SHAPE, TOKENIZER, causal, samples, trainer
+from transformers import MistralConfig, MistralForCausalLM, MistralForSequenceClassification
+
+from c2f_utils import coarse, models, packing, ppo, rewards, tasks
+from c2f_utils.config import load_settings
+
+
+def test_every_one_of_the_22_details_is_listed():
+    listed = [int(line.split()[0]) for line in coarse.__doc__.splitlines() if line[:2].strip().isdigit()]
+    assert listed == list(range(1, 23))
+
+
+def test_dropout_is_off_even_in_training_mode():
+    shape = MistralConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, attention_dropout=0.5,
+    )  # fmt: skip
+    model = MistralForCausalLM(shape).train()
+    ids = torch.arange(30)[None]
+    assert not torch.equal(model(ids).logits, model(ids).logits)
+    models.disable_dropout(model)
+    assert torch.equal(model(ids).logits, model(ids).logits)
+
+
+def test_a_tokenizer_that_pads_with_eos_gets_another_pad(tmp_path):
+    sloppy = copy.deepcopy(TOKENIZER)
+    sloppy.pad_token = sloppy.eos_token
+    sloppy.save_pretrained(tmp_path)
+    mended = models.load_tokenizer(tmp_path)
+    assert mended.pad_token_id != mended.eos_token_id and len(mended) == len(TOKENIZER)
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.7])
+def test_policy_and_reference_share_one_temperature(temperature):
+    process = trainer("fixed", temperature=temperature)
+    e = process.judge(process.collect())
+    assert ppo.kl_k3(e.logps, e.reference)[e.mask].max() < 1e-8
+    sample = e.samples[0]
+    ids = torch.tensor([[*sample.prompt.ids, *sample.ids]])
+    with torch.no_grad():
+        before = process.policy.actor(ids).logits[0, len(sample.prompt.ids) - 1 : -1]
+    expected = (before / temperature).log_softmax(-1)[torch.arange(sample.tokens), torch.tensor(sample.ids)]
+    assert torch.allclose(sample.logps, expected, atol=1e-5)
+
+
+def test_the_reward_is_the_score_at_the_last_real_token_whatever_is_padded_behind():
+    shape = MistralConfig(**causal().config.to_diff_dict() | {"num_labels": 1, "pad_token_id": tasks.PAD})
+    torch.manual_seed(0)
+    model = MistralForSequenceClassification(shape).eval()
+    batch = samples(causal(), 6, [2, 20, 7, 20, 11, 3])
+    found = rewards.RewardModel(model, tasks.PAD)(batch)
+    for value, sample in zip(found, batch, strict=True):
+        with torch.no_grad():
+            alone = model.score(model.model(torch.tensor([[*sample.prompt.ids, *sample.ids]])).last_hidden_state[0, -1])
+        assert float(value) == pytest.approx(float(alone), abs=1e-5)
+    normal = rewards.RewardModel(model, tasks.PAD).normalised_on(batch)(batch)
+    assert normal.mean().abs() < 1e-5 and normal.std() == pytest.approx(1.0, abs=1e-4)
+
+
+def test_a_new_reward_head_is_small(tmp_path):
+    causal().save_pretrained(tmp_path)
+    model = rewards.new_reward_model(tmp_path, load_settings("smoke"), seed=0)
+    assert float(model.score.weight.detach().std()) == pytest.approx((SHAPE.hidden_size + 1) ** -0.5, rel=0.4)
+
+
+def test_every_epoch_visits_every_answer_once_in_a_new_order():
+    process = trainer("fixed", epochs=3, minibatches=2)
+    e = process.credit(process.judge(process.collect()))
+    visits, update = [], process._update
+    process._update = lambda e, chosen, warming: visits.append(list(chosen)) or update(e, chosen, warming)
+    process.improve(e)
+    epochs = [visits[i] + visits[i + 1] for i in (0, 2, 4)]
+    assert all(sorted(order) == list(range(8)) for order in epochs)
+    assert len({tuple(order) for order in epochs}) == 3
+
+
+def test_the_optimiser_has_the_known_epsilon_no_decay_and_a_rate_for_each_part():
+    groups = trainer("fixed", actor_learning_rate=1e-4, critic_learning_rate=3e-4).updates.optimiser.param_groups
+    assert [(g["lr"], g["eps"], g["weight_decay"]) for g in groups] == [(1e-4, 1e-5, 0.0), (3e-4, 1e-5, 0.0)]
+
+
+def test_absurd_log_ratios_stay_finite():
+    far = torch.tensor([-1e4, 0.0, 1e4])
+    loss, ratio, _ = ppo.policy_loss(far, torch.zeros(3), torch.ones(3), 0.2)
+    assert torch.isfinite(loss).all() and torch.isfinite(ratio).all()
+    assert torch.isfinite(ppo.kl_k3(far, torch.zeros(3))).all()
+
+
+def test_processes_share_the_order_of_prompts_and_not_the_sampling_seed():
+    asked = {}
+    for rank in (0, 1):
+        two = Two()
+        two.rank = rank
+        process = trainer("probe", those=two)
+        whole = process._next_prompts()
+        process.sampler = lambda p, n, temperature, seed, rank=rank: asked.__setitem__(rank, (p, n, seed)) or []
+        process.collect()
+        assert asked[rank][0] == whole[rank::2]
+    assert asked[1][2] - asked[0][2] == 100_003
+
+
+def test_a_micro_batch_of_weight_zero_adds_nothing_and_reaches_every_parameter():
+    process = trainer("fixed")
+    e = process.credit(process.judge(process.collect()))
+    process._backward(e, [0], 100, warming=False, weight=0.0)
+    gradients = [p.grad for p in process.policy.trainable().values()]
+    assert all(g is not None for g in gradients) and not any(g.any() for g in gradients)
+
+
+def test_an_answer_without_tokens_is_refused():
+    sample = samples(causal(), 1)[0]
+    sample.ids = []
+    with pytest.raises(ValueError, match="no answer tokens"):
+        packing.collate([sample], tasks.PAD)
+
+
+def test_the_running_scale_is_the_root_mean_square_of_all_rewards_so_far_and_shifts_nothing():
+    scale, seen = ppo.RunningScale(), []
+    for batch in (torch.tensor([1.0, -3.0]), torch.tensor([2.0, 2.0, 5.0])):
+        seen.append(batch)
+        found = scale.update(batch)
+        assert found == pytest.approx(float(torch.cat(seen).square().mean().sqrt()))
+
+
+def test_length_entropy_and_repetition_are_logged_beside_the_reward():
+    row = trainer("fixed").step()
+    watched = (
+        "reward",
+        "mean_tokens",
+        "p95_tokens",
+        "truncated_share",
+        "entropy",
+        "rep4",
+        "kl_per_token",
+        "explained_variance",
+        "sampler_mismatch",
+    )
+    assert all(row[key] is not None for key in watched)

@@ -223,7 +223,7 @@ class CoarseTrainer:
             "reason": self.law.reason,
             "rollout_tokens": self.rollout_tokens,
             "reward": float(e.rewards.mean()),
-            "reward_sd": float(e.rewards.std()),
+            "reward_sd": float(e.rewards.std()) if len(e.rewards) > 1 else 0.0,
             "kl_per_token": seen.kl_per_token,
             "kl_coefficient": self.kl.coefficient,
             "mean_tokens": sum(tokens) / len(tokens),

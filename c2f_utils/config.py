@@ -365,6 +365,8 @@ def load_settings(
     for key, value in (overrides or {}).items():
         _merge(values, _nested(str(key), value))
     values |= {"profile": profile, "seed": seed, "run_id": run_id, "study": study}
+    for section, key in _PATHS:
+        _locate(values.get(section), key)
     from c2f_utils import preflight  # opens what these types name, and so comes after them
 
     try:
@@ -374,6 +376,18 @@ def load_settings(
     if found := preflight.findings(settings):
         raise problems("the settings cannot be used:", found)
     return settings
+
+
+_PATHS = (("models", "base"), ("models", "instruct"), ("models", "reward"), ("data", "preferences"))
+
+
+def _locate(section: object, key: str) -> None:
+    """Let a relative path that is not in the working folder mean the project's: a notebook's kernel starts elsewhere."""
+    from c2f_utils.stage import root
+
+    value = section.get(key) if isinstance(section, dict) else None
+    if isinstance(value, str) and not Path(value).exists() and (root() / value).exists():
+        section[key] = str(root() / value)
 
 
 def _nested(key: str, value: object) -> dict[str, object]:

@@ -86,8 +86,10 @@ def signals(e: Experience, iteration: int) -> Signals:
 def tail_return(prefix_rewards: Sequence[Tensor], limit: int) -> float:
     """Mean reward of prefixes in the last quarter of the limit minus the quarter before.
 
-    Finished answers keep their reward and count 0.
+    Finished answers keep their reward and count 0; a limit under 4 tokens has no quarters and gives 0.
     """
+    if limit < 4:
+        return 0.0
     half, three = limit // 2, (3 * limit) // 4
     gains = []
     for row in prefix_rewards:

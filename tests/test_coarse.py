@@ -240,6 +240,12 @@ def test_tail_return_compares_the_last_two_quarters_and_counts_finished_answers_
     assert tail_return([ramp, torch.ones(2)], 8) == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("limit", [1, 2, 3])
+def test_the_smallest_batches_and_limits_leave_finite_rows(limit, tmp_path):
+    row = trainer(limits.Fixed(limit), tmp_path, prompts=1, minibatches=1).step()
+    assert all(value == value for value in row.values() if isinstance(value, float))
+
+
 def test_prompts_are_visited_equally_often_in_a_new_order_each_pass():
     process = trainer(prompts=12)
     first = [p.ids for p in process._next_prompts()]

@@ -1,5 +1,6 @@
 """Settings: strict types, every problem at once, numbers as people write them, and what each stage depends on."""
 
+import json
 import subprocess
 import sys
 
@@ -170,3 +171,18 @@ def test_settings_load_without_torch():
         "import sys; from c2f_utils.config import load_settings; load_settings('smoke'); print('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+
+
+def test_a_relative_path_is_found_from_the_notebooks_folder_too(tmp_path, monkeypatch):
+    project = tmp_path / "project"
+    (project / "c2f_utils").mkdir(parents=True)
+    (project / "c2f_utils" / "__init__.py").touch()
+    (project / "notebooks").mkdir()
+    (project / "data").mkdir()
+    turns = [f"\n\nHuman: question {i}\n\nAssistant:" for i in range(8)]
+    rows = [json.dumps({"chosen": f"{turn} yes", "rejected": f"{turn} no"}) for turn in turns]
+    (project / "data" / "pairs.jsonl").write_text("\n".join(rows))
+    monkeypatch.chdir(project / "notebooks")
+    chosen = {"data.preferences": "data/pairs.jsonl", "models.base": "owner/base", "models.instruct": "owner/instruct"}
+    settings = load_settings("mistral_7b", overrides=chosen)
+    assert settings.data.preferences == str(project / "data" / "pairs.jsonl")

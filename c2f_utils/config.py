@@ -229,7 +229,7 @@ class Schedules(_Section):
 class Instruct(_Section):
     """Supervised fine-tuning of the embedded instruction model (TRL `SFTTrainer`)."""
 
-    tokens: Positive = Field(1_200_000, description="training tokens, prompts included")
+    tokens: Positive = Field(800_000, description="training tokens, prompts included")
     worked_share: Share = Field(0.35, description="share of examples whose answer is worked out step by step")
     examples_per_step: Positive = 96
     learning_rate: Rate = 1e-3
@@ -382,7 +382,7 @@ _PATHS = (("models", "base"), ("models", "instruct"), ("models", "reward"), ("da
 
 
 def _locate(section: object, key: str) -> None:
-    """Let a relative path that is not in the working folder mean the project's: a notebook's kernel starts elsewhere."""
+    """Let a relative path that the working folder lacks mean the project's: a notebook's kernel starts elsewhere."""
     from c2f_utils.stage import root
 
     value = section.get(key) if isinstance(section, dict) else None

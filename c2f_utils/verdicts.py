@@ -372,7 +372,39 @@ def merging(results: dict) -> list[str]:
             if better
             else f"No other operator scores better than {operator}."
         )
+    return words + _carriers(results) + _variants(results)
+
+
+def _carriers(results: dict) -> list[str]:
+    """Which parts of the network carry the behaviour, by what leaving each out costs (paired interval over problems)."""
+    rows = [row for row in results.get("layers") or [] if str(row.get("name", "")).startswith("without ")]
+    rows = sorted((row for row in rows if row.get("difference") is not None), key=lambda row: row["difference"])
+    needed = [row for row in rows if row["high"] < 0]
+    idle = [row["name"].removeprefix("without ") for row in rows if row["low"] <= 0 <= row["high"]]
+    words = [
+        f"Without the residue in {row['name'].removeprefix('without ')} the score falls: "
+        f"{difference_words(row['difference'], row['low'], row['high'])}."
+        for row in needed
+    ]
+    if idle:
+        words.append(f"Whether the residue is needed in {', '.join(idle)} cannot be told: the interval contains zero.")
     return words
+
+
+def _variants(results: dict) -> list[str]:
+    """Which variants beat one coefficient for all tensors on validation problems, interval included."""
+    keys = ("layers", "depths", "operators", "averages", "proxies")
+    rows = [row for key in keys for row in results.get(key) or [] if row.get("difference") is not None]
+    if not rows:
+        return []
+    better = sorted((row for row in rows if row["low"] > 0), key=lambda row: -row["difference"])
+    if not better:
+        return [f"None of {len(rows)} variants scores better than one coefficient with an interval above zero."]
+    listed = "; ".join(
+        f"{row.get('name') or row.get('operator')} {difference_words(row['difference'], row['low'], row['high'])}"
+        for row in better
+    )
+    return [f"Of {len(rows)} variants these score better than one coefficient, before any correction: {listed}."]
 
 
 def everything(results: dict[str, dict | None], decoding: str = "sampled_t1") -> dict[str, list[str]]:

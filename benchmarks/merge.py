@@ -1,13 +1,13 @@
 """How fast and how small is a merge, against a plain copy in the same run and against mergekit?
 
-    python benchmarks/merge.py --workdir DIR                                # three models of 1.8 GB, about 12 GB of disk
+    python benchmarks/merge.py --workdir DIR                               # three models of 1.8 GB, about 12 GB of disk
     python benchmarks/merge.py --workdir DIR --mergekit PYTHON              # mergekit 0.1.5's interpreter
     python benchmarks/merge.py --workdir DIR --layers 1 --memory-layers 8   # also peak memory at another size (residue)
     python benchmarks/merge.py --workdir DIR --width 512                    # a small try
 
-Generates Mistral-shaped bfloat16 checkpoints, then for every operator runs, in a fresh process each: a plain copy of one
-model (`shutil.copyfile` and fsync), the merge, and mergekit's counterpart. Rates are bytes read plus written per second;
-memory is anonymous resident memory beyond the interpreter with torch and this package. Writes
+Generates Mistral-shaped bfloat16 checkpoints, then for every operator runs, in a fresh process each: a plain copy of
+one model (`shutil.copyfile` and fsync), the merge, and mergekit's counterpart. Rates are bytes read plus written per
+second; memory is anonymous resident memory beyond the interpreter with torch and this package. Writes
 benchmarks/results/merge_<shape>.json.
 """
 

@@ -376,7 +376,7 @@ def merging(results: dict) -> list[str]:
 
 
 def _carriers(results: dict) -> list[str]:
-    """Which parts of the network carry the behaviour, by what leaving each out costs (paired interval over problems)."""
+    """Which parts of the network carry the behaviour, by what leaving each out costs (paired interval)."""
     rows = [row for row in results.get("layers") or [] if str(row.get("name", "")).startswith("without ")]
     rows = sorted((row for row in rows if row.get("difference") is not None), key=lambda row: row["difference"])
     needed = [row for row in rows if row["high"] < 0]

@@ -290,11 +290,15 @@ def test_parts_are_said_to_carry_the_behaviour_only_where_leaving_them_out_costs
     results = {
         "chosen": {"operator": {"name": "residue"}, "coefficient": 0.5},
         "sweep": [{"coefficient": c, "score": s} for c, s in ((0.3, 1.0), (0.5, 2.0), (0.7, 1.5))],
-        "layers": [variant("without mlp", -0.8, 0.2), variant("without attention", -0.1, 0.2), variant("only mlp", -1, 0.1)],
+        "layers": [
+            variant("without mlp", -0.8, 0.2),
+            variant("without attention", -0.1, 0.2),
+            variant("only mlp", -1, 0.1),
+        ],
         "depths": [variant("rising", 0.3, 0.1), variant("falling", 0.1, 0.2)],
     }
-    words = " ".join(verdicts.merging(results))
+    words = " ".join(v.merging(results))
     assert "Without the residue in mlp the score falls" in words and "in attention cannot be told" in words
     assert "rising" in words and "falling" not in words
     results["depths"] = [variant("rising", 0.1, 0.2)]
-    assert "None of 4 variants" in " ".join(verdicts.merging(results))
+    assert "None of 4 variants" in " ".join(v.merging(results))

@@ -5,6 +5,8 @@ in smaller pieces. Simplified: a budget never grows back, and split weights (FSD
 other processes are already in the middle of a collective: there only the try before training protects.
 """
 
+import contextlib
+import ctypes
 import gc
 from collections.abc import Callable
 from typing import TypeVar
@@ -18,6 +20,7 @@ from c2f_utils.ranks import Ranks
 
 T = TypeVar("T")
 TINY = 5_000_000_000  # parameters x tokens: below it a pass takes about a second on a CPU and no memory to speak of
+_M_MMAP_THRESHOLD = -3  # malloc.h
 _CPU_WORDS = ("can't allocate memory", "not enough memory", "DefaultCPUAllocator")
 
 
@@ -83,6 +86,8 @@ def preflight(policy: nn.Module, budget: TokenBudget, width: int, temperature: f
     parameters = sum(p.numel() for p in policy.parameters())
     if device.type == "cpu" and parameters * max(width, budget.tokens) < TINY:
         return False
+    if device.type == "cpu":
+        _return_large_blocks()
 
     def attempt(tokens: int) -> None:
         try:
@@ -93,6 +98,16 @@ def preflight(policy: nn.Module, budget: TokenBudget, width: int, temperature: f
 
     budget.spend(attempt, width)
     return True
+
+
+def _return_large_blocks() -> None:
+    """Let glibc give blocks of 1 MiB and more back to the system as soon as they are freed; elsewhere nothing happens.
+
+    Left alone it keeps them in its heap after a while (the threshold follows the largest block ever freed), and the
+    heap is cut into pieces by micro-batches of ever new shapes: the peak would creep up as the limit moves.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 def _batch(rows: int, width: int, device: torch.device) -> Batch:

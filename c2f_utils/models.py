@@ -23,6 +23,7 @@ from c2f_utils.preflight import check_folder
 from c2f_utils.training_log import quiet
 
 CHUNKED_ABOVE = 4096  # vocabularies above this size never see full logits
+CHUNK = 1024  # words whose logits exist at a time
 
 
 def device(models: Models) -> torch.device:
@@ -145,7 +146,7 @@ def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: fl
         from trl.kernels import ChunkedLogProbFunction
 
         logps, entropy, *_ = ChunkedLogProbFunction.apply(
-            hidden.float(), weight, None, targets, temperature, CHUNKED_ABOVE, None, 1.0, ("entropy",)
+            hidden.float(), weight, None, targets, temperature, CHUNK, None, 1.0, ("entropy",)
         )
         return logps.float(), entropy.float()
     full = (F.linear(hidden.float(), weight.float()) / temperature).log_softmax(-1)
@@ -208,7 +209,8 @@ class ActorCritic(nn.Module):
             trunk, head = trunk_and_head(self.actor)
             hidden = trunk(input_ids=batch.ids, use_cache=False).last_hidden_state[batch.rows, batch.columns]
         states = hidden if shared else self._states(batch)[batch.rows, batch.columns]
-        values = self.critic(states)
+        # While only the critic learns, a shared trunk must not: its weights are the actor's.
+        values = self.critic(states if actor or not shared else states.detach())
         if not actor:
             return None, None, values
         return *token_logps(hidden, head, batch.targets, temperature), values
@@ -246,7 +248,8 @@ class ActorCritic(nn.Module):
     def recompute_activations(self) -> None:
         """Keep only layer inputs for the backward pass, in the trunks of actor and critic (gradient checkpointing).
 
-        The library does so in training mode only; that mode changes nothing else, because dropout is off (`disable_dropout`).
+        The library does so in training mode only; that mode changes nothing else, because dropout is off
+        (`disable_dropout`).
         """
         for trunk in (self.actor, self.critic.trunk):
             if trunk is not None:

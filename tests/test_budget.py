@@ -160,5 +160,5 @@ def test_memory_stays_flat_while_the_limit_grows_eightfold(tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "found.json").read_text())
     first, last = found["rows"]
-    assert last["limit"] == 8 * first["limit"] and last["full_logits"] > 3 * first["growth"]
+    assert last["limit"] == 8 * first["limit"] and last["full_logits"] > 2 * last["growth"]
     assert found["ratio"] == pytest.approx(last["growth"] / first["growth"], abs=1e-3) and found["ratio"] <= 1.15

@@ -188,7 +188,7 @@ class Coarse(_Section):
     cut_penalty: NonNegative = Field(1.0, description="subtracted from the reward of a cut answer when cut = penalty")
     reward_clip: Annotated[float, Field(gt=0)] = Field(10.0, description="bound of the normalised reward")
     reward_scaling: Literal["base", "running"] = Field(
-        "base", description="z-score on base samples, or running standard deviation"
+        "base", description="z-score on base samples, or running root mean square"
     )
     token_price: NonNegative = Field(0.0, description="subtracted from the reward per answer token")
     gradient_clip: Annotated[float, Field(gt=0)] = 1.0
@@ -239,8 +239,8 @@ class Merge(_Section):
     """Residue merge: how the operator's coefficient is chosen on validation problems."""
 
     operator: str = "residue"
-    coefficients: list[float] = Field([0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0], min_length=1)
-    other_operators: list[dict] = Field([], description="compared at the chosen coefficient")
+    coefficients: list[float] = Field([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0], min_length=1)
+    other_operators: list[dict] = Field([], description="each shown at its best coefficient of the grid")
     token_price: NonNegative = Field(0.02, description="score = utility (or reward) - token_price * mean tokens")
     out_dtype: Literal["same", "float32", "bfloat16", "bfloat16_stochastic"] = "same"
     sections: list[Literal["layers", "depths", "averages", "proxies", "roundings"]] = Field(

@@ -2,6 +2,7 @@
 format."""
 
 import random
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +21,16 @@ def checksum(settings: Settings) -> dict[str, str]:
     return {source: sha256(Path(source))} if source and Path(source).is_file() else {}
 
 
-def prompts(settings: Settings, split: tasks.Split, count: int, tokenizer=None) -> list[Prompt]:
+def prompts(
+    settings: Settings, split: tasks.Split, count: int, tokenizer=None, seed: int | None = None
+) -> list[Prompt]:
     """`count` prompts of one split, disjoint from the other splits; on hub data fewer when the data runs out.
 
-    Raises C2FError when no prompt is short enough.
+    On the embedded domain every seed has problems of its own, in every split. Raises C2FError when no prompt is short
+    enough.
     """
     if settings.embedded:
-        # Validation and test problems are the same for every seed, so that seeds are compared on equal questions.
-        seed = settings.seed if split == "train" else 0
+        seed = settings.seed if seed is None else seed
         return make_prompts(tasks.problems(split, count, seed, settings.data.operations))
     return _hub_prompts(settings, split, count, tokenizer)
 
@@ -36,31 +39,39 @@ def _hub_prompts(settings: Settings, split: tasks.Split, count: int, tokenizer) 
     data = settings.data
     texts = list(dict.fromkeys(p.prompt for p in preferences.read(data.preferences, data.preference_split)[0]))
     random.Random("prompts").shuffle(texts)
-    held_out = min(data.validation_prompts + data.test_prompts, len(texts) // 2)
-    validation = held_out * data.validation_prompts // (data.validation_prompts + data.test_prompts)
-    parts = {"validation": texts[:validation], "test": texts[validation:held_out], "train": texts[held_out:]}
-    encoded = (Prompt(tuple(tokenizer(text)["input_ids"]), text) for text in parts[split])
+    mine = [text for text in texts if hub_split(text) == split]
+    encoded = (Prompt(tuple(tokenizer(text)["input_ids"]), text) for text in mine)
     fitting = [p for p in encoded if len(p.ids) <= data.max_prompt_tokens][:count]
     if not fitting:
         raise C2FError(
-            f"none of the {len(parts[split])} {split} prompts of {data.preferences} has at most "
+            f"none of the {len(mine)} {split} prompts of {data.preferences} has at most "
             f"data.max_prompt_tokens = {data.max_prompt_tokens} "
             "tokens; raise it or add pairs"
         )
     return fitting
 
 
+def hub_split(prompt: str) -> tasks.Split:
+    """The split of a dialogue, by its first turn: the same dialogue cut at several turns is never in two splits."""
+    opening = prompt.split(preferences.ASSISTANT)[0]
+    return {0: "validation", 1: "test"}.get(zlib.crc32(opening.encode()) % 8, "train")
+
+
 def hub_pairs(settings: Settings, tokenizer) -> tuple[list[Pair], list[Pair], int]:
     """Training and held-out pairs of token sequences (EOS after each complete answer), and how many were too long.
 
-    Raises C2FError when fewer than four pairs are short enough.
+    Training pairs are on training dialogues, held-out pairs on validation dialogues. Raises C2FError without either.
     """
     reward = settings.reward
     texts, _ = preferences.read(settings.data.preferences, settings.data.preference_split)
     random.Random("pairs").shuffle(texts)
-    pairs: list[Pair] = []
+    wanted = {"train": reward.pairs, "validation": reward.held_out_pairs, "test": 0}
+    pairs: dict[str, list[Pair]] = {split: [] for split in wanted}
     too_long = 0
     for text in texts:
+        split = hub_split(text.prompt)
+        if len(pairs[split]) >= wanted[split]:
+            continue
         pair = tuple(
             [*tokenizer(text.prompt + answer)["input_ids"], tokenizer.eos_token_id]
             for answer in (text.chosen, text.rejected)
@@ -68,17 +79,15 @@ def hub_pairs(settings: Settings, tokenizer) -> tuple[list[Pair], list[Pair], in
         if max(map(len, pair)) > reward.max_tokens:
             too_long += 1
         else:
-            pairs.append(pair)
-        if len(pairs) == reward.pairs + reward.held_out_pairs:
-            break
-    held_out = min(reward.held_out_pairs, len(pairs) // 4)
-    if not held_out:
+            pairs[split].append(pair)
+    training, held_out = pairs["train"], pairs["validation"]
+    if not training or not held_out:
         raise C2FError(
-            f"{len(pairs)} pairs of {settings.data.preferences} have at most reward.max_tokens = "
+            f"{len(training)} training and {len(held_out)} held-out pairs of {settings.data.preferences} have at most reward.max_tokens = "
             f"{reward.max_tokens} tokens ({too_long} are longer); "
-            "expected at least 4, one of them held out: raise reward.max_tokens or add pairs"
+            "expected at least one of each: raise reward.max_tokens or add pairs"
         )
-    return pairs[held_out:], pairs[:held_out], too_long
+    return training, held_out, too_long
 
 
 @dataclass(frozen=True)

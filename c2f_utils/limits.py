@@ -1,7 +1,7 @@
 """Laws for the output-length limit l(t): one protocol, `limit = law.update(signals)`, decisions with reasons.
 
-Which law is whose: the paper extends the limit by a logistic function of reward and critic and publishes no
-constants; `Logistic` is our form of that description. `Fixed` and `Clock` are controls, `Tail`, `Gated` and `Probe`
+Which law is whose: by a secondary source the paper extends the limit by a logistic function of reward and critic; no
+constants are published. `Logistic` is our form of that description. `Fixed` and `Clock` are controls, `Tail`, `Gated` and `Probe`
 are ours. A law keeps its own state (`state_dict`), so that a resumed run continues with the same l(t). Everything
 that depends on the limit reads the law's `limit`. A law written in a notebook cell needs only `limit`, `needs` and
 `update` (see `Law`).
@@ -22,7 +22,7 @@ class Signals:
 
     iteration: int
     reward: float | None = None  # mean raw reward, before clipping and scaling
-    value_error: float | None = None  # critic's squared error / Var(returns) = 1 - explained variance, centred
+    value_error: float | None = None  # critic's mean squared error / Var(value targets), at most 3; 0 = perfect
     truncated_share: float | None = None  # share of answers that the limit ended
     tail_return: float | None = (
         None  # reward gained in the last quarter of the limit minus the quarter before (normalised)

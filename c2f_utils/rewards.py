@@ -114,9 +114,11 @@ def load_reward_model(
 
 
 def train(
-    source: str | Path, pairs: Sequence[Pair], tokenizer, settings: Settings, seed: int, log=lambda row: None
+    source: str | Path, pairs: Sequence[Pair], tokenizer, settings: Settings, order: int, log=lambda row: None
 ) -> nn.Module:
     """Fit a reward model on pairs of full token sequences with TRL's `RewardTrainer` (Bradley-Terry loss).
+
+    `order` seeds the order of the pairs; the initial head is that of `settings.seed`, so that members can be averaged.
 
     Pairs are handed over as `chosen_ids`/`rejected_ids` with `max_length=None`: given text, the trainer would append
     EOS to every answer, also to cut ones, and drop long pairs. `log` receives {"step", "loss"}. Raises C2FError
@@ -131,7 +133,7 @@ def train(
         raise C2FError("no preference pairs are left to train on; check data.preferences and reward.max_tokens")
     config: Reward = settings.reward
     with quiet():
-        model = new_reward_model(source, settings, seed)
+        model = new_reward_model(source, settings, settings.seed)
     if settings.models.lora:
         model = add_lora(model, settings.models.lora, "SEQ_CLS", ["score"])
     dataset = Dataset.from_dict({"chosen_ids": [c for c, _ in pairs], "rejected_ids": [r for _, r in pairs]})
@@ -144,8 +146,8 @@ def train(
         max_steps=steps,
         lr_scheduler_type="linear",
         weight_decay=0.0,
-        seed=seed,
-        data_seed=seed,
+        seed=order,
+        data_seed=order,
         save_strategy="no",
         report_to=[],
         logging_steps=max(1, steps // 50),

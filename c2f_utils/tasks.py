@@ -106,8 +106,8 @@ class Problem:
 
     @property
     def split(self) -> Split:
-        """A fixed function of the story's numbers, so that no split ever shares a problem with another."""
-        key = f"{self.start}|{self.operations}"
+        """A fixed function of the running values: stories that differ only in words are in one split."""
+        key = str(self.values)
         return {0: "validation", 1: "test"}.get(zlib.crc32(key.encode()) % 8, "train")
 
 

@@ -70,7 +70,8 @@ def control_sentence(
     return {
         "better": f"The method beats the control “{control}” on {quantity}: {numbers}.",
         "worse": f"The control “{control}” is better than the method on {quantity}: {numbers}.",
-        "tie": f"The control “{control}” is as good as the method on {quantity}: {numbers}.",
+        "tie": f"The control “{control}” is as good as the method on {quantity}, as far as these problems can tell: "
+        f"{numbers}.",
     }[outcome(difference, *interval)]
 
 
@@ -192,7 +193,7 @@ def reward_against_accuracy(fine: dict, coarse: dict) -> list[str]:
     return [f"Reward and accuracy do not disagree on fine against coarse: {numbers}."]
 
 
-def at_fixed_prefixes(results: dict, least: int = 10) -> list[str]:
+def at_fixed_prefixes(results: dict, least: int = 50) -> list[str]:
     """Is the merged model less redundant at equal length, or only shorter? (At the longest prefix that both reach.)"""
     found = results.get("prefix_redundancy") or {}
     rows = {
@@ -281,7 +282,7 @@ def law_against_law(results: dict, a: str, b: str) -> list[str]:
 
 def linear_against_logistic(results: dict) -> list[str]:
     """Do the signals of the logistic law buy anything over a plain linear ramp?"""
-    words = law_against_law(results, "logistic", "clock_linear")
+    words = law_against_law(results, "logistic", "clock_linear") + _limit_gap(results)
     utility = law_pairs(results, "logistic", "clock_linear", "utility")
     values = utility if utility[2] else law_pairs(results, "logistic", "clock_linear", "reward")
     if len(values[2]) < 2:
@@ -293,6 +294,22 @@ def linear_against_logistic(results: dict) -> list[str]:
             "worse": "A plain linear ramp, which reads no signal, does better here than the logistic law.",
             "tie": "No advantage of the signals over a plain linear ramp can be measured here.",
         }[outcome(gap.value, gap.low, gap.high)]
+    ]
+
+
+def _limit_gap(results: dict) -> list[str]:
+    """How far apart the limits of the logistic law and of the linear ramp ever were, over all seeds (tokens)."""
+    laws = results.get("laws") or {}
+    seeds = [(laws.get(name) or {}).get("seeds") or {} for name in ("logistic", "clock_linear")]
+    paths = [(a.get("limits"), seeds[1][s].get("limits")) for s, a in seeds[0].items() if s in seeds[1]]
+    gaps = [abs(x - y) for a, b in paths if a and b for x, y in zip(a, b, strict=False)]
+    if not gaps:
+        return []
+    largest = max(limit for pair in paths for path in pair for limit in path or [])
+    words = f"The limits of the two were never more than {max(gaps)} tokens apart, of at most {largest}"
+    same = max(gaps) <= 0.1 * largest
+    return [
+        f"{words}: the logistic law behaved like a linear ramp." if same else f"{words}: the laws took different paths."
     ]
 
 

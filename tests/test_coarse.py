@@ -168,8 +168,9 @@ def test_a_token_price_is_charged_per_token():
     assert torch.allclose(a.shaped - b.shaped, torch.tensor([0.1 * s.tokens for s in a.samples]), atol=1e-5)
 
 
-def test_during_critic_warmup_only_the_critic_moves_and_its_tokens_count():
-    process = trainer("fixed", critic_warmup=1)
+@pytest.mark.parametrize("critic", ["separate", "shared"])
+def test_during_critic_warmup_only_the_critic_moves_and_its_tokens_count(critic):
+    process = trainer("fixed", critic_warmup=1, critic=critic, epochs=3)
     before = weights(process)
     process.step()
     after = weights(process)

@@ -175,9 +175,9 @@ def test_redundancy_is_compared_at_the_longest_prefix_both_reach(fine, word):
         {"prefix": 64, "rep4": 0.4, "n": 250},
         {"prefix": 128, "rep4": 0.5, "n": 9},
     ]
-    mine = [{"prefix": 64, "rep4": fine, "n": 40}, {"prefix": 128, "rep4": 0.0, "n": 2}]
+    mine = [{"prefix": 64, "rep4": fine, "n": 140}, {"prefix": 128, "rep4": 0.0, "n": 2}]
     said = v.at_fixed_prefixes({"prefix_redundancy": {"fine": mine, "coarse": coarse}})[0]
-    assert "first 64 tokens" in said and word in said and "(n 40)" in said
+    assert "first 64 tokens" in said and word in said and "(n 140)" in said
     few = v.at_fixed_prefixes({"prefix_redundancy": {"fine": mine[1:], "coarse": coarse}})[0]
     assert "not compared" in few and "not compared" in v.at_fixed_prefixes({})[0]
 

@@ -69,7 +69,7 @@ class Bench:
     def sampled(self, sampler: Sampler) -> dict:
         """Metrics and score of answers from another sampler than the bench's model."""
         limits = [self.settings.evaluation.max_tokens] * len(self.prompts)
-        return self.row(sampler(self.prompts, limits, temperature=1.0, seed=self.settings.seed))
+        return self.row(sampler(self.prompts, limits, temperature=1.0, seed=self.settings.seed * 1000))
 
     def row(self, samples: list[Sample]) -> dict:
         scores = self.scores(samples)

@@ -48,7 +48,7 @@ def trainer(
     engine = {"kv": KVDecoder, "continuous": ContinuousBatching}[config.engine]
     decoder = engine(actor, inputs.tokenizer, config.tokens_in_cache, settings.data.stop_strings)
     return CoarseTrainer(
-        policy, reward or inputs.reward, decoder, inputs.prompts("train"), law, config, folder=folder,
+        policy, reward or inputs.reward, decoder, inputs.prompts("train", seed=seed), law, config, folder=folder,
         seed=settings.seed if seed is None else seed, pad_id=inputs.tokenizer.pad_token_id,
         evaluate=_evaluator(inputs, config) if evaluated else None, stop=inputs.run.here.stop_requested,
         ranks=ranks,
@@ -78,7 +78,9 @@ def train(
     """
     here = run.here
     if ranks is None and run.settings.coarse.processes > 1 and (law or reward):
-        raise C2FError("coarse.processes > 1 starts new processes, which cannot see a law or reward made in this notebook; set it to 1")
+        raise C2FError(
+            "coarse.processes > 1 starts new processes, which cannot see a law or reward made in this notebook; set it to 1"
+        )
     for name, own in (("law", law), ("reward", reward)):
         here.add_input(name, provenance.fingerprint(_identity(own)))
     if here.loaded:
@@ -122,7 +124,9 @@ def finish(run: Run, inputs: Inputs, process: CoarseTrainer) -> None:
     models.save_model(actor, inputs.tokenizer, here.path("model"))
     samples = inputs.answers(actor, inputs.prompts("test"))
     keep_samples(here, evaluate.rows(samples, "coarse", "sampled_t1", inputs.reward), run.settings)
-    here.save_results({"law": type(process.law).__name__.lower()} | summary(process, evaluate.measure(samples, inputs.reward)))
+    here.save_results(
+        {"law": type(process.law).__name__.lower()} | summary(process, evaluate.measure(samples, inputs.reward))
+    )
 
 
 def summary(process: CoarseTrainer, final: dict) -> dict:

@@ -65,14 +65,14 @@ class Inputs:
             source, self.settings, self.tokenizer.pad_token_id, found["mean"], found["std"]
         )
 
-    def prompts(self, split: tasks.Split, count: int | None = None) -> list[Prompt]:
-        """Prompts of a split; the default counts are those of the settings."""
+    def prompts(self, split: tasks.Split, count: int | None = None, seed: int | None = None) -> list[Prompt]:
+        """Prompts of a split; the default counts and seed are those of the settings."""
         sizes = {
             "train": TRAIN_PROMPTS,
             "validation": self.settings.data.validation_prompts,
             "test": self.settings.data.test_prompts,
         }
-        return data.prompts(self.settings, split, count or sizes[split], self.tokenizer)
+        return data.prompts(self.settings, split, count or sizes[split], self.tokenizer, seed)
 
     def answers(
         self, model: nn.Module, prompts: list[Prompt], decoding: str = "sampled_t1", limit: int | None = None

@@ -57,11 +57,11 @@ def _random(run: Run, bench: Bench, coefficient: float) -> tuple[nn.Module, dict
 def _fixed_long(run: Run, bench: Bench, coefficient: float) -> tuple[nn.Module, dict]:
     folder = run.parent("04_length_schedules").dir / "models" / f"fixed_long-s{run.settings.seed}"
     state = state_of(models.load_actor(folder, run.settings.models))
-    note = "residue of the actor trained under the fixed long limit, the chosen coefficient"
-    return bench.merged(bench.recipe({"name": "residue"}, coefficient), state), {
-        "coefficient": coefficient,
-        "note": note,
-    }
+    sweep = bench.sweep({"name": "residue"}, state)
+    chosen = max(sweep, key=lambda row: row["score"])["coefficient"]
+    note = "residue of the actor trained under the fixed long limit, c chosen on the same grid by the same score"
+    made = {"coefficient": chosen, "sweep": sweep, "note": note}
+    return bench.merged(bench.recipe({"name": "residue"}, chosen), state), made
 
 
 def _ppo(run: Run, bench: Bench, coefficient: float) -> tuple[nn.Module, dict]:

@@ -32,8 +32,8 @@ def make(run: Run) -> dict:
             members = []
             for member in range(settings.reward.members):
                 log = losses.append if member == 0 else (lambda row: None)
-                seed = settings.seed + 1000 * member
-                members.append(rewards.train(inputs.base_source, training, inputs.tokenizer, settings, seed, log))
+                order = settings.seed + 1000 * member  # one initial head, another order of the data
+                members.append(rewards.train(inputs.base_source, training, inputs.tokenizer, settings, order, log))
             trained = rewards.average(members)
         save_model(trained, inputs.tokenizer, here.path("model"))
         model = rewards.RewardModel(trained, inputs.tokenizer.pad_token_id)

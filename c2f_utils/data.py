@@ -83,7 +83,8 @@ def hub_pairs(settings: Settings, tokenizer) -> tuple[list[Pair], list[Pair], in
     training, held_out = pairs["train"], pairs["validation"]
     if not training or not held_out:
         raise C2FError(
-            f"{len(training)} training and {len(held_out)} held-out pairs of {settings.data.preferences} have at most reward.max_tokens = "
+            f"{len(training)} training and {len(held_out)} held-out pairs of {settings.data.preferences} have at "
+            "most reward.max_tokens = "
             f"{reward.max_tokens} tokens ({too_long} are longer); "
             "expected at least one of each: raise reward.max_tokens or add pairs"
         )

@@ -1,10 +1,10 @@
 """Laws for the output-length limit l(t): one protocol, `limit = law.update(signals)`, decisions with reasons.
 
 Which law is whose: by a secondary source the paper extends the limit by a logistic function of reward and critic; no
-constants are published. `Logistic` is our form of that description. `Fixed` and `Clock` are controls, `Tail`, `Gated` and `Probe`
-are ours. A law keeps its own state (`state_dict`), so that a resumed run continues with the same l(t). Everything
-that depends on the limit reads the law's `limit`. A law written in a notebook cell needs only `limit`, `needs` and
-`update` (see `Law`).
+constants are published. `Logistic` is our form of that description. `Fixed` and `Clock` are controls, `Tail`,
+`Gated` and `Probe` are ours. A law keeps its own state (`state_dict`), so that a resumed run continues with the same
+l(t). Everything that depends on the limit reads the law's `limit`. A law written in a notebook cell needs only
+`limit`, `needs` and `update` (see `Law`).
 """
 
 import math

@@ -1,9 +1,10 @@
 """Generation: prompts in, unpadded samples with log-probabilities and an explicit reason to stop out.
 
-`KVDecoder` is our own batched key/value-cache decoder for Llama-layout models (Mistral, Llama, TinyLlama). It exists because the
-log-probabilities must be those of the sampled policy itself, every answer has its own limit, and finished rows must not cost
-anything; at 100k parameters it is also 2-3 times faster than `model.generate`. It samples from the plain softmax (no top-k, no
-top-p, no penalties): anything else would make the KL estimate meaningless. Weights are read at every call, so an update is never stale.
+`KVDecoder` is our own batched key/value-cache decoder for Llama-layout models (Mistral, Llama, TinyLlama). It exists
+because the log-probabilities must be those of the sampled policy itself, every answer has its own limit, and
+finished rows must not cost anything; at 100k parameters it is also 2-3 times faster than `model.generate`. It
+samples from the plain softmax (no top-k, no top-p, no penalties): anything else would make the KL estimate
+meaningless. Weights are read at every call, so an update is never stale.
 """
 
 from collections.abc import Sequence
@@ -24,7 +25,8 @@ Stop = Literal["eos", "limit", "string"]
 class Prompt:
     """A question as token ids and text; `problem` is set on the embedded domain, where answers can be checked.
 
-    `forced` are the last ids of the prompt when they are the beginning of an answer that the model did not choose itself.
+    `forced` are the last ids of the prompt when they are the beginning of an answer that the model did not choose
+    itself.
     """
 
     ids: tuple[int, ...]
@@ -62,7 +64,9 @@ class Sample:
 class Sampler(Protocol):
     """Anything that answers prompts under per-prompt limits."""
 
-    def __call__(self, prompts: Sequence[Prompt], limits: Sequence[int], *, temperature: float, seed: int) -> list[Sample]: ...
+    def __call__(
+        self, prompts: Sequence[Prompt], limits: Sequence[int], *, temperature: float, seed: int
+    ) -> list[Sample]: ...
 
 
 @dataclass
@@ -85,7 +89,10 @@ class KVDecoder:
         self.causal = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.trunk = getattr(self.causal, "model", None)
         if not hasattr(self.trunk, "layers") or not hasattr(self.trunk.layers[0].mlp, "gate_proj"):
-            raise C2FError(f"{type(self.causal).__name__} is not of the Llama layout; only Mistral and Llama models are decoded here")
+            raise C2FError(
+                f"{type(self.causal).__name__} is not of the Llama layout; only Mistral and Llama models are "
+                "decoded here"
+            )
         self.config = self.causal.config
         self.tokenizer = tokenizer
         self.eos = eos_ids(tokenizer, self.config)
@@ -93,7 +100,9 @@ class KVDecoder:
         self.stop_strings = tuple(stop_strings)
 
     @torch.no_grad()
-    def __call__(self, prompts: Sequence[Prompt], limits: Sequence[int] | int, *, temperature: float = 1.0, seed: int = 0) -> list[Sample]:
+    def __call__(
+        self, prompts: Sequence[Prompt], limits: Sequence[int] | int, *, temperature: float = 1.0, seed: int = 0
+    ) -> list[Sample]:
         """Answer every prompt; `limits` in tokens, temperature 0 is greedy, the same seed gives the same answers."""
         limits = [limits] * len(prompts) if isinstance(limits, int) else list(limits)
         refuse_overlong(self.config, prompts, limits)
@@ -101,7 +110,9 @@ class KVDecoder:
         layers = self._stack()
         samples: list[Sample] = []
         for wave in self._waves(prompts, limits):
-            samples += self._decode(layers, [prompts[i] for i in wave], [limits[i] for i in wave], temperature, generator)
+            samples += self._decode(
+                layers, [prompts[i] for i in wave], [limits[i] for i in wave], temperature, generator
+            )
         return samples
 
     def _stack(self) -> list["_Layer"]:
@@ -123,18 +134,23 @@ class KVDecoder:
             waves[-1].append(index)
         return waves if waves[0] else []
 
-    def _decode(self, layers: list["_Layer"], prompts: list[Prompt], limits: list[int], temperature: float, generator) -> list[Sample]:
+    def _decode(
+        self, layers: list["_Layer"], prompts: list[Prompt], limits: list[int], temperature: float, generator
+    ) -> list[Sample]:
         device = self._device
         rows, start = len(prompts), max(len(p.ids) for p in prompts)
         pads = torch.tensor([start - len(p.ids) for p in prompts], device=device)
-        tokens = torch.tensor([[0] * (start - len(p.ids)) + list(p.ids) for p in prompts], device=device)  # left-padded [B, S]
+        tokens = torch.tensor(
+            [[0] * (start - len(p.ids)) + list(p.ids) for p in prompts], device=device
+        )  # left-padded [B, S]
         length = start + max(limits)
         for layer in layers:
             layer.allocate(rows, length, self.trunk.embed_tokens.weight)
         columns = torch.arange(length, device=device)
         visible = columns[None] >= pads[:, None]  # [B, S+T]: a row never sees its own padding
         cos, sin = self.trunk.rotary_emb(self.trunk.embed_tokens.weight[:1, :1], columns[None])  # [1, S+T, D]
-        # Left padding makes the first query rows of short prompts see nothing; they may look at themselves, nobody reads them.
+        # Left padding makes the first query rows of short prompts see nothing; they may look at themselves, nobody
+        # reads them.
         causal = visible[:, None, :start] & torch.ones(start, start, dtype=torch.bool, device=device).tril()
         mask = causal | torch.eye(start, dtype=torch.bool, device=device)
         logits = self._forward(layers, tokens, (columns[:start] - pads[:, None]).clamp_min(0), mask, 0, cos, sin)
@@ -161,13 +177,19 @@ class KVDecoder:
                 keep = ~finished
                 if not keep.any():
                     break
-                # Always drop finished rows from the bookkeeping; the cache is compacted with them, one copy of what is alive.
+                # Always drop finished rows from the bookkeeping; the cache is compacted with them, one copy of what
+                # is alive.
                 alive, token, pads, visible = alive[keep], token[keep], pads[keep], visible[keep]
                 for layer in layers:
                     layer.keep(keep)
             column = start + step
-            logits = self._forward(layers, token[:, None], (column - pads)[:, None], visible[:, None, : column + 1], column, cos, sin)
-        return [self._sample_of(prompts[i], chosen[i, : lengths[i]], logps[i, : lengths[i]], stops[i], limits[i]) for i in range(rows)]
+            logits = self._forward(
+                layers, token[:, None], (column - pads)[:, None], visible[:, None, : column + 1], column, cos, sin
+            )
+        return [
+            self._sample_of(prompts[i], chosen[i, : lengths[i]], logps[i, : lengths[i]], stops[i], limits[i])
+            for i in range(rows)
+        ]
 
     def _sample_of(self, prompt: Prompt, ids: Tensor, logps: Tensor, stop: Stop, limit: int) -> Sample:
         ids = ids.tolist()
@@ -179,16 +201,22 @@ class KVDecoder:
     def _ends_with_stop_string(self, chosen: Tensor, alive: Tensor, step: int) -> Tensor:
         if not self.stop_strings:
             return torch.zeros(len(alive), dtype=torch.bool, device=chosen.device)
-        # A token may begin before the string and another end after it: look at a tail long enough for one token per character.
+        # A token may begin before the string and another end after it: look at a tail long enough for one token per
+        # character.
         tail = max(map(len, self.stop_strings)) + 1
         texts = self.tokenizer.batch_decode(chosen[alive, max(0, step + 1 - tail) : step + 1].tolist())
         return torch.tensor([any(s in text for s in self.stop_strings) for text in texts], device=chosen.device)
 
-    def _forward(self, layers, tokens: Tensor, positions: Tensor, visible: Tensor, column: int, cos: Tensor, sin: Tensor) -> Tensor:
-        """Logits of the last position, [B, V]; keys and values of `tokens` [B, S] go into the caches from `column` on."""
+    def _forward(
+        self, layers, tokens: Tensor, positions: Tensor, visible: Tensor, column: int, cos: Tensor, sin: Tensor
+    ) -> Tensor:
+        """Logits of the last position, [B, V]; keys and values of `tokens` [B, S] go into the caches from `column`
+        on."""
         hidden = self.trunk.embed_tokens(tokens)
         rotation = cos[0][positions][:, None], sin[0][positions][:, None]  # [B, 1, S, D]
-        mask = torch.zeros(visible.shape, dtype=hidden.dtype, device=hidden.device).masked_fill_(~visible, float("-inf"))[:, None]
+        mask = torch.zeros(visible.shape, dtype=hidden.dtype, device=hidden.device).masked_fill_(
+            ~visible, float("-inf")
+        )[:, None]
         for layer in layers:
             hidden = layer(hidden, rotation, mask, column)
         return self.causal.lm_head(self.trunk.norm(hidden[:, -1])).float()
@@ -203,7 +231,9 @@ class _Layer:
         self.head = self.attention.head_dim
         self.scale = self.attention.scaling
         a, m = self.attention, self.mlp
-        plain = all(type(p) is nn.Linear and p.bias is None for p in (a.q_proj, a.k_proj, a.v_proj, m.gate_proj, m.up_proj))
+        plain = all(
+            type(p) is nn.Linear and p.bias is None for p in (a.q_proj, a.k_proj, a.v_proj, m.gate_proj, m.up_proj)
+        )
         self.qkv = torch.cat([a.q_proj.weight, a.k_proj.weight, a.v_proj.weight]) if plain else None
         self.gate_up = torch.cat([m.gate_proj.weight, m.up_proj.weight]) if plain else None
 
@@ -222,7 +252,11 @@ class _Layer:
         else:
             a = self.attention
             qkv = torch.cat([a.q_proj(normed), a.k_proj(normed), a.v_proj(normed)], -1)
-        q, k, v = qkv.view(rows, steps, -1, self.head).transpose(1, 2).split((self.queries, self.keys_values, self.keys_values), 1)
+        q, k, v = (
+            qkv.view(rows, steps, -1, self.head)
+            .transpose(1, 2)
+            .split((self.queries, self.keys_values, self.keys_values), 1)
+        )
         self.k[:, :, column : column + steps] = _rotate(k, rotation)
         self.v[:, :, column : column + steps] = v
         keys, values = self.k[:, :, : column + steps], self.v[:, :, : column + steps]
@@ -249,7 +283,8 @@ def _rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def _sample(logits: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Next tokens [B] and their log-probabilities under the tempered policy; temperature 0 takes the most likely token."""
+    """Next tokens [B] and their log-probabilities under the tempered policy; temperature 0 takes the most likely
+    token."""
     if temperature == 0:
         logps = logits.log_softmax(-1)
         token = logps.argmax(-1)
@@ -270,7 +305,8 @@ def refuse_overlong(config, prompts: Sequence[Prompt], limits: Sequence[int]) ->
             raise C2FError(f"empty prompt {prompt.text[:60]!r}: expected at least one token; drop it from the data")
         if len(prompt.ids) + limit > min(positions, window):
             raise C2FError(
-                f"a prompt of {len(prompt.ids)} tokens with a limit of {limit} needs {len(prompt.ids) + limit} positions, "
+                f"a prompt of {len(prompt.ids)} tokens with a limit of {limit} needs {len(prompt.ids) + limit} "
+                "positions, "
                 f"the model has {min(positions, window)}; lower the law's maximum, evaluation.max_tokens or "
                 "data.max_prompt_tokens"
             )
@@ -278,9 +314,15 @@ def refuse_overlong(config, prompts: Sequence[Prompt], limits: Sequence[int]) ->
 
 def eos_ids(tokenizer, config) -> frozenset[int]:
     """Ids that end an answer, of tokenizer and model together; raises C2FError when there is none."""
-    found = {tokenizer.eos_token_id, *(config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id])}
+    found = {
+        tokenizer.eos_token_id,
+        *(config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]),
+    }
     if not (found := found - {None}):
-        raise C2FError("the tokenizer has no EOS token; expected one in tokenizer_config.json (eos_token), or answers could never end")
+        raise C2FError(
+            "the tokenizer has no EOS token; expected one in tokenizer_config.json (eos_token), or answers could "
+            "never end"
+        )
     return frozenset(found)
 
 

@@ -22,7 +22,7 @@ def test_a_second_run_with_the_same_seed_in_another_folder_is_identical(smoke_ru
 
 
 @pytest.mark.slow
-def test_another_seed_gives_other_results_on_the_same_questions(smoke_run, tmp_path):
+def test_another_seed_gives_other_results_on_questions_of_its_own(smoke_run, tmp_path):
     stages = ("01", "02", "03")
     finished(tmp_path, "run", *stages, "--profile", "smoke", "--run-id", "s1", "--seed", "1")
     other = contents(tmp_path / "s1")
@@ -33,4 +33,4 @@ def test_another_seed_gives_other_results_on_the_same_questions(smoke_run, tmp_p
         [row["prompt"] for row in rows(run / "03_coarse_rlhf" / "samples.jsonl")]
         for run in (smoke_run, tmp_path / "s1")
     ]
-    assert prompts[0] == prompts[1], "seeds are compared on equal test questions"
+    assert prompts[0] and not set(prompts[0]) & set(prompts[1])

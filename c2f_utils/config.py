@@ -259,8 +259,6 @@ class Evaluation(_Section):
     decodings: list[Literal["sampled_t1", "sampled_t07", "greedy"]] = ["sampled_t1", "sampled_t07", "greedy"]
     prefixes: list[Positive] = Field([32, 64, 128], description="prefixes at which redundancy is compared, tokens")
     samples_kept: Count = Field(12, description="answers per model kept in samples.jsonl")
-    tasks: list[str] = Field([], description="lm-eval tasks: names, or paths of local JSON task files")
-    task_limit: Count = Field(0, description="documents per lm-eval task; 0 = all")
 
 
 class Settings(_Section):

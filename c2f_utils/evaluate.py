@@ -1,4 +1,4 @@
-"""Generation and scoring of finished models under fixed limits and three decodings, and lm-eval task suites.
+"""Generation and scoring of finished models under fixed limits and three decodings.
 
 Inputs: a model, prompts, a reward model. Outputs: the metrics every results file uses. Checker metrics are null on
 hub data, where nobody knows the true answer. A score is always read with its length: redundancy also at fixed prefixes.

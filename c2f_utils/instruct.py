@@ -12,7 +12,7 @@ from torch import nn
 from c2f_utils import tasks
 from c2f_utils.config import Settings
 from c2f_utils.models import device, disable_dropout, load_causal
-from c2f_utils.training_log import fit, quiet
+from c2f_utils.training_log import arguments, fit, quiet
 
 
 def train(source: str | Path, tokenizer, settings: Settings, log=lambda row: None) -> tuple[nn.Module, int]:
@@ -31,27 +31,14 @@ def train(source: str | Path, tokenizer, settings: Settings, log=lambda row: Non
     )
     model = load_causal(source, settings.models)
     steps = -(-len(examples) // config.examples_per_step)
-    arguments = SFTConfig(
-        output_dir=".",
-        max_length=None,
+    options = SFTConfig(
+        **arguments(steps, settings.seed, device(settings.models).type == "cpu"),
         per_device_train_batch_size=config.examples_per_step,
         learning_rate=config.learning_rate,
-        max_steps=steps,
-        lr_scheduler_type="linear",
-        weight_decay=0.0,
-        seed=settings.seed,
-        data_seed=settings.seed,
-        save_strategy="no",
-        report_to=[],
-        logging_steps=max(1, steps // 50),
-        disable_tqdm=True,
-        bf16=False,
         gradient_checkpointing=False,
-        use_cpu=device(settings.models).type == "cpu",
-        dataloader_pin_memory=False,
     )
     with quiet():
-        trainer = SFTTrainer(model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer)
+        trainer = SFTTrainer(model=model, args=options, train_dataset=dataset, processing_class=tokenizer)
         disable_dropout(trainer.model)
         fit(trainer, log)
     return trainer.model.eval(), len(examples)

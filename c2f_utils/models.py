@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from c2f_utils.config import Lora, Models, Settings
+from c2f_utils.config import Lora, Models
 from c2f_utils.errors import C2FError
 from c2f_utils.packing import Batch
 from c2f_utils.preflight import check_folder
@@ -259,8 +259,3 @@ class ActorCritic(nn.Module):
     def trainable(self) -> dict[str, nn.Parameter]:
         """Named parameters that training changes; a checkpoint holds these and nothing else."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
-
-
-def resolve_base(settings: Settings, stage_model: Path) -> str:
-    """Where the base model lives: the embedded one that 01 saved, or the user's."""
-    return settings.models.base or str(stage_model)

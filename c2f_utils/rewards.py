@@ -127,7 +127,7 @@ def train(
     from datasets import Dataset
     from trl import RewardConfig, RewardTrainer
 
-    from c2f_utils.training_log import fit, quiet
+    from c2f_utils.training_log import arguments, fit, quiet
 
     if not pairs:
         raise C2FError("no preference pairs are left to train on; check data.preferences and reward.max_tokens")
@@ -138,27 +138,14 @@ def train(
         model = add_lora(model, settings.models.lora, "SEQ_CLS", ["score"])
     dataset = Dataset.from_dict({"chosen_ids": [c for c, _ in pairs], "rejected_ids": [r for _, r in pairs]})
     steps = config.max_steps or -(-len(pairs) * config.epochs // config.pairs_per_step)
-    arguments = RewardConfig(
-        output_dir=".",
-        max_length=None,
+    options = RewardConfig(
+        **arguments(steps, order, device(settings.models).type == "cpu"),
         per_device_train_batch_size=config.pairs_per_step,
         learning_rate=config.learning_rate,
-        max_steps=steps,
-        lr_scheduler_type="linear",
-        weight_decay=0.0,
-        seed=order,
-        data_seed=order,
-        save_strategy="no",
-        report_to=[],
-        logging_steps=max(1, steps // 50),
-        disable_tqdm=True,
-        bf16=False,
         gradient_checkpointing=settings.models.gradient_checkpointing,
-        use_cpu=device(settings.models).type == "cpu",
-        dataloader_pin_memory=False,
     )
     with quiet():
-        trainer = RewardTrainer(model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer)
+        trainer = RewardTrainer(model=model, args=options, train_dataset=dataset, processing_class=tokenizer)
         fit(trainer, log)
     trained = trainer.model
     return (trained.merge_and_unload() if hasattr(trained, "merge_and_unload") else trained).eval()

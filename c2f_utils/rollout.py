@@ -69,15 +69,6 @@ class Sampler(Protocol):
     ) -> list[Sample]: ...
 
 
-@dataclass
-class _Row:
-    """A sequence being decoded; `column` is where its answer starts in the padded cache."""
-
-    index: int
-    limit: int
-    ids: list[int] = field(default_factory=list)
-
-
 class KVDecoder:
     """Batched decoding of a Llama-layout `*ForCausalLM` (a PEFT wrapper around one is fine).
 

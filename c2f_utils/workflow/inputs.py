@@ -8,7 +8,7 @@ from torch import nn
 
 from c2f_utils import data, models, rewards, tasks
 from c2f_utils.config import Settings
-from c2f_utils.evaluate import answers, measure
+from c2f_utils.evaluate import answers
 from c2f_utils.files import write_text
 from c2f_utils.refusals import refuse_other_tokenizer
 from c2f_utils.rollout import Prompt, Sample
@@ -82,11 +82,6 @@ class Inputs:
         return answers(
             model, self.tokenizer, prompts, decoding, limit, self.settings.seed, self.settings.data.stop_strings
         )
-
-    def measured(
-        self, model: nn.Module, prompts: list[Prompt], decoding: str = "sampled_t1", limit: int | None = None
-    ) -> dict:
-        return measure(self.answers(model, prompts, decoding, limit), self.reward)
 
 
 def keep_samples(stage, table: list[dict], settings: Settings) -> None:

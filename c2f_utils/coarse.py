@@ -208,7 +208,7 @@ class CoarseTrainer:
 
     def advance(self, e: Experience, stats: dict[str, float], began: float) -> dict:
         """Move the limit and the KL price, log, evaluate and checkpoint."""
-        seen = signals(e, self.iteration)
+        seen = signals(e, self.iteration, self.config.token_price)
         limit = self.law.limit
         next_limit = self.law.update(seen)
         self.ranks.agree(next_limit, f"the next limit of law {type(self.law).__name__}")

@@ -61,24 +61,32 @@ def pool(
     return whole, {name: ranks.gather(rows) for name, rows in columns.items()}
 
 
-def signals(e: Experience, iteration: int) -> Signals:
-    """What this iteration tells a law; `iteration` counts from 0."""
+def signals(e: Experience, iteration: int, token_price: float = 0.0) -> Signals:
+    """What this iteration tells a law; `iteration` counts from 0.
+
+    What a law may follow is the reward that the policy is paid, so `token_price` (reward per token) is taken off the
+    rewards of answers and prefixes; the mean `reward` stays as the reward function gave it.
+    """
     cut = [s for s in e.samples if s.cut]
     error = ((e.values - e.returns)[e.mask] ** 2).mean() / e.returns[e.mask].var().clamp_min(1e-6)
     slopes = [
         float(v[s.tokens - 1] - v[int(0.75 * s.tokens)]) for s, v in zip(e.samples, e.values, strict=True) if s.cut
     ]
     repeats = [float(repeated_spans(s.ids)[int(0.75 * s.tokens) :].mean()) for s in cut]
+    prefixes, rewards = e.prefix_rewards, e.rewards
+    if token_price:
+        rewards = rewards - token_price * torch.tensor([float(s.tokens) for s in e.samples])
+        prefixes = prefixes and [row - token_price * torch.arange(1, len(row) + 1) for row in prefixes]
     return Signals(
         iteration=iteration,
         reward=float(e.rewards.mean()),
         value_error=min(3.0, float(error)),
         truncated_share=len(cut) / len(e.samples),
-        tail_return=tail_return(e.prefix_rewards, e.limit) if e.prefix_rewards else None,
+        tail_return=tail_return(prefixes, e.limit) if prefixes else None,
         value_slope=sum(slopes) / len(slopes) if slopes else 0.0,
         tail_repetition=sum(repeats) / len(repeats) if repeats else 0.0,
         kl_per_token=float(ppo.kl_k3(e.logps, e.reference)[e.mask].mean()),
-        rewards=tuple(e.rewards.tolist()),
+        rewards=tuple(rewards.tolist()),
         limits=tuple(s.limit for s in e.samples),
     )
 

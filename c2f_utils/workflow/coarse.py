@@ -16,7 +16,7 @@ from c2f_utils.errors import C2FError
 from c2f_utils.files import read_jsonl, write_text
 from c2f_utils.ranks import Ranks
 from c2f_utils.rewards import RewardFunction
-from c2f_utils.rollout import KVDecoder
+from c2f_utils.rollout import KVDecoder, Prompt
 from c2f_utils.runs import Run
 from c2f_utils.workflow.inputs import Inputs, keep_samples
 
@@ -24,16 +24,18 @@ from c2f_utils.workflow.inputs import Inputs, keep_samples
 def trainer(
     inputs: Inputs,
     law: limits.Law,
-    folder: Path,
+    folder: Path | None,
     *,
     start: nn.Module | None = None,
     reward: RewardFunction | None = None,
     config: Coarse | None = None,
     seed: int | None = None,
+    prompts: list[Prompt] | None = None,
     evaluated: bool = True,
     ranks: Ranks | None = None,
 ) -> CoarseTrainer:
-    """A trainer that continues from the checkpoints in `folder`; it starts from the base model unless `start` is given."""
+    """A trainer that continues from the checkpoints in `folder` (None keeps none); it starts from the base model
+    unless `start` is given, on training prompts unless others are."""
     settings = inputs.settings
     config = config or settings.coarse
     model = inputs.base() if start is None else start
@@ -48,7 +50,7 @@ def trainer(
     engine = {"kv": KVDecoder, "continuous": ContinuousBatching}[config.engine]
     decoder = engine(actor, inputs.tokenizer, config.tokens_in_cache, settings.data.stop_strings)
     return CoarseTrainer(
-        policy, reward or inputs.reward, decoder, inputs.prompts("train", seed=seed), law, config, folder=folder,
+        policy, reward or inputs.reward, decoder, prompts or inputs.prompts("train", seed=seed), law, config, folder=folder,
         seed=settings.seed if seed is None else seed, pad_id=inputs.tokenizer.pad_token_id,
         evaluate=_evaluator(inputs, config) if evaluated else None, stop=inputs.run.here.stop_requested,
         ranks=ranks,

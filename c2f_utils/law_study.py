@@ -1,0 +1,217 @@
+"""Which law for l(t) is robust when nobody knows the right length? One training run per condition, law and seed.
+
+Question: a clock that is right for one task is wrong for another; does one law with one set of constants stay near the
+best clock everywhere? Inputs: base and reward model of a finished run (its seed covers both), a condition, a law.
+Outputs: per run the curve of utility over all generated tokens, and from many runs: mean utility over the budget,
+normalised regret, tokens and processor seconds to a target. The conditions differ in how long an answer should be;
+they, the grid of clocks and the measures are our design, nothing here is the paper's.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import process_time
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from c2f_utils import evaluate, limits, stats, tasks
+from c2f_utils.config import Law
+from c2f_utils.rewards import RewardModel
+from c2f_utils.rollout import Sample, make_prompts
+from c2f_utils.workflow import coarse
+from c2f_utils.workflow.inputs import TRAIN_PROMPTS, Inputs
+
+START = 24  # tokens; where clocks and laws begin
+EVALUATED = 256  # validation problems of one evaluation
+EVALUATION_LIMIT = 144  # tokens, or the condition's maximum if that is less
+BUDGET = 60_000  # rollout tokens of one run
+MARKS = (4_000, 8_000, 13_000, 18_000, 24_000, 31_000, 38_000, 45_000, 52_000, BUDGET)
+UTILITY_PRICE = 0.01  # utility per token where tokens cost; the same price in units of the normalised reward below
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What decides how long an answer should be: largest limit (tokens), operations per problem, what reward pays."""
+
+    maximum: int
+    operations: tuple[int, int] = (3, 5)
+    token_price: float = 0.0  # normalised reward per token, subtracted; utility then pays UTILITY_PRICE as well
+    length_bonus: float = 0.0  # normalised reward per token, added: a reward that loves length
+    quality: float = 1.0  # weight of the reward model; 0 leaves a reward for length alone
+
+
+CONDITIONS = {
+    "l_max 96": Condition(96),
+    "l_max 144": Condition(144),
+    "l_max 288": Condition(288),
+    "l_max 576": Condition(576),
+    "short problems": Condition(288, operations=(3, 3)),
+    "long problems": Condition(144, operations=(5, 5)),
+    "price per token": Condition(288, token_price=0.006),
+    "loves length": Condition(288, length_bonus=0.01),
+}
+HACKED = {"length alone": Condition(288, length_bonus=0.02, quality=0.0)}
+
+
+def grid(maximum: int) -> dict[str, Law]:
+    """The clocks that a law has to hold its own against: shape, duration (iterations), first limit, all ending at
+    `maximum`."""
+    clocks = {"fixed long": Law(name="fixed", limit=maximum)}
+    for shape, duration, start in (
+        ("linear", 9, START), ("linear", 18, START), ("linear", 36, START), ("linear", 18, 64),
+        ("geometric", 9, START), ("geometric", 18, START), ("geometric", 36, START), ("geometric", 18, 48),
+    ):  # fmt: skip
+        name = f"{shape} {duration} from {start}"
+        clocks[name] = Law(name="clock", shape=shape, start=min(start, maximum), maximum=maximum, duration=duration)
+    return clocks
+
+
+def agnostic(maximum: int) -> dict[str, Law]:
+    """Clocks that do not know how long the condition allows: constant growth per iteration, cut off at `maximum`."""
+    found = {}
+    for percent in (8, 12, 18):
+        duration = max(1, round(math.log(maximum / START) / math.log1p(percent / 100)))
+        clock = Law(name="clock", shape="geometric", start=START, maximum=maximum, duration=duration)
+        found[f"grow {percent} %"] = clock
+    return found
+
+
+@dataclass
+class Paid:
+    """A reward model with a bonus per answer token; asked for prefixes it pays the bonus for each prefix' length."""
+
+    model: RewardModel
+    bonus: float
+    quality: float = 1.0
+
+    def prefix_scores(self, samples: Sequence[Sample]) -> list[Tensor]:
+        """Per sample the reward after each answer token, [len(ids)]."""
+        scores = self.model.prefix_scores(samples)
+        return [self.quality * row + self.bonus * torch.arange(1, len(row) + 1) for row in scores]
+
+    def __call__(self, samples: Sequence[Sample]) -> Tensor:
+        return torch.stack([row[-1] for row in self.prefix_scores(samples)])
+
+
+def run_one(inputs: Inputs, condition: Condition, law: limits.Law, budget: int = BUDGET, observe=None) -> dict:
+    """Train under one law until `budget` rollout tokens are spent, and keep the curve of utility on validation problems.
+
+    Evaluations are made after the iteration that passes a mark, at a fixed limit and T = 1, and cost no budget.
+    `observe(trainer, experience, row)` sees every iteration. Seconds are processor seconds of the five verbs alone.
+    """
+    settings = inputs.settings
+    seed = settings.seed
+    limit = min(EVALUATION_LIMIT, condition.maximum)
+    problems = make_prompts(tasks.problems("validation", EVALUATED, seed, condition.operations))
+    reward = inputs.reward
+    if condition.length_bonus or condition.quality != 1.0:
+        reward = Paid(inputs.reward, condition.length_bonus, condition.quality)
+    config = settings.coarse.model_copy(update={"token_price": condition.token_price, "iterations": 10**6})
+    prompts = make_prompts(tasks.problems("train", TRAIN_PROMPTS, seed, condition.operations))
+    trainer = coarse.trainer(inputs, law, None, reward=reward, config=config, prompts=prompts, evaluated=False)
+
+    def measured() -> dict:
+        found = evaluate.measure(inputs.answers(trainer.policy.actor, problems, limit=limit))
+        price = UTILITY_PRICE if condition.token_price else 0.0
+        return {
+            "tokens": trainer.rollout_tokens,
+            "seconds": round(seconds, 2),
+            "utility": round(found["utility"] - price * found["mean_tokens"], 4),
+            **{key: found[key] for key in ("accuracy_first", "mean_tokens", "eos_rate", "rep4")},
+        }
+
+    seconds, marks = 0.0, [mark for mark in MARKS if mark < budget] + [budget]
+    curve, path = [measured()], []
+    while trainer.rollout_tokens < budget:
+        began = process_time()
+        experience = trainer.credit(trainer.judge(trainer.collect()))
+        row = trainer.advance(experience, trainer.improve(experience), 0.0)
+        seconds += process_time() - began
+        path.append(row["limit"])
+        if observe is not None:
+            observe(trainer, experience, row)
+        if trainer.rollout_tokens >= marks[0]:
+            marks = [mark for mark in marks if mark > trainer.rollout_tokens]
+            curve.append(measured())
+    return {"curve": curve, "limits": path, "next_limit": law.limit, "reason": law.reason}
+
+
+# --- measures on finished runs: {condition: {law: {seed: run}}} ---------------------------------------------------------
+
+
+def mean_utility(run: dict, budget: int = BUDGET) -> float:
+    """Utility averaged over the tokens from 0 to `budget`, linear between evaluations (area under the curve / budget)."""
+    tokens = [point["tokens"] for point in run["curve"]]
+    values = [point["utility"] for point in run["curve"]]
+    inside = sorted({0, budget, *(t for t in tokens if t < budget)})
+    return float(np.trapezoid(np.interp(inside, tokens, values), inside) / budget)
+
+
+def cost_to(run: dict, target: float, unit: str = "tokens", budget: int = BUDGET) -> tuple[float, bool]:
+    """(tokens or processor seconds until two evaluations in a row reach `target`, whether they did).
+
+    A run that never does counts its whole length, at least the budget.
+    """
+    previous = False
+    for point in run["curve"]:
+        reached = point["utility"] >= target
+        if reached and previous:
+            return float(point[unit]), True
+        previous = reached
+    last = run["curve"][-1][unit]
+    return float(max(last, budget) if unit == "tokens" else last), False
+
+
+def complete_seeds(laws: dict[str, dict]) -> list[str]:
+    """Seeds that every law of one condition has; only those are compared."""
+    return sorted(set.intersection(*(set(by_seed) for by_seed in laws.values())), key=int) if laws else []
+
+
+def regrets(laws: dict[str, dict], clocks: Sequence[str]) -> dict[str, dict]:
+    """Per law of one condition: normalised regret of mean utility against the best of `clocks`, with its uncertainty.
+
+    regret = mean over seeds of (best - law) / mean over seeds of (best - start), where best is the clock of the highest
+    mean over all seeds. The interval is Student's over seeds (paired), p is by sign flips; negative is better than every
+    clock. Raises C2FError (by `stats`) without a complete seed.
+    """
+    seeds = complete_seeds(laws)
+    area = {name: np.array([mean_utility(by_seed[s]) for s in seeds]) for name, by_seed in laws.items()}
+    best = max(clocks, key=lambda name: area[name].mean())
+    start = np.array([laws[best][s]["curve"][0]["utility"] for s in seeds])
+    scale = float((area[best] - start).mean())
+    found = {}
+    for name, values in area.items():
+        lost = stats.seed_interval(((area[best] - values) / scale).tolist())
+        p = stats.sign_flip((area[best] - values).tolist()) if name != best else 1.0
+        found[name] = {"regret": lost.value, "low": lost.low, "high": lost.high, "p": p, "n": lost.n, "best": best}
+    return found
+
+
+def savings(laws: dict[str, dict], law: str, clocks: Sequence[str], share: float = 0.95, unit: str = "tokens") -> dict:
+    """Cost of `law` over the cheapest of `clocks` to reach `share` of what that clock gains, paired by seed.
+
+    Cheapest by the mean log cost over seeds. The target of a seed is start + share * (best final utility of the clocks'
+    seed means - start). Returns ratio with interval, p of the log ratio, and how many seeds of each never got there.
+    """
+    seeds = complete_seeds(laws)
+
+    def final(name: str) -> np.ndarray:
+        return np.array([np.mean([p["utility"] for p in laws[name][s]["curve"][-2:]]) for s in seeds])
+
+    start = np.array([laws[law][s]["curve"][0]["utility"] for s in seeds])
+    goal = max((final(name) for name in clocks), key=lambda values: values.mean())
+    targets = start + share * (goal - start)
+    found = {
+        name: [cost_to(laws[name][s], t, unit) for s, t in zip(seeds, targets, strict=True)] for name in (law, *clocks)
+    }
+    cheapest = min(clocks, key=lambda name: np.mean([math.log(cost) for cost, _ in found[name]]))
+    ours, theirs = ([cost for cost, _ in found[name]] for name in (law, cheapest))
+    ratio = stats.log_ratio_interval(ours, theirs)
+    return {
+        "clock": cheapest, "ratio": ratio.value, "low": ratio.low, "high": ratio.high, "n": ratio.n,
+        "p": stats.sign_flip([math.log(a / b) for a, b in zip(ours, theirs, strict=True)]),
+        "missed": sum(not reached for _, reached in found[law]),
+        "clock_missed": sum(not reached for _, reached in found[cheapest]),
+    }  # fmt: skip

@@ -1,0 +1,95 @@
+"""The study of laws: its measures on curves whose answers are known, its conditions, and one toy run end to end."""
+
+import math
+
+import pytest
+import torch
+
+from c2f_utils import law_study, limits
+from c2f_utils.config import Law
+
+
+def run(*points: tuple[float, float], seconds: float = 0.01) -> dict:
+    return {"curve": [{"tokens": t, "utility": u, "seconds": t * seconds} for t, u in points]}
+
+
+def test_mean_utility_is_the_area_up_to_the_budget_and_no_further():
+    straight = run((0, 0.0), (100, 1.0))
+    assert law_study.mean_utility(straight, 100) == pytest.approx(0.5)
+    assert law_study.mean_utility(run((0, 0.0), (50, 0.5), (200, 2.0)), 100) == pytest.approx(0.5)
+    assert law_study.mean_utility(run((0, 0.0), (10, 1.0), (100, 1.0)), 100) == pytest.approx(0.95)
+
+
+def test_cost_waits_for_two_evaluations_in_a_row_and_charges_a_run_that_never_arrives_in_full():
+    lucky = run((0, 0.0), (10, 1.0), (20, 0.5), (30, 1.0), (40, 1.1))
+    assert law_study.cost_to(lucky, 1.0, budget=50) == (40.0, True)
+    assert law_study.cost_to(lucky, 1.0, "seconds", budget=50) == (pytest.approx(0.4), True)
+    assert law_study.cost_to(lucky, 2.0, budget=50) == (50.0, False)
+    assert law_study.cost_to(run((0, 0.0), (64, 0.1)), 2.0, budget=50) == (64.0, False)
+
+
+def seeds(*gains: float) -> dict:
+    return {str(seed): run((0, 0.0), (law_study.BUDGET, 2 * gain)) for seed, gain in enumerate(gains)}
+
+
+def test_regret_is_the_share_of_the_best_clocks_gain_and_negative_when_no_clock_is_as_good():
+    laws = {"slow": seeds(0.5, 0.7), "right": seeds(1.0, 1.2), "law": seeds(1.1, 1.3)}
+    found = law_study.regrets(laws, ["slow", "right"])
+    assert found["right"]["regret"] == 0 and found["right"]["best"] == "right"
+    assert found["slow"]["regret"] == pytest.approx(0.5 / 1.1)
+    assert found["law"]["regret"] == pytest.approx(-0.1 / 1.1)
+    assert found["law"]["low"] == pytest.approx(found["law"]["high"])  # equal on both seeds
+
+
+def test_only_seeds_that_every_law_has_are_compared():
+    laws = {"a": seeds(1.0, 2.0), "b": seeds(1.0)}
+    assert law_study.complete_seeds(laws) == ["0"]
+    assert law_study.regrets(laws, ["a"])["b"]["regret"] == pytest.approx(0.0)
+
+
+def test_savings_compare_with_the_cheapest_clock_seed_by_seed():
+    def steep(at: int) -> dict:
+        return run((0, 0.0), (at, 1.0), (at + 1_000, 1.0), (law_study.BUDGET, 1.0))
+
+    laws = {
+        "law": {"0": steep(9_000), "1": steep(19_000)},
+        "clock": {"0": steep(19_000), "1": steep(39_000)},
+        "late": {"0": steep(40_000), "1": steep(50_000)},
+    }
+    found = law_study.savings(laws, "law", ["clock", "late"])
+    assert found["clock"] == "clock" and found["ratio"] == pytest.approx(0.5) and found["missed"] == 0
+    assert found["low"] <= 0.5 <= found["high"]
+
+
+@pytest.mark.parametrize("condition", law_study.CONDITIONS.values())
+def test_every_clock_of_the_grid_ends_at_the_conditions_maximum(condition):
+    clocks = law_study.grid(condition.maximum)
+    assert len(clocks) >= 8
+    for settings in {**clocks, **law_study.agnostic(condition.maximum)}.values():
+        law = limits.make_law(settings)
+        for iteration in range(60):
+            limit = law.update(limits.Signals(iteration=iteration))
+        assert limit == condition.maximum
+
+
+def test_an_agnostic_clock_grows_alike_whatever_the_maximum():
+    for name in law_study.agnostic(96):
+        paths = []
+        for maximum in (288, 576):
+            law = limits.make_law(law_study.agnostic(maximum)[name])
+            paths.append([law.update(limits.Signals(iteration=i)) for i in range(10)])
+        assert all(math.isclose(a, b, rel_tol=0.05) for a, b in zip(*paths, strict=True))
+
+
+def test_a_paid_reward_pays_every_prefix_for_its_own_length():
+    class Flat:
+        def prefix_scores(self, samples):
+            return [torch.full((len(s),), 2.0) for s in samples]
+
+    paid = law_study.Paid(Flat(), bonus=0.5, quality=0.0)
+    assert paid([[1, 2, 3], [4]]).tolist() == [1.5, 0.5]
+    assert paid.prefix_scores([[1, 2, 3]])[0].tolist() == [0.5, 1.0, 1.5]
+
+
+def test_law_settings_of_the_grid_are_ordinary_laws():
+    assert all(isinstance(law, Law) for law in law_study.grid(144).values())

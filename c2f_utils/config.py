@@ -124,7 +124,7 @@ class Reward(_Section):
 class Law(_Section):
     """A law for the output-length limit l(t); keys that a law does not use are refused by `limits.make_law`."""
 
-    name: Literal["fixed", "clock", "logistic", "tail", "gated", "probe"] = "logistic"
+    name: Literal["fixed", "clock", "logistic", "tail", "useful", "gated", "probe"] = "logistic"
     limit: Positive | None = Field(None, description="fixed: the limit, tokens")
     start: Positive | None = Field(None, description="first limit, tokens")
     maximum: Positive | None = Field(None, description="last limit, tokens")

@@ -83,6 +83,7 @@ def signals(e: Experience, iteration: int, token_price: float = 0.0) -> Signals:
         value_error=min(3.0, float(error)),
         truncated_share=len(cut) / len(e.samples),
         tail_return=tail_return(prefixes, e.limit) if prefixes else None,
+        useful_length=useful_length(prefixes, e.limit) if prefixes else None,
         value_slope=sum(slopes) / len(slopes) if slopes else 0.0,
         tail_repetition=sum(repeats) / len(repeats) if repeats else 0.0,
         kl_per_token=float(ppo.kl_k3(e.logps, e.reference)[e.mask].mean()),
@@ -101,6 +102,21 @@ def tail_return(prefix_rewards: Sequence[Tensor], limit: int) -> float:
     half, three = limit // 2, (3 * limit) // 4
     gains = []
     for row in prefix_rewards:
-        held = torch.cat([row, row[-1:].expand(max(0, limit - len(row)))])
+        held = _held(row, limit)
         gains.append(float(held[three:limit].mean() - held[half:three].mean()))
     return sum(gains) / len(gains)
+
+
+def useful_length(prefix_rewards: Sequence[Tensor], limit: int, share: float = 0.95) -> float:
+    """Shortest prefix, tokens, whose mean reward has made `share` of the rise to the best prefix up to the limit.
+
+    Finished answers keep their reward; a mean that never rises gives 1.
+    """
+    mean = torch.stack([_held(row, limit)[:limit] for row in prefix_rewards]).mean(0)
+    enough = mean.min() + share * (mean.max() - mean.min())
+    return float((mean >= enough).nonzero()[0]) + 1
+
+
+def _held(row: Tensor, limit: int) -> Tensor:
+    """Rewards of prefixes up to at least `limit` tokens; an answer that has ended keeps its last one."""
+    return torch.cat([row, row[-1:].expand(max(0, limit - len(row)))])

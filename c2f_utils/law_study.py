@@ -26,8 +26,9 @@ from c2f_utils.workflow.inputs import TRAIN_PROMPTS, Inputs
 START = 24  # tokens; where clocks and laws begin
 EVALUATED = 256  # validation problems of one evaluation
 EVALUATION_LIMIT = 144  # tokens, or the condition's maximum if that is less
-BUDGET = 60_000  # rollout tokens of one run
-MARKS = (4_000, 8_000, 13_000, 18_000, 24_000, 31_000, 38_000, 45_000, 52_000, BUDGET)
+BUDGET = 60_000  # rollout tokens over which mean utility is taken
+LONG = 110_000  # rollout tokens of runs that are compared by their cost to a target
+MARKS = (7_000, 14_000, 22_000, 33_000, 46_000, BUDGET, 70_000, 80_000, 95_000, LONG)
 UTILITY_PRICE = 0.01  # utility per token where tokens cost; the same price in units of the normalised reward below
 
 
@@ -40,19 +41,24 @@ class Condition:
     token_price: float = 0.0  # normalised reward per token, subtracted; utility then pays UTILITY_PRICE as well
     length_bonus: float = 0.0  # normalised reward per token, added: a reward that loves length
     quality: float = 1.0  # weight of the reward model; 0 leaves a reward for length alone
+    known: bool = False  # reward: the checker up to the first result, instead of a reward model
 
 
 CONDITIONS = {
     "l_max 96": Condition(96),
-    "l_max 144": Condition(144),
     "l_max 288": Condition(288),
     "l_max 576": Condition(576),
     "short problems": Condition(288, operations=(3, 3)),
-    "long problems": Condition(144, operations=(5, 5)),
     "price per token": Condition(288, token_price=0.006),
     "loves length": Condition(288, length_bonus=0.01),
 }
+ROOMY = ("l_max 576", "short problems")  # the maximum is over twice the useful length; cost to a target is compared
 HACKED = {"length alone": Condition(288, length_bonus=0.02, quality=0.0)}
+KNOWN = {
+    "known length 42": Condition(288, operations=(3, 3), known=True),
+    "known length 62": Condition(288, operations=(5, 5), known=True),
+}
+ALL = CONDITIONS | HACKED | KNOWN
 
 
 def grid(maximum: int) -> dict[str, Law]:
@@ -61,7 +67,7 @@ def grid(maximum: int) -> dict[str, Law]:
     clocks = {"fixed long": Law(name="fixed", limit=maximum)}
     for shape, duration, start in (
         ("linear", 9, START), ("linear", 18, START), ("linear", 36, START), ("linear", 18, 64),
-        ("geometric", 9, START), ("geometric", 18, START), ("geometric", 36, START), ("geometric", 18, 48),
+        ("geometric", 9, START), ("geometric", 18, START), ("geometric", 36, START),
     ):  # fmt: skip
         name = f"{shape} {duration} from {start}"
         clocks[name] = Law(name="clock", shape=shape, start=min(start, maximum), maximum=maximum, duration=duration)
@@ -76,6 +82,12 @@ def agnostic(maximum: int) -> dict[str, Law]:
         clock = Law(name="clock", shape="geometric", start=START, maximum=maximum, duration=duration)
         found[f"grow {percent} %"] = clock
     return found
+
+
+def laws(maximum: int) -> dict[str, Law]:
+    """The closed-loop laws of the study, each with one set of constants for all conditions."""
+    found = {name: Law(name=name, start=START, maximum=maximum) for name in ("useful", "tail")}
+    return found | {"logistic": Law(name="logistic", start=START, maximum=maximum, step=max(1, maximum // 18))}
 
 
 @dataclass
@@ -95,10 +107,56 @@ class Paid:
         return torch.stack([row[-1] for row in self.prefix_scores(samples)])
 
 
-def run_one(inputs: Inputs, condition: Condition, law: limits.Law, budget: int = BUDGET, observe=None) -> dict:
+@dataclass
+class FirstAnswer:
+    """The checker's utility of an answer up to the first result that it states; nothing said later counts.
+
+    The right length is known: an opening (4 tokens), the start (4), ten per operation, the result (4). Rewards are
+    (utility - mean) / std, asked at every full stop and held in between.
+    """
+
+    mean: float = 0.0
+    std: float = 1.0
+
+    @staticmethod
+    def length(operations: int) -> int:
+        """Tokens of a complete analysis with its result."""
+        return 12 + 10 * operations
+
+    def prefix_scores(self, samples: Sequence[Sample]) -> list[Tensor]:
+        """Per sample the reward after each answer token, [len(ids)]."""
+        found = []
+        for sample in samples:
+            problem, ids, row = sample.prompt.problem, sample.ids, torch.empty(sample.tokens)
+            value, since = tasks.check(problem, ()).utility, 0
+            for place, token in enumerate(ids):
+                if token != tasks.IDS["."]:
+                    continue
+                row[since:place] = value
+                verdict, since = tasks.check(problem, ids[: place + 1]), place
+                value = verdict.utility - 0.4 * bool(verdict.checks)
+                if verdict.first_answer is not None:
+                    break
+            row[since:] = value
+            found.append((row - self.mean) / self.std)
+        return found
+
+    def __call__(self, samples: Sequence[Sample]) -> Tensor:
+        return torch.stack([row[-1] for row in self.prefix_scores(samples)])
+
+    def normalised_on(self, samples: Sequence[Sample]) -> "FirstAnswer":
+        """The same reward with mean 0 and deviation 1 on these samples."""
+        raw = FirstAnswer()(samples)
+        return FirstAnswer(float(raw.mean()), float(raw.std()))
+
+
+def run_one(
+    inputs: Inputs, condition: Condition, law: limits.Law, budget: int = BUDGET, *, start: dict | None = None, observe=None
+) -> dict:
     """Train under one law until `budget` rollout tokens are spent, and keep the curve of utility on validation problems.
 
     Evaluations are made after the iteration that passes a mark, at a fixed limit and T = 1, and cost no budget.
+    `start` is the first point of another law's curve in the same condition and seed, which need not be measured again.
     `observe(trainer, experience, row)` sees every iteration. Seconds are processor seconds of the five verbs alone.
     """
     settings = inputs.settings
@@ -108,6 +166,8 @@ def run_one(inputs: Inputs, condition: Condition, law: limits.Law, budget: int =
     reward = inputs.reward
     if condition.length_bonus or condition.quality != 1.0:
         reward = Paid(inputs.reward, condition.length_bonus, condition.quality)
+    if condition.known:
+        reward = FirstAnswer().normalised_on(inputs.answers(inputs.base(), problems, limit=limit))
     config = settings.coarse.model_copy(update={"token_price": condition.token_price, "iterations": 10**6})
     prompts = make_prompts(tasks.problems("train", TRAIN_PROMPTS, seed, condition.operations))
     trainer = coarse.trainer(inputs, law, None, reward=reward, config=config, prompts=prompts, evaluated=False)
@@ -119,11 +179,11 @@ def run_one(inputs: Inputs, condition: Condition, law: limits.Law, budget: int =
             "tokens": trainer.rollout_tokens,
             "seconds": round(seconds, 2),
             "utility": round(found["utility"] - price * found["mean_tokens"], 4),
-            **{key: found[key] for key in ("accuracy_first", "mean_tokens", "eos_rate", "rep4")},
+            **{key: round(found[key], 3) for key in ("accuracy_first", "eos_rate", "rep4")},
         }
 
     seconds, marks = 0.0, [mark for mark in MARKS if mark < budget] + [budget]
-    curve, path = [measured()], []
+    points, path = [start or measured()], []
     while trainer.rollout_tokens < budget:
         began = process_time()
         experience = trainer.credit(trainer.judge(trainer.collect()))
@@ -134,8 +194,9 @@ def run_one(inputs: Inputs, condition: Condition, law: limits.Law, budget: int =
             observe(trainer, experience, row)
         if trainer.rollout_tokens >= marks[0]:
             marks = [mark for mark in marks if mark > trainer.rollout_tokens]
-            curve.append(measured())
-    return {"curve": curve, "limits": path, "next_limit": law.limit, "reason": law.reason}
+            points.append(measured())
+    curve = {key: [point[key] for point in points] for key in points[0]}
+    return {"curve": curve, "limits": [*path, law.limit], "reason": law.reason}
 
 
 # --- measures on finished runs: {condition: {law: {seed: run}}} ---------------------------------------------------------
@@ -143,8 +204,7 @@ def run_one(inputs: Inputs, condition: Condition, law: limits.Law, budget: int =
 
 def mean_utility(run: dict, budget: int = BUDGET) -> float:
     """Utility averaged over the tokens from 0 to `budget`, linear between evaluations (area under the curve / budget)."""
-    tokens = [point["tokens"] for point in run["curve"]]
-    values = [point["utility"] for point in run["curve"]]
+    tokens, values = run["curve"]["tokens"], run["curve"]["utility"]
     inside = sorted({0, budget, *(t for t in tokens if t < budget)})
     return float(np.trapezoid(np.interp(inside, tokens, values), inside) / budget)
 
@@ -155,12 +215,12 @@ def cost_to(run: dict, target: float, unit: str = "tokens", budget: int = BUDGET
     A run that never does counts its whole length, at least the budget.
     """
     previous = False
-    for point in run["curve"]:
-        reached = point["utility"] >= target
+    for cost, utility in zip(run["curve"][unit], run["curve"]["utility"], strict=True):
+        reached = utility >= target
         if reached and previous:
-            return float(point[unit]), True
+            return float(cost), True
         previous = reached
-    last = run["curve"][-1][unit]
+    last = run["curve"][unit][-1]
     return float(max(last, budget) if unit == "tokens" else last), False
 
 
@@ -179,7 +239,7 @@ def regrets(laws: dict[str, dict], clocks: Sequence[str]) -> dict[str, dict]:
     seeds = complete_seeds(laws)
     area = {name: np.array([mean_utility(by_seed[s]) for s in seeds]) for name, by_seed in laws.items()}
     best = max(clocks, key=lambda name: area[name].mean())
-    start = np.array([laws[best][s]["curve"][0]["utility"] for s in seeds])
+    start = np.array([laws[best][s]["curve"]["utility"][0] for s in seeds])
     scale = float((area[best] - start).mean())
     found = {}
     for name, values in area.items():
@@ -198,9 +258,9 @@ def savings(laws: dict[str, dict], law: str, clocks: Sequence[str], share: float
     seeds = complete_seeds(laws)
 
     def final(name: str) -> np.ndarray:
-        return np.array([np.mean([p["utility"] for p in laws[name][s]["curve"][-2:]]) for s in seeds])
+        return np.array([np.mean(laws[name][s]["curve"]["utility"][-2:]) for s in seeds])
 
-    start = np.array([laws[law][s]["curve"][0]["utility"] for s in seeds])
+    start = np.array([laws[law][s]["curve"]["utility"][0] for s in seeds])
     goal = max((final(name) for name in clocks), key=lambda values: values.mean())
     targets = start + share * (goal - start)
     found = {

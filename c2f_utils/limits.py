@@ -27,6 +27,7 @@ class Signals:
     tail_return: float | None = (
         None  # reward gained in the last quarter of the limit minus the quarter before (normalised)
     )
+    useful_length: float | None = None  # tokens after which the mean reward of prefixes has made 95 % of its rise
     value_slope: float | None = None  # critic: V at the cut minus V at three quarters, mean over cut answers
     tail_repetition: float | None = None  # share of repeated 4-grams in the last quarter of the answers
     kl_per_token: float | None = None  # nats
@@ -182,6 +183,73 @@ class Tail(Law):
 
 
 @dataclass
+class Useful(Law):
+    """Search for the useful length while the tail pays and says something new, then stay near it.
+
+    Searching, the limit grows by `growth`, scaled by the smaller of two shares: how much of its peak the tail return
+    still has (as in `Tail`), and how much of the tail is new (all while at most half of it repeats 4-grams, none from
+    0.7 on). The second is a witness that the reward does not produce: a reward that loves length pays for any tail, but
+    a model that has nothing left to say repeats itself. Once the tail return has faded, or the tail repeats itself and
+    the useful length ends before the last quarter, the limit follows `room` times the running mean of the useful
+    length: up by at most `growth` per iteration, down by at most 5 % and only while the tail repeats itself. Never holds
+    before the tail has paid once, unless it repeats itself.
+    """
+
+    maximum: int
+    growth: float = 0.12
+    room: float = 1.2
+    productive: float = 0.1
+    minimum: int = 0
+    mean: float = 0.0
+    peak: float = 0.0
+    awake: bool = False
+    found: bool = False
+    length: float | None = None
+    repetition: float | None = None
+    exact: float | None = None
+    needs: ClassVar[tuple[str, ...]] = ("tail_return", "tail_repetition", "useful_length")
+
+    def __post_init__(self) -> None:
+        self.minimum = self.minimum or self.limit
+
+    def update(self, signals: Signals) -> int:
+        signals = self.checked(signals)
+        self.mean = 0.5 * self.mean + 0.5 * signals.tail_return
+        self.peak = max(self.peak, self.mean)
+        self.awake = self.awake or self.mean > self.productive
+        self.repetition = _running(self.repetition, signals.tail_repetition)
+        self.length = _running(self.length, signals.useful_length)
+        pays = _ramp(self.mean, 0.2 * self.peak, 0.5 * self.peak) if self.awake else 1.0
+        new = _ramp(-self.repetition, -0.7, -0.5)
+        old = float(self.limit) if self.exact is None else self.exact
+        redundant = new < 1.0  # both witnesses must agree: early on the reward of prefixes is too noisy to stop for
+        self.found = self.found or pays == 0.0 or (self.awake and redundant and self.length <= 0.75 * old)
+        if self.found:
+            least = 0.95 * old if redundant else old
+            wanted = max(least, min(self.room * self.length, (1 + self.growth * new) * old))
+            why = f"useful length {self.length:.0f}: {wanted / old - 1:+.0%}"
+        else:
+            share = min(pays, new)
+            wanted = (1 + self.growth * share) * old
+            why = f"searching: {share:.0%} of full growth"
+        self.exact = min(float(self.maximum), max(float(self.minimum), wanted))
+        self.limit = round(self.exact)
+        seen = f"tail return {self.mean:+.2f} (peak {self.peak:.2f}), tail repetition {self.repetition:.2f}"
+        self.reason = f"{seen}; {why}"
+        return self.limit
+
+
+def _running(mean: float | None, value: float) -> float:
+    """Running mean with weights 1/2 and 1/2."""
+    return value if mean is None else 0.5 * mean + 0.5 * value
+
+
+def _ramp(value: float, low: float, high: float) -> float:
+    """0 below `low`, 1 above `high`, linear between."""
+    return min(1.0, max(0.0, (value - low) / (high - low))) if high > low else float(value >= high)
+
+
+@dataclass
 class Gated(Law):
     """Additive trust, multiplicative retreat: grow only when several witnesses agree, shrink when the tail is
     redundant.
@@ -264,6 +332,7 @@ _KEYS = {
     "clock": (("start", "maximum", "duration", "shape"), ("steps",)),
     "logistic": (("start", "maximum", "step"), ("weights",)),
     "tail": (("start", "maximum"), ("growth",)),
+    "useful": (("start", "maximum"), ("growth",)),
     "gated": (("start", "maximum"), ("growth",)),
     "probe": (("start", "maximum"), ("growth",)),
 }
@@ -303,4 +372,4 @@ def make_law(settings: LawSettings) -> Law:
         if unknown := [k for k in weights if k not in _WEIGHTS]:
             raise C2FError(f"law 'logistic': unknown weights {', '.join(unknown)}; expected {', '.join(_WEIGHTS)}")
         return Logistic(start, maximum, given["step"], **{_WEIGHTS[k]: float(v) for k, v in weights.items()})
-    return {"tail": Tail, "gated": Gated, "probe": Probe}[name](start, maximum, **growth)
+    return {"tail": Tail, "useful": Useful, "gated": Gated, "probe": Probe}[name](start, maximum, **growth)

@@ -10,7 +10,8 @@ from c2f_utils.config import Law
 
 
 def run(*points: tuple[float, float], seconds: float = 0.01) -> dict:
-    return {"curve": [{"tokens": t, "utility": u, "seconds": t * seconds} for t, u in points]}
+    tokens, values = zip(*points, strict=True)
+    return {"curve": {"tokens": tokens, "utility": values, "seconds": [t * seconds for t in tokens]}}
 
 
 def test_mean_utility_is_the_area_up_to_the_budget_and_no_further():

@@ -15,6 +15,7 @@ ALL = {
     "clock": {"shape": "linear", "start": 24, "maximum": 144, "duration": 17},
     "logistic": {"start": 24, "maximum": 144, "step": 8},
     "tail": {"start": 24, "maximum": 144, "growth": 0.12},
+    "useful": {"start": 24, "maximum": 144, "growth": 0.12},
     "gated": {"start": 24, "maximum": 144, "growth": 0.2},
     "probe": {"start": 24, "maximum": 144, "growth": 0.2},
 }
@@ -29,7 +30,7 @@ def signals(iteration: int, rng: random.Random) -> limits.Signals:
     return limits.Signals(
         iteration=iteration, reward=rng.gauss(0, 1), value_error=rng.random(), truncated_share=rng.random(),
         tail_return=rng.gauss(0.2, 0.2), value_slope=rng.gauss(0, 0.1), tail_repetition=rng.random(), kl_per_token=0.02,
-        rewards=tuple(rng.gauss(n / 40, 0.1) for n in drawn), limits=tuple(drawn),
+        useful_length=24 + 100 * rng.random(), rewards=tuple(rng.gauss(n / 40, 0.1) for n in drawn), limits=tuple(drawn),
     )  # fmt: skip
 
 
@@ -57,7 +58,7 @@ def test_no_law_leaves_its_bounds_and_each_gives_a_reason(name):
         assert all(0 < drawn <= law.largest for drawn in law.draw(16, rng))
 
 
-@pytest.mark.parametrize("name", ["logistic", "tail", "gated", "probe"])
+@pytest.mark.parametrize("name", ["logistic", "tail", "useful", "gated", "probe"])
 def test_a_law_refuses_when_a_signal_it_needs_was_not_measured(name):
     with pytest.raises(C2FError, match=r"needs .* does not measure"):
         make(name).update(limits.Signals(iteration=0))
@@ -126,6 +127,40 @@ def test_tail_grows_freely_until_the_tail_has_paid_once_and_brakes_when_it_has_f
     for i in range(4):
         released = law.update(limits.Signals(iteration=i, tail_return=0.5))
     assert released > held
+
+
+def heard(**changes) -> limits.Signals:
+    return limits.Signals(**({"iteration": 0, "tail_return": 0.5, "tail_repetition": 0.1, "useful_length": 50.0} | changes))
+
+
+def test_useful_stops_at_a_tail_that_repeats_itself_however_well_it_is_paid():
+    law = make("useful", maximum=10_000)
+    for _ in range(10):
+        law.update(heard(useful_length=1e6))
+    assert law.limit == pytest.approx(24 * 1.12**10, rel=0.02)
+    for _ in range(20):
+        law.update(heard(tail_return=5.0, tail_repetition=0.9, useful_length=1e6))
+    assert law.limit < 24 * 1.12**13
+
+
+def test_useful_goes_back_to_the_useful_length_with_room_and_up_again_when_it_grows():
+    law = make("useful", start=100, maximum=1000)
+    law.minimum = 24
+    for _ in range(30):
+        law.update(heard(tail_return=0.5, tail_repetition=0.9, useful_length=50.0))
+    assert law.limit == 60
+    for _ in range(30):
+        law.update(heard(tail_return=0.5, tail_repetition=0.2, useful_length=80.0))
+    assert law.limit == 96
+
+
+def test_useful_never_shrinks_on_the_word_of_the_reward_alone():
+    law = make("useful", start=100, maximum=1000)
+    law.minimum = 24
+    for _ in range(30):
+        law.update(heard(tail_return=0.5, tail_repetition=0.2, useful_length=10.0))
+        law.update(heard(tail_return=-0.5, tail_repetition=0.2, useful_length=10.0))
+    assert law.limit >= 100
 
 
 def test_gated_backs_off_when_the_tail_repeats_itself():

@@ -1,0 +1,115 @@
+"""Which law for l(t) is robust, frugal and safe? The study of laws over conditions, seeds and clocks.
+
+    python benchmarks/laws.py run --seeds 101 102 --share 1/2     # one lane; start `--share 2/2` beside it
+    python benchmarks/laws.py gather                              # benchmarks/results/laws.json from all finished runs
+
+A seed covers base, reward model and reinforcement learning; missing bases are trained first (`c2f run 00 01 02`).
+Every finished run is one file under outputs/laws-<seed>/study/, so a stopped study continues where it was. One run
+takes about 15 seconds of one core, a seed with all conditions, clocks and laws about half an hour; use one thread per
+lane. Conditions, clocks and measures: `c2f_utils/law_study.py`.
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from c2f_utils import law_study, limits  # noqa: E402
+from c2f_utils.config import Law, load_settings  # noqa: E402
+from c2f_utils.files import read_json, write_json  # noqa: E402
+from c2f_utils.runs import Run  # noqa: E402
+from c2f_utils.stage import Stage, run_folder  # noqa: E402
+from c2f_utils.workflow.inputs import Inputs  # noqa: E402
+
+HACKED_BUDGET = 200_000  # rollout tokens; enough for the logistic law to reach its maximum
+RESULTS = Path(__file__).parent / "results" / "laws.json"
+
+
+def run_id(seed: int) -> str:
+    return f"laws-{seed}"
+
+
+def inputs(seed: int) -> Inputs:
+    """Base and reward model of a seed, trained now if they are missing."""
+    if not Stage(run_folder(run_id(seed)) / "02_reward_model").done:
+        command = ["run", "00", "01", "02", "--profile", "tiny", "--seed", str(seed), "--run-id", run_id(seed)]
+        subprocess.run([sys.executable, "-m", "c2f_utils", *command, "--threads", "1"], check=True)
+    run = Run(load_settings("tiny", seed, run_id(seed)))
+    run.here = run.stage("04_length_schedules")
+    return Inputs(run)
+
+
+def jobs(conditions: list[str], only: list[str]) -> list[tuple[str, str, Law, int]]:
+    """(condition, name of the law, law, rollout tokens), in the order in which they are run."""
+    found = []
+    for name in conditions:
+        maximum = law_study.ALL[name].maximum
+        clocks, free, laws = law_study.grid(maximum), law_study.agnostic(maximum), law_study.laws(maximum)
+        if name in law_study.HACKED or name in law_study.KNOWN:
+            budget = HACKED_BUDGET if name in law_study.HACKED else law_study.BUDGET
+            found += [(name, law, settings, budget) for law, settings in laws.items()]
+            continue
+        for law, settings in {**laws, **free, **clocks}.items():
+            cost_counts = name in law_study.ROOMY and (law in free or law == "useful")
+            found.append((name, law, settings, law_study.LONG if cost_counts else law_study.BUDGET))
+    return [job for job in found if not only or job[1] in only]
+
+
+def path_of(seed: int, condition: str, law: str) -> Path:
+    return run_folder(run_id(seed)) / "study" / f"{condition}--{law}.json".replace(" ", "_").replace("%", "percent")
+
+
+def study(options: argparse.Namespace) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    lane, lanes = map(int, options.share.split("/"))
+    for seed in options.seeds:
+        models, starts = None, {}
+        for number, (condition, name, settings, budget) in enumerate(jobs(options.conditions, options.laws)):
+            file = path_of(seed, condition, name)
+            if number % lanes != lane - 1 or file.exists():
+                continue
+            models = models or inputs(seed)
+            start = starts.get(condition)
+            law = limits.make_law(settings)
+            found = law_study.run_one(models, law_study.ALL[condition], law, budget, start=start)
+            starts[condition] = {key: values[0] for key, values in found["curve"].items()}
+            write_json(file, {"condition": condition, "law": name, "seed": seed, "budget": budget} | found)
+            print(seed, condition, name, round(law_study.mean_utility(found, min(budget, law_study.BUDGET)), 3), flush=True)
+
+
+def gather(options: argparse.Namespace) -> None:
+    from c2f_utils import provenance
+
+    runs: dict = {}
+    for seed in options.seeds:
+        for file in sorted((run_folder(run_id(seed)) / "study").glob("*.json")):
+            row = read_json(file)
+            by_law = runs.setdefault(row["condition"], {}).setdefault(row["law"], {})
+            by_law[str(seed)] = {key: row[key] for key in ("curve", "limits")}
+    order = [name for name in law_study.ALL if name in runs]
+    content = {
+        "what": "utility on 256 validation problems over rollout tokens, by condition, law and seed",
+        "budget": law_study.BUDGET, "versions": provenance.versions(), "runs": {name: runs[name] for name in order},
+    }  # fmt: skip
+    write_json(options.out, content)
+    print(f"{sum(len(s) for laws in runs.values() for s in laws.values())} runs written to {options.out.name}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("run", "gather"))
+    parser.add_argument("--seeds", type=int, nargs="+", required=True)
+    parser.add_argument("--conditions", nargs="+", default=list(law_study.ALL), choices=list(law_study.ALL))
+    parser.add_argument("--laws", nargs="+", default=[], help="names of clocks and laws; default all")
+    parser.add_argument("--share", default="1/1", help="which part of the runs this process does, e.g. 1/2")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    {"run": study, "gather": gather}[options.what](options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""Figures and tables of the study of laws (`law_study.py`), drawn from its committed results.
+
+Input everywhere: the content of a study's JSON, {"budget", "runs": {condition: {law: {seed: run}}}}.
+"""
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from c2f_utils import law_study
+from c2f_utils.plots_labels import end_labels
+from c2f_utils.plots_style import DOUBLE, INK, MUTED, ROLE_COLOURS, law_colour, new_figure, note, say, styled
+
+
+def clocks_of(laws: dict, condition: str) -> tuple[list[str], list[str]]:
+    """(clocks of the grid, clocks that do not know the maximum) among the laws that one condition has."""
+    maximum = law_study.ALL[condition].maximum
+    return [n for n in law_study.grid(maximum) if n in laws], [n for n in law_study.agnostic(maximum) if n in laws]
+
+
+def regret_table(study: dict) -> pd.DataFrame:
+    """One row per condition and law: normalised regret against the best clock, t-interval over seeds, sign-flip p."""
+    rows = []
+    for condition, laws in study["runs"].items():
+        tied, free = clocks_of(laws, condition)
+        if condition not in law_study.CONDITIONS or not law_study.complete_seeds(laws) or not tied:
+            continue
+        kind = dict.fromkeys(tied, "clock") | dict.fromkeys(free, "agnostic clock")
+        for name, found in law_study.regrets(laws, [*tied, *free]).items():
+            rows.append({"condition": condition, "law": name, "kind": kind.get(name, "law"), **found})
+    return pd.DataFrame(rows, columns=["condition", "law", "kind", "regret", "low", "high", "p", "n", "best"])
+
+
+def worst_table(study: dict) -> pd.DataFrame:
+    """Per law: worst normalised regret over all conditions, where, its interval there, and the mean; best law first."""
+    frame = regret_table(study)
+    rows = []
+    for law, mine in frame.groupby("law", sort=False):
+        worst = mine.loc[mine["regret"].idxmax()]
+        rows.append({
+            "law": law, "kind": worst["kind"], "conditions": len(mine), "worst regret": worst["regret"],
+            "low": worst["low"], "high": worst["high"], "where": worst["condition"], "mean": mine["regret"].mean(),
+        })  # fmt: skip
+    return pd.DataFrame(rows).sort_values("worst regret", ignore_index=True) if rows else pd.DataFrame()
+
+
+def savings_table(study: dict, law: str, share: float = 0.95) -> pd.DataFrame:
+    """Tokens and processor seconds of one law to `share` of what clocks gain, over the cheapest clock of each family."""
+    rows = []
+    for condition, laws in study["runs"].items():
+        if condition not in law_study.CONDITIONS or law not in laws or not law_study.complete_seeds(laws):
+            continue
+        tied, free = clocks_of(laws, condition)
+        families = {"knows the maximum": tied, "agnostic": free, "fixed long": [n for n in tied if n == "fixed long"]}
+        for family, names in families.items():
+            for unit in ("tokens", "seconds") if names else ():
+                found = law_study.savings(laws, law, names, share, unit)
+                rows.append({"condition": condition, "against": family, "unit": unit, **found})
+    return pd.DataFrame(rows)
+
+
+@styled
+def regret_map(study: dict) -> Figure:
+    """Normalised regret in percent, laws down, conditions across; the last column is each law's worst."""
+    frame = regret_table(study)
+    worst = worst_table(study)
+    fig, axes = new_figure(1, 1, DOUBLE, 0.9 + 0.2 * max(6, len(worst)), "How far from the best clock, where", None)
+    fig.data, ax = frame, axes[0, 0]
+    if frame.empty:
+        say(ax, "no complete seed in this study yet")
+        return fig
+    laws, conditions = list(worst["law"]), list(dict.fromkeys(frame["condition"]))
+    table = frame.pivot(index="law", columns="condition", values="regret").loc[laws, conditions]
+    values = np.column_stack([table.to_numpy(), worst["worst regret"].to_numpy()]) * 100
+    ax.imshow(np.clip(values, 0, 40), cmap="OrRd", aspect="auto", vmin=0, vmax=55)
+    ax.grid(False)
+    for (row, place), value in np.ndenumerate(values):
+        last = place == len(conditions)
+        ax.text(place, row, f"{value:.0f}", ha="center", va="center", fontsize=6.5, weight="bold" if last else "normal")
+    ax.axvline(len(conditions) - 0.5, color="white", linewidth=4)
+    ax.set_xticks(range(len(conditions) + 1), [*conditions, "worst"], rotation=30, ha="right")
+    ax.set_yticks(range(len(laws)), laws)
+    kinds = dict(zip(worst["law"], worst["kind"], strict=True))
+    for label in ax.get_yticklabels():
+        kind = kinds[label.get_text()]
+        label.set_color(ROLE_COLOURS["fine"] if kind == "law" else INK if kind == "clock" else MUTED)
+        label.set_fontweight("bold" if kind == "law" else "normal")
+    seeds = sorted(set(frame["n"]))
+    ax.set_xlabel(
+        f"regret of mean utility over the run, % of the best clock's gain; {'-'.join(map(str, seeds))} seeds. "
+        "Green: laws, grey: clocks that do not know the maximum"
+    )
+    return fig
+
+
+@styled
+def limit_paths(study: dict, laws: tuple[str, ...], conditions: tuple[str, ...] = ()) -> Figure:
+    """The limit over the iterations in every condition: the named laws seed by seed, the grid of clocks in grey."""
+    chosen = [name for name in conditions or study["runs"] if name in study["runs"]]
+    columns = min(4, max(1, len(chosen)))
+    rows = -(-max(1, len(chosen)) // columns)
+    fig, axes = new_figure(rows, columns, DOUBLE, 0.5 + 1.55 * rows, "Where each law takes the limit", None)
+    data = []
+    for ax in axes.ravel()[len(chosen) :]:
+        ax.set_axis_off()
+    for ax, name in zip(axes.ravel(), chosen, strict=False):
+        found = study["runs"][name]
+        tied, free = clocks_of(found, name)
+        for clock in [*tied, *free]:
+            ax.plot(max((r["limits"] for r in found[clock].values()), key=len), color="#cccccc", linewidth=0.7)
+        ends = []
+        for law in laws:
+            colour = law_colour(law, laws)
+            for seed, run in found.get(law, {}).items():
+                ax.plot(run["limits"], color=colour, alpha=0.6, linewidth=0.8)
+                data.append({"condition": name, "law": law, "seed": seed, "last limit": run["limits"][-1]})
+            if found.get(law):
+                last = np.mean([run["limits"][-1] for run in found[law].values()])
+                ends.append((0, last, law, colour))
+        condition = law_study.ALL[name]
+        if condition.known:
+            ax.axhline(law_study.FirstAnswer.length(condition.operations[0]), color=INK, linestyle=":", linewidth=0.8)
+        longest = max((len(run["limits"]) for law in laws for run in found.get(law, {}).values()), default=20)
+        ax.set(title=name, ylim=(0, None), xlim=(0, longest))
+        end_labels(ax, ends, 6)
+    for ax in axes[-1]:
+        ax.set_xlabel("iteration")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("limit (tokens)")
+    note(axes[0, 0], "grey: clocks", "upper left")
+    fig.data = pd.DataFrame(data)
+    return fig

@@ -53,7 +53,8 @@ def jobs(conditions: list[str], only: list[str]) -> list[tuple[str, str, Law, in
             continue
         for law, settings in {**laws, **free, **clocks}.items():
             cost_counts = name in law_study.ROOMY and (law in free or law == "useful")
-            found.append((name, law, settings, law_study.LONG if cost_counts else law_study.BUDGET))
+            if law in clocks or law in ("useful", "grow 12 %") or cost_counts:
+                found.append((name, law, settings, law_study.LONG if cost_counts else law_study.BUDGET))
     return [job for job in found if not only or job[1] in only]
 
 

@@ -71,9 +71,12 @@ def read_run(run_id: str) -> dict:
 
 
 def collect(run_ids: list[str]) -> dict:
-    """Everything that is reported; raises C2FError when the runs' settings differ in more than the seed."""
+    """Everything that is reported; raises C2FError when the runs' settings differ in more than the seed.
+
+    A setting that only one of two versions of the program knows is no difference between runs.
+    """
     runs = [read_run(run_id) for run_id in run_ids]
-    if odd := [run["run"] for run in runs if run["settings"] != runs[0]["settings"]]:
+    if odd := [run["run"] for run in runs if not agree(run["settings"], runs[0]["settings"])]:
         raise C2FError(f"runs {', '.join(odd)} have other settings than {runs[0]['run']}; compare equal settings only")
     models = {run["seed"]: {n: m[DECODING] for n, m in run["07"]["models"].items()} for run in runs}
     names = list(dict.fromkeys(name for table in models.values() for name in table))
@@ -99,8 +102,26 @@ def collect(run_ids: list[str]) -> dict:
             if name != "fine"
         },
         "best_recipe": {run["seed"]: {k: run["06"]["best_recipe"][k] for k in ("name", "score")} for run in runs},
+        "parts": parts({run["seed"]: run["06"]["layers"] for run in runs}),
         "chosen_coefficient": {run["seed"]: run["06"]["chosen"]["coefficient"] for run in runs},
     }
+
+
+def agree(a: object, b: object) -> bool:
+    """Whether two nested settings have equal values wherever both have one."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return all(agree(value, b[key]) for key, value in a.items() if key in b)
+    return a == b
+
+
+def parts(by_seed: dict[str, list[dict]]) -> dict[str, dict]:
+    """Which layers and modules carry the behaviour: score with a part of the residue minus that with all of it.
+
+    Validation problems, over seeds; 'without x' far below zero: x is needed, 'only x' near zero: x is enough.
+    """
+    tables = [{row["name"]: row["difference"] for row in rows} for rows in by_seed.values()]
+    shared = [name for name in tables[0] if all(name in table for table in tables)]
+    return {name: interval([table[name] for table in tables]) for name in shared}
 
 
 def interval(values: list[float]) -> dict:
@@ -124,6 +145,8 @@ def main() -> int:
     print(f"\n{markdown(pd.DataFrame(lines).reset_index(names='promise'))}\n")
     rows = [{"fine minus": n, "metric": m, **v} for n, by in found["fine_minus"].items() for m, v in by.items()]
     print(markdown(pd.DataFrame(rows).round(3)))
+    rows = [{"residue": name, **row} for name, row in found["parts"].items()]
+    print(f"\nscore with a part of the residue minus with all of it\n\n{markdown(pd.DataFrame(rows).round(3))}\n")
     print("logistic - fixed-long, utility:", found["logistic_minus_fixed_long"])
     if arguments.out:
         write_json(arguments.out, found)

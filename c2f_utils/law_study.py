@@ -151,11 +151,19 @@ class FirstAnswer:
 
 
 def run_one(
-    inputs: Inputs, condition: Condition, law: limits.Law, budget: int = BUDGET, *, start: dict | None = None, observe=None
+    inputs: Inputs,
+    condition: Condition,
+    law: limits.Law,
+    budget: int = BUDGET,
+    *,
+    start: dict | None = None,
+    every: int = 0,
+    observe=None,
 ) -> dict:
     """Train under one law until `budget` rollout tokens are spent, and keep the curve of utility on validation problems.
 
-    Evaluations are made after the iteration that passes a mark, at a fixed limit and T = 1, and cost no budget.
+    Evaluations are made after the iteration that passes a mark, or after every `every` iterations, at a fixed limit and
+    T = 1, and cost no budget.
     `start` is the first point of another law's curve in the same condition and seed, which need not be measured again.
     `observe(trainer, experience, row)` sees every iteration. Seconds are processor seconds of the five verbs alone.
     """
@@ -192,7 +200,8 @@ def run_one(
         path.append(row["limit"])
         if observe is not None:
             observe(trainer, experience, row)
-        if trainer.rollout_tokens >= marks[0]:
+        last = trainer.rollout_tokens >= budget
+        if last or (len(path) % every == 0 if every else trainer.rollout_tokens >= marks[0]):
             marks = [mark for mark in marks if mark > trainer.rollout_tokens]
             points.append(measured())
     curve = {key: [point[key] for point in points] for key in points[0]}

@@ -1,0 +1,78 @@
+"""How much less time does coarse RLHF under a law need than TRL's PPO at full length, to the same utility?
+
+    python benchmarks/time_to_target.py laws-51 laws-52 laws-53 --threads 1
+
+Takes finished bases and reward models (`c2f run 00 01 02`), trains fixed-long and the laws on each with evaluations
+after every second iteration, and compares processor seconds to 95 % of what fixed-long gains with TRL 1.10's seconds
+per iteration (benchmarks/results/coarse_speed.json, same threads) times the iterations that our fixed-long needs. Run it
+on an idle machine. Writes benchmarks/results/time_to_target.json.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from c2f_utils import law_study, limits, stats  # noqa: E402
+from c2f_utils.config import Law, load_settings  # noqa: E402
+from c2f_utils.files import read_json, write_json  # noqa: E402
+from c2f_utils.runs import Run  # noqa: E402
+from c2f_utils.stage import Stage, run_folder  # noqa: E402
+from c2f_utils.workflow.inputs import Inputs  # noqa: E402
+
+RESULTS = Path(__file__).parent / "results"
+LENGTH, SHARE = 144, 0.95
+FULL = 17 * 64 * LENGTH  # tokens of the tiny profile's fixed-long run
+CONDITION = law_study.Condition(LENGTH)
+LAWS = {
+    "fixed_long": Law(name="fixed", limit=LENGTH),
+    "logistic": Law(name="logistic", start=24, maximum=LENGTH, step=8),
+    "linear clock": Law(name="clock", shape="linear", start=24, maximum=LENGTH, duration=17),
+    "useful": Law(name="useful", start=24, maximum=LENGTH),
+}
+
+
+def inputs(run_id: str) -> Inputs:
+    seed = Stage(run_folder(run_id) / "02_reward_model").config()["settings"]["seed"]
+    run = Run(load_settings("tiny", seed, run_id))
+    run.here = run.stage("04_length_schedules")
+    return Inputs(run)
+
+
+def main() -> None:
+    import torch
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="+", help="run ids, one per seed")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=RESULTS / "time_to_target.json")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    speed = next(r for r in read_json(RESULTS / "coarse_speed.json")["rows"] if r["threads"] == options.threads)
+    content = {"threads": options.threads, "share": SHARE, "trl_seconds_per_iteration": speed["trl"]["median"], "runs": {}}
+    for run_id in options.runs:
+        models, rows = inputs(run_id), {}
+        for name, law in LAWS.items():
+            rows[name] = law_study.run_one(models, CONDITION, limits.make_law(law), FULL, every=2)
+        gained = rows["fixed_long"]["curve"]["utility"]
+        target = gained[0] + SHARE * ((gained[-1] + gained[-2]) / 2 - gained[0])  # the last two: one is noisy
+        tokens, reached = law_study.cost_to(rows["fixed_long"], target, "tokens", FULL)
+        iterations = tokens / (64 * LENGTH)
+        row = {"target": target, "fixed_long_iterations": iterations, "fixed_long_reached": reached}
+        for name in LAWS:
+            seconds, reached = law_study.cost_to(rows[name], target, "seconds", FULL)
+            row[name] = {"seconds": seconds, "reached": reached}
+            row[name]["times_less"] = iterations * speed["trl"]["median"] / seconds
+        content["runs"][run_id] = row
+        print(run_id, row, flush=True)
+    for name in LAWS:
+        ratios = [row[name]["times_less"] for row in content["runs"].values()]
+        found = stats.log_ratio_interval(ratios, [1.0] * len(ratios))
+        content[name] = {"times_less": found.value, "low": found.low, "high": found.high, "n": found.n}
+        print(name, content[name])
+    write_json(options.out, content)
+
+
+if __name__ == "__main__":
+    main()

@@ -36,8 +36,16 @@ def trainer(
     """A trainer that continues from the checkpoints in `folder`; it starts from the base model unless `start` is given."""
     settings = inputs.settings
     config = config or settings.coarse
+    if settings.models.compile and (config.engine != "kv" or models.device(settings.models).type != "cuda"):
+        raise C2FError(
+            f"models.compile is on, with coarse.engine {config.engine!r} on {models.device(settings.models).type}; "
+            "expected engine 'kv' on a GPU: set models.compile to false"
+        )
     model = inputs.base() if start is None else start
-    actor = models.add_lora(model, settings.models.lora) if settings.models.lora else model
+    # On a GPU adapters are of the trunk's type: beside bfloat16 the optimiser keeps float32 masters (`updates.py`), and
+    # the library would otherwise carry every activation around in float32 for them.
+    alike = models.device(settings.models).type == "cuda"
+    actor = models.add_lora(model, settings.models.lora, alike=alike) if settings.models.lora else model
     if config.critic == "separate" and config.critic_head == "reward":
         critic = models.Critic.from_reward(inputs.reward.model, inputs.reward.mean, inputs.reward.std)
     else:
@@ -45,6 +53,8 @@ def trainer(
     policy = models.ActorCritic(actor, critic.to(models.device(settings.models)))
     if settings.models.gradient_checkpointing:
         policy.recompute_activations()
+    if settings.models.compile:
+        policy.compile_layers()
     engine = {"kv": KVDecoder, "continuous": ContinuousBatching}[config.engine]
     decoder = engine(actor, inputs.tokenizer, config.tokens_in_cache, settings.data.stop_strings)
     return CoarseTrainer(

@@ -2,14 +2,18 @@
 loop.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny_models import TOKENIZER, causal, prompts
 
-from c2f_utils import models, rollout_gpu, tasks
-from c2f_utils.config import Lora, Models
+from c2f_utils import limits, models, rollout_gpu, tasks
+from c2f_utils.config import Lora, Models, load_settings
+from c2f_utils.errors import C2FError
 from c2f_utils.models import add_lora, device, fuse_norms
 from c2f_utils.rollout import KVDecoder
+from c2f_utils.workflow import coarse
 
 
 def adapted(**options) -> torch.nn.Module:
@@ -113,3 +117,13 @@ def test_adapters_can_be_of_the_models_type():
         for alike in (False, True)
     }  # fmt: skip
     assert kinds == {False: {torch.float32}, True: {torch.bfloat16}}
+
+
+@pytest.mark.parametrize("changes", [{"models.device": "cpu"}, {"coarse.engine": "continuous"}])
+def test_compiling_where_it_cannot_be_is_refused(changes, tmp_path):
+    with pytest.raises(C2FError, match="models.compile = true with"):
+        load_settings("smoke", overrides={"models.compile": True} | changes)
+    settings = load_settings("smoke", overrides={"models.compile": True})
+    if not torch.cuda.is_available():
+        with pytest.raises(C2FError, match="torch sees no GPU"):
+            coarse.trainer(SimpleNamespace(settings=settings), limits.Fixed(8), tmp_path)

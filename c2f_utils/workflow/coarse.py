@@ -36,16 +36,13 @@ def trainer(
     """A trainer that continues from the checkpoints in `folder`; it starts from the base model unless `start` is given."""
     settings = inputs.settings
     config = config or settings.coarse
-    if settings.models.compile and (config.engine != "kv" or models.device(settings.models).type != "cuda"):
-        raise C2FError(
-            f"models.compile is on, with coarse.engine {config.engine!r} on {models.device(settings.models).type}; "
-            "expected engine 'kv' on a GPU: set models.compile to false"
-        )
+    on_gpu = models.device(settings.models).type == "cuda"
+    if settings.models.compile and not on_gpu:
+        raise C2FError("models.compile = true, but torch sees no GPU; set it to false")
     model = inputs.base() if start is None else start
     # On a GPU adapters are of the trunk's type: beside bfloat16 the optimiser keeps float32 masters (`updates.py`), and
     # the library would otherwise carry every activation around in float32 for them.
-    alike = models.device(settings.models).type == "cuda"
-    actor = models.add_lora(model, settings.models.lora, alike=alike) if settings.models.lora else model
+    actor = models.add_lora(model, settings.models.lora, alike=on_gpu) if settings.models.lora else model
     if config.critic == "separate" and config.critic_head == "reward":
         critic = models.Critic.from_reward(inputs.reward.model, inputs.reward.mean, inputs.reward.std)
     else:

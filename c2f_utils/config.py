@@ -66,6 +66,9 @@ class Models(_Section):
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of frozen weights and activations")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     gradient_checkpointing: bool = False
+    compile: bool = Field(
+        False, description="GPU: compile the decoder layers for scoring and updates; seconds at the start, faster then"
+    )
 
 
 class Data(_Section):

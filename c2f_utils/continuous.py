@@ -3,8 +3,9 @@
 
 Paged cache, requests that join and leave a running batch, a limit of its own for each. Three things it does not do by
 itself: it knows end-of-sequence ids only, so stop strings are cut off afterwards (what was generated behind them is
-thrown away, which costs tokens); it changes the model's attention while it runs; and a manager kept over a weight
-update serves cached prefixes of the old weights. So every call makes a fresh manager, and prefix sharing is off all
+thrown away, which costs tokens); it changes the model's attention while it runs and leaves it in evaluation mode, in
+which activations are not recomputed; and a manager kept over a weight update serves cached prefixes of the old
+weights. So the mode is put back, every call makes a fresh manager, and prefix sharing is off all
 the same. Requests are queued before the engine starts: then what shares a batch, and with it the random numbers, is a
 function of the seed.
 """
@@ -58,6 +59,7 @@ class ContinuousBatching:
         )
         wanted = GenerationConfig(max_new_tokens=max(limits), eos_token_id=eos, pad_token_id=0, **sampling)
         longest = max(len(p.ids) + n for p, n in zip(prompts, limits, strict=True))
+        training = self.causal.training
         engine = ContinuousBatchingConfig(
             page_size=PAGE, num_blocks=max(self.tokens_in_cache, longest + PAGE) // PAGE + 1, allow_block_sharing=False,
             max_batch_tokens=min(4096, max(256, self.tokens_in_cache // 16)), return_logprobs=True, seed=seed % 2**31,
@@ -74,6 +76,7 @@ class ContinuousBatching:
             if manager.is_running():
                 manager.stop(block=True)
             manager.destroy()
+            self.causal.train(training)
 
     def _sample_of(self, prompt: Prompt, limit: int, output) -> Sample:
         ids, logps = list(output.generated_tokens), torch.tensor(output.logprobs, dtype=torch.float32)

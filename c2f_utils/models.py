@@ -27,12 +27,19 @@ CHUNK = 1024  # words whose logits exist at a time
 
 
 def device(models: Models) -> torch.device:
-    """The device to work on; raises C2FError when CUDA is asked for and absent."""
+    """The device to work on; raises C2FError when CUDA is asked for and absent.
+
+    On CUDA beside bfloat16 weights, products of float32 matrices (heads, adapters) may use TF32 from here on: it
+    holds every bfloat16 number exactly and sums in float32, and plain float32 is about ten times slower.
+    """
     if models.device == "cuda" and not torch.cuda.is_available():
         raise C2FError(
             "models.device is 'cuda', but torch sees no GPU; install a CUDA build or set models.device to 'cpu'"
         )
-    return torch.device("cuda" if models.device != "cpu" and torch.cuda.is_available() else "cpu")
+    found = torch.device("cuda" if models.device != "cpu" and torch.cuda.is_available() else "cpu")
+    if found.type == "cuda" and models.dtype == "bfloat16":
+        torch.set_float32_matmul_precision("high")
+    return found
 
 
 def load_causal(source: str | Path, models: Models, revision: str | None = None) -> nn.Module:
@@ -56,7 +63,7 @@ def load_causal(source: str | Path, models: Models, revision: str | None = None)
             "Hugging Face format"
         ) from error
     disable_dropout(model)
-    return model.to(device(models)).eval()
+    return fuse_norms(model.to(device(models)).eval())
 
 
 def load_tokenizer(source: str | Path, revision: str | None = None):
@@ -92,8 +99,30 @@ def disable_dropout(model: nn.Module) -> None:
             module.attention_dropout = 0.0
 
 
-def add_lora(model: nn.Module, lora: Lora, task: str = "CAUSAL_LM", also: list[str] | None = None) -> nn.Module:
-    """Wrap a model with fresh adapters (float32); `also` names modules that are trained in full."""
+def fuse_norms(model: nn.Module) -> nn.Module:
+    """On a GPU, replace the library's RMS norms, half a dozen passes over the states each, by torch's single kernel.
+
+    The weights are the same parameters under the same names; on the CPU nothing changes.
+    """
+    if _fusible(model):
+        for parent in list(model.modules()):
+            for name, norm in list(parent.named_children()):
+                if type(norm).__name__ in ("MistralRMSNorm", "LlamaRMSNorm"):
+                    fused = nn.RMSNorm(len(norm.weight), norm.variance_epsilon, device="meta")
+                    fused.weight = norm.weight
+                    setattr(parent, name, fused.train(norm.training))
+    return model
+
+
+def _fusible(model: nn.Module) -> bool:
+    return next(model.parameters()).device.type == "cuda"
+
+
+def add_lora(
+    model: nn.Module, lora: Lora, task: str = "CAUSAL_LM", also: list[str] | None = None, alike: bool = False
+) -> nn.Module:
+    """Wrap a model with fresh adapters, float32 or (`alike`) of the model's type; `also` names modules that are
+    trained in full."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
@@ -104,7 +133,7 @@ def add_lora(model: nn.Module, lora: Lora, task: str = "CAUSAL_LM", also: list[s
         task_type=task,
         modules_to_save=also,
     )
-    return get_peft_model(model, config)
+    return get_peft_model(model, config, autocast_adapter_dtype=not alike)
 
 
 def save_model(model: nn.Module, tokenizer, folder: Path) -> None:
@@ -255,6 +284,20 @@ class ActorCritic(nn.Module):
             if trunk is not None:
                 trunk.gradient_checkpointing_enable({"use_reentrant": False})
                 trunk.train()
+
+    def compile_layers(self) -> None:
+        """Compile the decoder layers that scoring and updates run through, one by one: they share their code.
+
+        Fused kernels round at other places, and differently with and without gradients: a bfloat16 policy's first
+        ratio is then near one, not exactly one.
+        """
+        # Variants of one layer: adapters on and off, with gradients and without, fixed and varying shapes.
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        for model in (self.actor, *self._frozen):
+            for layer in trunk_and_head(model)[0].layers:
+                layer.compile()
+        for layer in self.critic.trunk.layers if self.critic.trunk is not None else ():
+            layer.compile()
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Named parameters that training changes; a checkpoint holds these and nothing else."""

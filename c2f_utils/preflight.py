@@ -20,7 +20,7 @@ _QUESTION, _STEP, _FORCED = 12, 4, 6
 def findings(settings: Settings) -> list[str]:
     """One line per impossibility: the setting, its value, what was expected, what to do; empty if there is none."""
     found: list[str] = []
-    for check in (_models, _preferences, _laws, _positions):
+    for check in (_models, _compiled, _preferences, _laws, _positions):
         found += check(settings)
     return found
 
@@ -75,6 +75,16 @@ def _models(settings: Settings) -> list[str]:
             if base.get(key) != instruct.get(key)
         ]
     return found
+
+
+def _compiled(settings: Settings) -> list[str]:
+    engine, where = settings.coarse.engine, settings.models.device
+    if not settings.models.compile or (engine == "kv" and where != "cpu"):
+        return []
+    return [
+        f"models.compile = true with coarse.engine = {engine!r} and models.device = {where!r}: layers are compiled on "
+        "a GPU and for engine 'kv' only; set models.compile to false"
+    ]
 
 
 def _preferences(settings: Settings) -> list[str]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from c2f_utils.config import Reward, Settings
 from c2f_utils.errors import C2FError
-from c2f_utils.models import add_lora, device, disable_dropout
+from c2f_utils.models import add_lora, device, disable_dropout, fuse_norms
 from c2f_utils.packing import collate, pack
 from c2f_utils.preflight import check_folder
 from c2f_utils.rollout import Sample
@@ -110,7 +110,7 @@ def load_reward_model(
             "(num_labels=1)"
         )
     disable_dropout(model)
-    return RewardModel(model.to(device(settings.models)).eval(), pad_id, mean, std)
+    return RewardModel(fuse_norms(model.to(device(settings.models)).eval()), pad_id, mean, std)
 
 
 def train(

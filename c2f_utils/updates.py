@@ -2,8 +2,8 @@
 
 AdamW works in float32. Parameters in another type (bfloat16, full fine-tuning) get a float32 master that the
 optimiser owns and that is rounded into the model after each step: at learning rates near 1e-6 bfloat16 alone would
-swallow every update. Their gradients are summed over micro-batches in float32, too. Adapters and heads are float32
-already.
+swallow every update. Their gradients are summed over micro-batches in float32, too. Heads are float32 already, and so
+are adapters on the CPU; on a GPU adapters have the trunk's type, and masters.
 """
 
 from collections.abc import Callable, Sequence

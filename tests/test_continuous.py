@@ -87,6 +87,14 @@ def test_adapters_are_part_of_the_policy_and_the_model_trains_on_afterwards():
     assert [s.ids for s in ours] == [s.ids for s in theirs] and model.config._attn_implementation == attention
 
 
+def test_a_model_that_recomputes_activations_still_does_so_afterwards():
+    model = causal()
+    policy = ActorCritic(model, Critic(SHAPE.hidden_size))
+    policy.recompute_activations()
+    ContinuousBatching(model, TOKENIZER, CACHE)(prompts(2), 4)
+    assert all(layer.training and layer.gradient_checkpointing for layer in model.model.layers)
+
+
 def test_a_trainer_runs_on_it_and_its_first_ratio_is_one():
     process = trainer("fixed")
     process.sampler = ContinuousBatching(process.policy.actor, TOKENIZER, CACHE)

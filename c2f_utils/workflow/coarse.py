@@ -38,8 +38,13 @@ def trainer(
     unless `start` is given, on training prompts unless others are."""
     settings = inputs.settings
     config = config or settings.coarse
+    on_gpu = models.device(settings.models).type == "cuda"
+    if settings.models.compile and not on_gpu:
+        raise C2FError("models.compile = true, but torch sees no GPU; set it to false")
     model = inputs.base() if start is None else start
-    actor = models.add_lora(model, settings.models.lora) if settings.models.lora else model
+    # On a GPU adapters are of the trunk's type: beside bfloat16 the optimiser keeps float32 masters (`updates.py`), and
+    # the library would otherwise carry every activation around in float32 for them.
+    actor = models.add_lora(model, settings.models.lora, alike=on_gpu) if settings.models.lora else model
     if config.critic == "separate" and config.critic_head == "reward":
         critic = models.Critic.from_reward(inputs.reward.model, inputs.reward.mean, inputs.reward.std)
     else:
@@ -47,6 +52,8 @@ def trainer(
     policy = models.ActorCritic(actor, critic.to(models.device(settings.models)))
     if settings.models.gradient_checkpointing:
         policy.recompute_activations()
+    if settings.models.compile:
+        policy.compile_layers()
     engine = {"kv": KVDecoder, "continuous": ContinuousBatching}[config.engine]
     decoder = engine(actor, inputs.tokenizer, config.tokens_in_cache, settings.data.stop_strings)
     return CoarseTrainer(

@@ -1,0 +1,127 @@
+"""On a GPU: training, both samplers, captured steps; skipped where torch sees none."""
+
+import copy
+
+import pytest
+import torch
+from tiny_models import SHAPE, TOKENIZER, PrefixReward, causal, prompts
+from torch import nn
+
+from c2f_utils import limits, models, rollout, rollout_gpu, tasks
+from c2f_utils.coarse import CoarseTrainer
+from c2f_utils.config import Coarse, Law, Lora
+from c2f_utils.continuous import ContinuousBatching
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch can use")
+
+
+def adapted(dtype=torch.float32) -> nn.Module:
+    """A tiny model on the GPU whose adapters have moved."""
+    torch.manual_seed(0)
+    model = models.add_lora(causal().to(dtype), Lora(rank=4, alpha=8), alike=True)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.2)
+    return model.cuda().eval()
+
+
+def made(dtype, shared: bool, sampler=rollout.KVDecoder) -> CoarseTrainer:
+    actor = adapted(dtype) if shared else causal().to(dtype).cuda()
+    critic = models.Critic(SHAPE.hidden_size, None if shared else copy.deepcopy(causal(1).model).to(dtype))
+    policy = models.ActorCritic(actor, critic.cuda())
+    if shared:
+        policy.recompute_activations()
+    config = Coarse(
+        law=Law(name="fixed", limit=24), iterations=2, prompts=8, tokens_per_micro_batch=400, critic_head="zero",
+        critic="shared" if shared else "separate",
+    )  # fmt: skip
+    return CoarseTrainer(
+        policy, PrefixReward(), sampler(actor, TOKENIZER, 1024), prompts(), limits.Fixed(24), config, seed=0,
+        pad_id=tasks.PAD,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["separate, all weights", "shared, adapters, recomputed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_two_iterations_change_what_is_trained_and_the_first_ratio_is_one(dtype, shared):
+    process = made(dtype, shared)
+    before = {name: w.detach().clone() for name, w in process.updates.weights.items()}
+    rows = [process.step() for _ in range(2)]
+    assert all(row["ratio_error"] < (1e-3 if dtype == torch.float32 else 0.1) for row in rows)
+    assert all(not torch.equal(before[name], w) for name, w in process.updates.weights.items() if "lora_A" in name)
+    assert any(not torch.equal(before[name], w) for name, w in process.updates.weights.items())
+
+
+def test_compiled_layers_give_nearly_the_same_log_probabilities_and_train():
+    from c2f_utils.packing import collate
+
+    process = made(torch.float32, True)
+    drawn = process.collect().samples
+    batches = [collate(drawn[:n], tasks.PAD, "cuda") for n in (8, 3, 5)]  # another shape each time
+    with torch.no_grad():
+        plain = [process.policy(batch)[0] for batch in batches]
+        process.policy.compile_layers()
+        fused = [process.policy(batch)[0] for batch in batches]
+        off = process.policy.reference_logps(batches[0])
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(plain, fused, strict=True))
+    assert (off - fused[0]).abs().max() > 1e-2
+    assert [process.step() for _ in range(2)][0]["ratio_error"] < 1e-2
+
+
+def test_captured_steps_give_the_librarys_greedy_answers():
+    model = causal().cuda()
+    for sample in rollout.KVDecoder(model, TOKENIZER)(prompts(6), 40, temperature=0.0):
+        ids = torch.tensor([sample.prompt.ids], device="cuda")
+        theirs = model.generate(
+            ids, max_new_tokens=40, do_sample=False, pad_token_id=tasks.PAD, attention_mask=torch.ones_like(ids)
+        )
+        assert sample.ids == theirs[0, ids.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_captured_steps_equal_the_cpus_when_rows_end_and_the_attended_width_grows(lora, monkeypatch):
+    monkeypatch.setattr(rollout_gpu, "BUCKET", 16)
+    model = adapted() if lora else causal().cuda()
+    allowed = [1, 3, 30, 5, 30, 2, 16, 60, 8]
+    there = rollout.KVDecoder(model, TOKENIZER)(prompts(9), allowed, temperature=0.0)
+    here = rollout.KVDecoder(model.cpu(), TOKENIZER)(prompts(9), allowed, temperature=0.0)
+    assert [(s.ids, s.stop, s.text) for s in there] == [(s.ids, s.stop, s.text) for s in here]
+    assert all(torch.allclose(a.logps, b.logps, atol=1e-3) for a, b in zip(there, here, strict=True))
+
+
+def test_recorded_logps_are_those_of_the_training_forward_with_adapters():
+    from c2f_utils.packing import collate
+
+    model = adapted()
+    drawn = rollout.KVDecoder(model, TOKENIZER)(prompts(8), 30, seed=1)
+    policy = models.ActorCritic(model, models.Critic(SHAPE.hidden_size).cuda())
+    with torch.no_grad():
+        flat = policy(collate(drawn, tasks.PAD, "cuda"))[0].cpu()
+    assert (flat - torch.cat([s.logps for s in drawn])).abs().max() < 1e-3
+
+
+def test_the_chunked_head_on_tensor_cores_is_as_exact_as_float32():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(300, 256).bfloat16().cuda(), torch.randn(5000, 256).bfloat16().cuda() * 0.1
+    targets = torch.randint(5000, (300,), device="cuda")
+    exact = (hidden.double() @ weight.double().T).log_softmax(-1)[torch.arange(300), targets]
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        assert (models.token_logps(hidden, weight, targets, 1.0)[0] - exact).abs().max() < 1e-4
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_continuous_batching_gives_the_same_greedy_answers():
+    model = causal().cuda()
+    ours = rollout.KVDecoder(model, TOKENIZER)(prompts(6), 24, temperature=0.0)
+    theirs = ContinuousBatching(model, TOKENIZER, 1024)(prompts(6), 24, temperature=0.0)
+    assert [(s.ids, s.stop) for s in ours] == [(s.ids, s.stop) for s in theirs]
+
+
+def test_a_trainer_runs_on_continuous_batching_and_still_recomputes_activations():
+    process = made(torch.bfloat16, True, ContinuousBatching)
+    rows = [process.step() for _ in range(2)]
+    assert len(rows) == 2 and process.policy.actor.training

@@ -1,7 +1,11 @@
 """TRL's GRPO and RLOO trainers generate under l(t), also when resumed, and are fed only by laws that need no critic."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -88,6 +92,29 @@ def test_the_limits_are_reached_in_continuous_batching(kind, tmp_path):
     changes = {"use_transformers_continuous_batching": True, "transformers_continuous_batching_config": engine}
     build(kind, tmp_path, clock(), reward, **changes)[0].train()
     assert reward.longest == [4, 8, 12, 16]
+
+
+@pytest.mark.slow
+def test_two_processes_move_the_limit_alike_by_the_answers_of_both(tmp_path):
+    here, package = Path(__file__).parent, Path(critic_free.__file__).parent
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(package / "launch" / "ddp.yaml"),
+    ]
+    command += ["--num_processes", "2", "--main_process_port", "0", str(here / "two_limits.py"), str(tmp_path)]
+    paths = os.pathsep.join([str(package.parent), str(here)])
+    surroundings = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=surroundings)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (json.loads((tmp_path / f"limits-{rank}.json").read_text()) for rank in (0, 1))
+    assert first["rows"] == second["rows"] and len(first["rows"]) == 4
+    assert [row["longest"] for row in first["rows"]] == [
+        *map(max, zip(first["longest"], second["longest"], strict=True))
+    ]
+    assert first["rows"][-1]["limit"] > 8
 
 
 def test_the_limit_moves_once_per_generation_however_many_steps_learn_from_it(tmp_path):

@@ -128,8 +128,11 @@ class Baseline:
     def _shaped(self) -> Callable:
         """What the trainer maximises: as `CoarseTrainer.credit` shapes it, while the law sees the reward as it is."""
         config, ends = self.config, self.ends
-        raw = {"model": lambda: self.inputs.reward, "verifiable": Verifiable}[self.entry.reward]()
-        watched = self.limit.watch(_Columns(raw, self.prompts, ends, self.law))
+        raw = self.inputs.reward
+        if self.entry.reward == "verifiable":  # prefixes cost a check per token: only for laws that read them
+            raw = Verifiable() if "tail_return" in self.law.needs else rewards.verifiable
+        columns = _PrefixColumns if hasattr(raw, "prefix_scores") else _Columns
+        watched = self.limit.watch(columns(raw, self.prompts, ends, self.law))
 
         def reward(completion_ids, **columns) -> list[float]:
             tokens = torch.tensor([float(len(ids)) for ids in completion_ids])
@@ -153,7 +156,7 @@ class Verifiable:
 
 
 class _Columns:
-    """A reward on our samples as TRL calls it, with the prefix scores that laws read the tail return off."""
+    """A reward on our samples as TRL calls it."""
 
     def __init__(self, reward, prompts: Sequence[Prompt], ends: frozenset[int], law: limits.Law):
         self.reward, self.prompts, self.ends, self.law = reward, prompts, ends, law
@@ -161,14 +164,18 @@ class _Columns:
     def __call__(self, **columns) -> list[float]:
         return self.reward(self._samples(**columns)).tolist()
 
-    def prefix_scores(self, **columns) -> list[Tensor]:
-        return self.reward.prefix_scores(self._samples(**columns))
-
     def _samples(self, completion_ids, completions, number, **_) -> list[Sample]:
         return [
             Sample(self.prompts[i], ids, "eos" if ids[-1] in self.ends else "limit", self.law.limit, text=text)
             for i, ids, text in zip(number, completion_ids, completions, strict=True)
         ]
+
+
+class _PrefixColumns(_Columns):
+    """The same for a reward that also scores every prefix: laws read the tail return off it."""
+
+    def prefix_scores(self, **columns) -> list[Tensor]:
+        return self.reward.prefix_scores(self._samples(**columns))
 
 
 class _Course(TrainerCallback):

@@ -4,7 +4,7 @@
     python benchmarks/critic_free.py s1 s2 --out benchmarks/results/critic_free.json
 
 Takes finished `tiny` runs: their base, reward model, prompts and evaluation, and their PPO results from 04. `--tune`
-tries three learning rates per trainer, on runs that are not among those measured; the measurement uses the best.
+tries three learning rates per trainer and reward, on runs that are not among those measured; the measurement uses the best.
 Arms: {GRPO, RLOO} x {reward model, exact reward} x {fixed 144, linear clock 24 to 144, tail law}. The file has the
 form of the results of 04, so its figures and tables draw it.
 """
@@ -34,7 +34,7 @@ LAWS = {
     "clock": Law(name="clock", shape="linear", start=24, maximum=144, duration=17),
     "tail": Law(name="tail", start=24, maximum=144, growth=0.12),
 }
-RATES = (3e-4, 1e-3, 3e-3)
+RATES = (1e-4, 3e-4, 1e-3)
 CURVE = ("iteration", "rollout_tokens", "limit", "utility", "accuracy_last", "accuracy_first", "reward", "mean_tokens")
 
 

@@ -82,6 +82,21 @@ def test_the_limits_4_8_12_16_are_reached_in_generation(kind, tmp_path):
     trainer.train()
     assert reward.longest == [4, 8, 12, 16] == [row["limit"] for row in limit.history]
     assert limit.rollout_tokens == reward.tokens == limit.history[-1]["rollout_tokens"]
+    told = (trainer.generation_config.max_new_tokens, trainer.generation_kwargs["max_new_tokens"])
+    assert (*told, trainer.max_completion_length) == (16, 16, 16)
+
+
+def test_the_three_lines_of_the_docstring_are_enough(tmp_path):
+    lines = [line.strip() for line in LimitCallback.__doc__.splitlines() if line.startswith(" " * 8)]
+    assert len(lines) == 3
+    like, _ = build("grpo", tmp_path, clock(), generations=2)
+    endless().save_pretrained(tmp_path)
+    like.processing_class.save_pretrained(tmp_path)
+    names = {"LimitCallback": LimitCallback, "Clock": limits.Clock, "GRPOTrainer": GRPOTrainer, "reward": Distinct()}
+    names |= {"model": str(tmp_path), "args": like.args, "prompts": like.train_dataset}
+    exec("\n".join(lines), names)
+    names["trainer"].train()
+    assert names["reward"].longest == [24, 31]
 
 
 @pytest.mark.slow
@@ -356,3 +371,15 @@ def test_the_exact_reward_of_a_prefix_is_the_reward_of_the_answer_cut_there():
     reward = critic_free_runs.Verifiable()
     assert reward.prefix_scores([sample])[0].tolist() == [-0.5, -0.5, 1.5, 1.5]
     assert reward([sample]).tolist() == [1.5]
+
+
+def test_what_is_committed_was_not_measured_on_the_seeds_it_was_tuned_on():
+    found = schedules.committed_baselines()
+    tuned = {str(row["seed"]) for row in found["tuning"]}
+    measured = [set(law["seeds"]) for law in found["laws"].values()]
+    assert len(measured) == 15 and all(seeds == measured[0] for seeds in measured) and not tuned & measured[0]
+    for trainer, rate in found["learning_rates"].items():
+        rows = [row for row in found["tuning"] if row["trainer"] == trainer]
+        rates = {row["learning_rate"] for row in rows}
+        assert min(rates) < rate < max(rates), "the best rate lies at the edge of those tried"
+        assert rate == found["laws"][f"{trainer}_model_clock"]["learning_rate"]

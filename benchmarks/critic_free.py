@@ -4,7 +4,7 @@
     python benchmarks/critic_free.py s1 s2 --out benchmarks/results/critic_free.json
 
 Takes finished `tiny` runs: their base, reward model, prompts and evaluation, and their PPO results from 04. `--tune`
-tries three learning rates per trainer and reward, on runs that are not among those measured; the measurement uses the best.
+tries three learning rates for each trainer and reward, on runs that may not be measured; the best of a trainer is used.
 Arms: {GRPO, RLOO} x {reward model, exact reward} x {fixed 144, linear clock 24 to 144, tail law}. The file has the
 form of the results of 04, so its figures and tables draw it.
 """
@@ -27,7 +27,7 @@ from c2f_utils.workflow.critic_free import Baseline
 from c2f_utils.workflow.inputs import Inputs
 from c2f_utils.workflow.schedules import baseline_label
 
-PPO = ("logistic", "fixed_long", "clock_linear")
+BESIDE = {"fixed": "fixed_long", "clock": "clock_linear", "tail": "logistic"}  # our PPO: the same law, if 04 has it
 TRAINERS, REWARDS = ("grpo", "rloo"), ("model", "verifiable")
 LAWS = {
     "fixed": Law(name="fixed", limit=144),
@@ -97,7 +97,7 @@ def measure(run_id: str, content: dict) -> Iterator[None]:
     seed = str(stage.config()["settings"]["seed"])
     if int(seed) in {row["seed"] for row in content["tuning"]}:
         raise C2FError(f"run {run_id!r} has seed {seed}, on which the learning rates were tuned; measure on others")
-    for name in PPO:
+    for name in BESIDE.values():
         law = stage.results()["laws"][name]
         entry = {"label": f"PPO, {law['label']}", "trainer": "ppo", "reward": "model", "law": law["law"], "seeds": {}}
         content["laws"].setdefault(name, entry)["seeds"][seed] = kept(law["seeds"][seed])
@@ -113,17 +113,19 @@ def measure(run_id: str, content: dict) -> Iterator[None]:
                     yield
 
 
-def compared(laws: dict, reference: str = "logistic") -> dict:
-    """Per arm, over the seeds: test utility minus the reference's of the same seed, and its share of its tokens."""
+def compared(laws: dict) -> dict:
+    """Per arm, over the seeds: test utility minus that of our PPO beside it, and its share of its rollout tokens."""
     found = {}
     for name, law in laws.items():
-        pairs = [(law["seeds"][s], laws[reference]["seeds"][s]) for s in law["seeds"] if s in laws[reference]["seeds"]]
-        if name == reference or not pairs:
+        other = BESIDE.get(name.rpartition("_")[2])
+        if other is None:  # our own
             continue
-        gap = stats.seed_interval([mine["final"]["utility"] - other["final"]["utility"] for mine, other in pairs])
+        pairs = [(mine, laws[other]["seeds"][seed]) for seed, mine in law["seeds"].items()]
+        gap = stats.seed_interval([a["final"]["utility"] - b["final"]["utility"] for a, b in pairs])
         found[name] = {
-            f"utility_minus_{reference}": {"mean": gap.value, "low": gap.low, "high": gap.high, "n": gap.n},
-            f"tokens_over_{reference}": mean(a["rollout_tokens"] / b["rollout_tokens"] for a, b in pairs),
+            "ppo": other,
+            "utility_minus_ppo": {"mean": gap.value, "low": gap.low, "high": gap.high, "n": gap.n},
+            "tokens_over_ppo": mean(a["rollout_tokens"] / b["rollout_tokens"] for a, b in pairs),
         }
     return found
 

@@ -5,7 +5,8 @@
 
 Takes finished `tiny` runs: their base, reward model, prompts and evaluation, and their PPO results from 04. `--tune`
 tries three learning rates for each trainer and reward, on runs that may not be measured; the best of a trainer is used.
-Arms: {GRPO, RLOO} x {reward model, exact reward} x {fixed 144, linear clock 24 to 144, tail law}. The file has the
+Arms: {GRPO, RLOO, our PPO} x {reward model, exact reward} x {fixed 144, linear clock 24 to 144, tail law}, and our PPO
+under its logistic law. PPO keeps the settings of the profile: its rates were chosen before, not here. The file has the
 form of the results of 04, so its figures and tables draw it.
 """
 
@@ -20,14 +21,15 @@ from c2f_utils import evaluate, stats
 from c2f_utils.config import CriticFree, Law, load_settings
 from c2f_utils.errors import C2FError
 from c2f_utils.files import read_json, write_json
+from c2f_utils.limits import make_law
 from c2f_utils.runs import Run
 from c2f_utils.stage import Stage, run_folder
-from c2f_utils.workflow.coarse import summary
-from c2f_utils.workflow.critic_free import Baseline
+from c2f_utils.workflow import coarse
+from c2f_utils.workflow.critic_free import Baseline, Verifiable
 from c2f_utils.workflow.inputs import Inputs
-from c2f_utils.workflow.schedules import baseline_label
+from c2f_utils.workflow.schedules import baseline_label, label
 
-BESIDE = {"fixed": "fixed_long", "clock": "clock_linear", "tail": "logistic"}  # our PPO: the same law, if 04 has it
+PPO = ("logistic", "fixed_long", "clock_linear")  # of 04, all with the reward model
 TRAINERS, REWARDS = ("grpo", "rloo"), ("model", "verifiable")
 LAWS = {
     "fixed": Law(name="fixed", limit=144),
@@ -49,12 +51,29 @@ def opened(run_id: str) -> tuple[Stage, Inputs]:
 def trained(inputs: Inputs, entry: CriticFree, name: str) -> dict:
     """One arm on one run: tokens, limits, validation curve, test metrics at T = 1, seconds."""
     with tempfile.TemporaryDirectory() as folder:
-        process = Baseline(inputs, entry, Path(folder))
         began = perf_counter()
+        process = Baseline(inputs, entry, Path(folder))
         process.train(lambda row: print(f"{name} {row['iteration']} limit {row['limit']}    ", end="\r"))
         seconds = round(perf_counter() - began, 1)
-    final = evaluate.measure(inputs.answers(process.actor, inputs.prompts("test")), inputs.reward)
-    found = kept(summary(process, final)) | {"seconds": seconds}
+    return finished(inputs, process, process.actor, name, seconds)
+
+
+def with_critic(inputs: Inputs, law: Law, reward: str, name: str) -> dict:
+    """Our PPO on one run, with settings as in 03, under any law and reward."""
+    with tempfile.TemporaryDirectory() as folder:
+        began = perf_counter()
+        process = coarse.trainer(
+            inputs, make_law(law), Path(folder), reward=Verifiable() if reward != "model" else None
+        )
+        for row in process:
+            print(f"{name} {row['iteration']} limit {row['limit']}    ", end="\r")
+        seconds = round(perf_counter() - began, 1)
+    return finished(inputs, process, process.policy.actor, name, seconds)
+
+
+def finished(inputs: Inputs, process, actor, name: str, seconds: float) -> dict:
+    final = evaluate.measure(inputs.answers(actor, inputs.prompts("test")), inputs.reward)
+    found = kept(coarse.summary(process, final)) | {"seconds": seconds}
     print(f"{name}: utility {found['final']['utility']:.2f}, {found['rollout_tokens']} tokens, {found['seconds']} s")
     return found
 
@@ -97,10 +116,19 @@ def measure(run_id: str, content: dict) -> Iterator[None]:
     seed = str(stage.config()["settings"]["seed"])
     if int(seed) in {row["seed"] for row in content["tuning"]}:
         raise C2FError(f"run {run_id!r} has seed {seed}, on which the learning rates were tuned; measure on others")
-    for name in BESIDE.values():
+    for name in PPO:
         law = stage.results()["laws"][name]
         entry = {"label": f"PPO, {law['label']}", "trainer": "ppo", "reward": "model", "law": law["law"], "seeds": {}}
         content["laws"].setdefault(name, entry)["seeds"][seed] = kept(law["seeds"][seed])
+    for reward, short in (("model", "tail"), *(("verifiable", short) for short in LAWS)):  # what 04 does not have
+        name, law = f"ppo_{reward}_{short}", LAWS[short]
+        checked = ", exact reward" if reward == "verifiable" else ""
+        entry = {"label": f"PPO{checked}, {label(law, {})}", "trainer": "ppo", "reward": reward}
+        entry |= {"law": law.model_dump(exclude_none=True), "seeds": {}}
+        seeds = content["laws"].setdefault(name, entry)["seeds"]
+        if seed not in seeds:
+            seeds[seed] = with_critic(inputs, law, reward, f"{run_id} {name}")
+            yield
     for trainer in TRAINERS:
         for reward in REWARDS:
             for short, law in LAWS.items():
@@ -114,12 +142,14 @@ def measure(run_id: str, content: dict) -> Iterator[None]:
 
 
 def compared(laws: dict) -> dict:
-    """Per arm, over the seeds: test utility minus that of our PPO beside it, and its share of its rollout tokens."""
+    """Per arm, over the seeds: test utility minus that of our PPO under the same law and reward, and its share of its
+    rollout tokens."""
     found = {}
     for name, law in laws.items():
-        other = BESIDE.get(name.rpartition("_")[2])
-        if other is None:  # our own
+        trainer, _, rest = name.partition("_")
+        if trainer not in TRAINERS:
             continue
+        other = {"model_fixed": "fixed_long", "model_clock": "clock_linear"}.get(rest, f"ppo_{rest}")
         pairs = [(mine, laws[other]["seeds"][seed]) for seed, mine in law["seeds"].items()]
         gap = stats.seed_interval([a["final"]["utility"] - b["final"]["utility"] for a, b in pairs])
         found[name] = {

@@ -218,6 +218,19 @@ class Credit(_Section):
     iterations: Positive | None = None
 
 
+class CriticFree(_Section):
+    """A critic-free baseline (TRL) under a law; everything else is as in `coarse`."""
+
+    trainer: Literal["grpo", "rloo"]
+    law: Law
+    reward: Literal["model", "verifiable"] = Field(
+        "model", description="reward model, or the embedded domain's exact checker (as in R1-Zero)"
+    )
+    generations: Annotated[int, Field(ge=2)] = Field(4, description="answers per prompt: the group of the baseline")
+    iterations: Positive | None = Field(None, description="rounds of rollout and update; null: coarse.iterations")
+    learning_rate: Rate = Field(3e-4, description="tiny: the best of three for both trainers, on a seed of its own")
+
+
 class Schedules(_Section):
     """Laws compared in notebook 04; the law of `coarse.law` is reused from 03 and stands for `logistic`."""
 
@@ -225,6 +238,9 @@ class Schedules(_Section):
     study_laws: dict[str, Law] = Field({}, description="further laws, only with study=True")
     credit: dict[str, Credit] = Field(
         {}, description="by name of the law: another way to credit cut answers, and for how long"
+    )
+    critic_free: dict[str, CriticFree] = Field(
+        {}, description="baselines without a critic, only with study=True; not for laws that read the critic"
     )
     study_seeds: list[int] = Field([0, 1, 2], description="seeds of the study")
 

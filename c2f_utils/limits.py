@@ -9,6 +9,7 @@ l(t). Everything that depends on the limit reads the law's `limit`. A law writte
 
 import math
 import random
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -325,6 +326,24 @@ class Probe(Law):
         self.limit = max(self.minimum, min(self.maximum, round(self.limit * (1 + self.growth * share))))
         self.reason = f"dR/dlog l {slope:+.2f} (mean {self.slope:+.2f}): {share:+.0%} of full growth"
         return self.limit
+
+
+CRITIC_FREE = ("reward", "truncated_share", "tail_return", "tail_repetition", "kl_per_token", "rewards")
+
+
+def refuse_unfed(law: Law, measured: Collection[str] = CRITIC_FREE) -> None:
+    """Raise C2FError for a law that needs more than what a trainer without critic measures (names of Signals)."""
+    name = type(law).__name__
+    if missing := [need for need in law.needs if need not in measured]:
+        raise C2FError(
+            f"law {name} needs {', '.join(missing)}, which this trainer or reward does not measure (a trainer without "
+            f"critic, here: {', '.join(measured)}); choose another law, such as fixed, clock or tail"
+        )
+    if type(law).draw is not Law.draw:
+        raise C2FError(
+            f"law {name} draws a limit of its own for every request, and GRPO and RLOO trainers generate all under "
+            "one; choose another law, such as fixed, clock or tail"
+        )
 
 
 _KEYS = {

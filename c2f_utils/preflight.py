@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 from c2f_utils import preferences
-from c2f_utils.config import PAIR_ANSWER_TOKENS, Settings
+from c2f_utils.config import PAIR_ANSWER_TOKENS, CriticFree, Settings
 from c2f_utils.errors import C2FError
 
 FEWEST_PROMPTS = 4  # one for validation, one for test, two to train on
@@ -20,7 +20,7 @@ _QUESTION, _STEP, _FORCED = 12, 4, 6
 def findings(settings: Settings) -> list[str]:
     """One line per impossibility: the setting, its value, what was expected, what to do; empty if there is none."""
     found: list[str] = []
-    for check in (_models, _compiled, _preferences, _laws, _positions):
+    for check in (_models, _compiled, _preferences, _laws, _baselines, _positions):
         found += check(settings)
     return found
 
@@ -107,16 +107,44 @@ def _preferences(settings: Settings) -> list[str]:
 def _used_laws(settings: Settings) -> dict[str, object]:
     schedules = settings.schedules
     others = {f"schedules.laws.{name}": law for name, law in schedules.laws.items()}
-    study = (
-        {f"schedules.study_laws.{name}": law for name, law in schedules.study_laws.items()} if settings.study else {}
-    )
-    return {"coarse.law": settings.coarse.law} | others | study
+    study = {f"schedules.study_laws.{name}": law for name, law in schedules.study_laws.items()}
+    study |= {f"schedules.critic_free.{name}": entry.law for name, entry in schedules.critic_free.items()}
+    return {"coarse.law": settings.coarse.law} | others | (study if settings.study else {})
 
 
 def _laws(settings: Settings) -> list[str]:
     from c2f_utils.limits import make_law
 
     return [f"{where}: {line}" for where, law in _used_laws(settings).items() for line in _said(make_law, law)]
+
+
+def _baselines(settings: Settings) -> list[str]:
+    schedules = settings.schedules
+    taken = {"logistic", *schedules.laws, *schedules.study_laws} & set(schedules.critic_free)
+    found = [f"schedules.critic_free.{name}: a law has this name already; choose another" for name in sorted(taken)]
+    for name, entry in schedules.critic_free.items() if settings.study else ():
+        found += [f"schedules.critic_free.{name}: {line}" for line in refused_baseline(entry, settings)]
+    return found
+
+
+def refused_baseline(entry: CriticFree, settings: Settings) -> list[str]:
+    """What makes a critic-free baseline impossible under these settings, one line each; its law must be possible."""
+    from c2f_utils.limits import make_law, refuse_unfed
+
+    coarse = settings.coarse
+    found = _said(lambda: refuse_unfed(make_law(entry.law)))
+    for count, what in ((coarse.minibatches, "coarse.minibatches"), (entry.generations, "generations")):
+        if coarse.prompts % count:
+            found.append(f"coarse.prompts = {coarse.prompts} is no multiple of {what} = {count}; choose one that is")
+    if coarse.cut == "bootstrap":
+        found.append("coarse.cut = 'bootstrap' asks the critic what would have followed; choose 'score' or 'penalty'")
+    if coarse.processes > 1:
+        found.append(f"coarse.processes = {coarse.processes}: these baselines run in one process; set it to 1")
+    if settings.data.stop_strings:
+        found.append("data.stop_strings: these trainers end answers at EOS only; leave schedules.critic_free empty")
+    if entry.reward == "verifiable" and not settings.embedded:
+        found.append("reward 'verifiable' needs problems with known answers, which hub data has not; choose 'model'")
+    return found
 
 
 def _positions(settings: Settings) -> list[str]:

@@ -52,12 +52,13 @@ def arguments(steps: int, order: int, cpu: bool) -> dict[str, object]:
     }
 
 
-def fit(trainer, log: Callable[[dict], None]) -> None:
-    """Run a Hugging Face trainer without its printing and hand its loss rows, {"step", "loss"}, to `log`."""
+def fit(trainer, log: Callable[[dict], None], checkpoint: str | None = None) -> None:
+    """Run a Hugging Face trainer without its printing, from a checkpoint if one is given, and hand its loss rows,
+    {"step", "loss"}, to `log`."""
     from transformers import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=checkpoint)
     for row in trainer.state.log_history:
         if "loss" in row:
             log({"step": row["step"], "loss": round(row["loss"], 5)})

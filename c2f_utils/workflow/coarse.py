@@ -59,22 +59,22 @@ def trainer(
     return CoarseTrainer(
         policy, reward or inputs.reward, decoder, prompts or inputs.prompts("train", seed=seed), law, config, folder=folder,
         seed=settings.seed if seed is None else seed, pad_id=inputs.tokenizer.pad_token_id,
-        evaluate=_evaluator(inputs, config) if evaluated else None, stop=inputs.run.here.stop_requested,
+        evaluate=evaluator(inputs, config) if evaluated else None, stop=inputs.run.here.stop_requested,
         ranks=ranks,
     )  # fmt: skip
 
 
-def _evaluator(inputs: Inputs, config: Coarse):
+def evaluator(inputs: Inputs, config: Coarse):
     """Metrics on validation problems at a fixed limit, T=1, with the answers to the first few as probes."""
     prompts = inputs.prompts("validation", config.evaluation_prompts)
 
-    def evaluator(actor: nn.Module) -> dict:
+    def measure(actor: nn.Module) -> dict:
         samples = inputs.answers(actor, prompts, limit=config.evaluation_tokens)
         rows = evaluate.rows(samples[: config.probes], "coarse", "sampled_t1", inputs.reward)
         probes = [{key: row[key] for key in ("prompt", "text", "reward", "tokens", "stop")} for row in rows]
         return evaluate.measure(samples, inputs.reward) | {"probes": probes}
 
-    return evaluator
+    return measure
 
 
 def train(

@@ -4,6 +4,7 @@ from c2f_utils import evaluate, limits
 from c2f_utils.files import read_json, write_json
 from c2f_utils.models import save_model
 from c2f_utils.runs import Run
+from c2f_utils.stage import root
 from c2f_utils.workflow import coarse
 from c2f_utils.workflow.inputs import Inputs
 
@@ -23,6 +24,7 @@ def make(run: Run, on_start=lambda name, seed: None) -> dict:
     laws = dict(settings.schedules.laws) | (settings.schedules.study_laws if settings.study else {})
     for law in laws.values():
         limits.make_law(law)  # refuse all impossible laws before the first one trains
+    baselines = settings.schedules.critic_free if settings.study else {}
     seeds = sorted({settings.seed, *settings.schedules.study_seeds}) if settings.study else [settings.seed]
     results = {"laws": {}}
     for name, law in {REUSED: settings.coarse.law, **laws}.items():
@@ -44,6 +46,20 @@ def make(run: Run, on_start=lambda name, seed: None) -> dict:
                 "seeds": by_seed,
             }
             results["laws"][name] = entry
+    for name, entry in baselines.items():
+        by_seed = {}
+        for seed in seeds:
+            if here.stop_requested():
+                break
+            on_start(name, seed)
+            if (found := _baseline(run, inputs, name, entry, seed)) is not None:
+                by_seed[str(seed)] = found
+        if by_seed:
+            results.setdefault("critic_free", {})[name] = {
+                "label": baseline_label(entry),
+                **entry.model_dump(exclude_none=True),
+                "seeds": by_seed,
+            }
     here.save_results(results)
     return results
 
@@ -71,10 +87,47 @@ def _one(run: Run, inputs: Inputs, name: str, law, seed: int) -> dict | None:
     return result
 
 
+def _baseline(run: Run, inputs: Inputs, name: str, entry, seed: int) -> dict | None:
+    """One critic-free baseline under one seed, kept on disk; None when a stop came before its last iteration."""
+    from c2f_utils.workflow.critic_free import Baseline
+
+    here = run.here
+    done = here.path("critic_free", f"{name}-s{seed}.json")
+    if done.exists():
+        return read_json(done)
+    process = Baseline(inputs, entry, here.path("checkpoints", f"{name}-s{seed}"), seed=seed)
+    coarse.restore_rows(run, process, law=name, seed=seed)
+    with here.timer(name):
+        process.train(lambda row: here.log({"law": name, "seed": seed, **row}))
+    if process.iteration < process.config.iterations:
+        return None
+    final = evaluate.measure(inputs.answers(process.actor, inputs.prompts("test")), inputs.reward)
+    result = coarse.summary(process, final)
+    write_json(done, result)
+    return result
+
+
 def _credit(run: Run, name: str) -> dict:
     """What this entry changes in `coarse`; empty for most."""
     credit = run.settings.schedules.credit.get(name)
     return credit.model_dump(exclude_none=True) if credit else {}
+
+
+def with_baselines(results: dict) -> dict:
+    """The same results with the critic-free baselines among the laws, for figures and tables of both."""
+    return results | {"laws": results["laws"] | results.get("critic_free", {})}
+
+
+def committed_baselines() -> dict:
+    """What `benchmarks/critic_free.py` measured on `tiny`, in the form of results; no laws where the file is absent."""
+    file = root() / "benchmarks" / "results" / "critic_free.json"
+    return read_json(file) if file.is_file() else {"laws": {}}
+
+
+def baseline_label(entry) -> str:
+    """A short name for figures."""
+    checked = ", exact reward" if entry.reward == "verifiable" else ""
+    return f"{entry.trainer.upper()}{checked}, {label(entry.law, {})}"
 
 
 def label(law, credit: dict) -> str:

@@ -24,7 +24,7 @@ from c2f_utils.workflow.inputs import Inputs, keep_samples
 def trainer(
     inputs: Inputs,
     law: limits.Law,
-    folder: Path,
+    folder: Path | None,
     *,
     start: nn.Module | None = None,
     reward: RewardFunction | None = None,
@@ -33,7 +33,8 @@ def trainer(
     evaluated: bool = True,
     ranks: Ranks | None = None,
 ) -> CoarseTrainer:
-    """A trainer that continues from the checkpoints in `folder`; it starts from the base model unless `start` is given."""
+    """A trainer that continues from the checkpoints in `folder` (None: keeps none); it starts from the base model unless
+    `start` is given."""
     settings = inputs.settings
     config = config or settings.coarse
     model = inputs.base() if start is None else start

@@ -1,6 +1,6 @@
 """Does an average of reward models (WARM) put off over-optimisation on the embedded domain?
 
-    for s in 41 42 43; do c2f run 00 01 02 --profile tiny --seed $s --run-id w$s; done
+    for s in 41 42 43; do c2f run 01 --profile tiny --seed $s --run-id w$s; done
     python benchmarks/overoptimisation.py w41 w42 w43 --out benchmarks/results/overoptimisation.json
 
 Takes `tiny` runs with a finished base model. In every condition it trains the three members of an average, and then two
@@ -33,10 +33,11 @@ ARMS = ("single", "warm")
 # What is changed in the `reward` settings: fewer pairs make a model that is easier to exploit (Gao et al. 2023), and a
 # label that pays for length is what such models are known to pick up.
 CONDITIONS = {
-    "usual labels": {},
-    "few pairs": {"pairs": 700},
-    "length-biased labels": {"length_bonus": 0.02},
+    "few pairs": {"pairs": 2500},
+    "few pairs, length-biased labels": {"pairs": 2500, "length_bonus": 0.02},
+    "usual": {},
 }
+HELD_OUT_PAIRS = 4000  # the held-out reward model is trained on
 OTHER_SEED = 7919  # of the held-out reward model's pairs and head
 
 
@@ -97,7 +98,7 @@ class Study:
     def held_out(self) -> rewards.RewardModel:
         """A reward model from the same base that has seen none of the pairs: other problems, labels, head and order."""
         usual = load_settings("tiny", self.run.settings.seed + OTHER_SEED, self.run.settings.run_id)
-        made = data.embedded_pairs(usual, self.base, self.inputs.tokenizer, usual.reward.pairs, usual.seed)
+        made = data.embedded_pairs(usual, self.base, self.inputs.tokenizer, HELD_OUT_PAIRS, usual.seed)
         pairs = [pair.tokens for pair in made]
         return self.normalised(rewards.train(self.inputs.base_source, pairs, self.inputs.tokenizer, usual, usual.seed))
 
@@ -143,12 +144,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", help="run ids, one per seed")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write; arms already in it are kept")
-    parser.add_argument("--iterations", type=int, default=60)
+    parser.add_argument("--iterations", type=int, default=40)
     parser.add_argument("--kl", type=float, default=0.0, help="price of one nat of KL to the base")
     parser.add_argument("--conditions", nargs="+", choices=CONDITIONS, default=list(CONDITIONS))
     arguments = parser.parse_args()
     made_with = {"iterations": arguments.iterations, "kl_coefficient": arguments.kl}
-    made_with |= {"members": MEMBERS, "conditions": CONDITIONS}
+    made_with |= {"members": MEMBERS, "held_out_pairs": HELD_OUT_PAIRS, "conditions": CONDITIONS}
     content = read_json(arguments.out) if arguments.out.exists() else {**made_with, "runs": {}}
     if changed := [key for key, value in made_with.items() if content[key] != value]:
         raise C2FError(f"{arguments.out} was made with other {', '.join(changed)}; choose another --out")

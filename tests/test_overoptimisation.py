@@ -126,15 +126,15 @@ def test_a_study_that_was_interrupted_goes_on_with_the_arms_that_are_missing(
     benchmark, monkeypatch, fake_study, tmp_path
 ):
     out = tmp_path / "o.json"
-    usual = ("--out", str(out), "--iterations", "7", "--conditions", "usual labels")
+    usual = ("--out", str(out), "--iterations", "7", "--conditions", "usual")
     with pytest.raises(KeyboardInterrupt):
         run_main(benchmark, monkeypatch, "interrupted", *usual)
-    assert set(json.loads(out.read_text())["runs"]["interrupted"]["usual labels"]["arms"]) == {"single"}
+    assert set(json.loads(out.read_text())["runs"]["interrupted"]["usual"]["arms"]) == {"single"}
     run_main(benchmark, monkeypatch, "interrupted", "other", *usual)
     arms = [("interrupted", "single"), ("interrupted", "warm"), ("interrupted", "warm"), ("other", "single")]
     assert [(ran[0], ran[2]) for ran in fake_study] == [*arms, ("other", "warm")]
     assert {ran[3:] for ran in fake_study} == {(7, 0.0)}
-    later = json.loads(out.read_text())["summary"]["usual labels"]["held_out_root_kl_at_peak"]
+    later = json.loads(out.read_text())["summary"]["usual"]["held_out_root_kl_at_peak"]
     assert later["n"] == 2 and later["difference"] == pytest.approx(1.0, abs=0.15)
     with pytest.raises(C2FError, match="was made with other iterations"):
         run_main(benchmark, monkeypatch, "third", "--out", str(out), "--iterations", "8")

@@ -33,7 +33,7 @@ def trainer(
     evaluated: bool = True,
     ranks: Ranks | None = None,
 ) -> CoarseTrainer:
-    """A trainer that continues from the checkpoints in `folder` (None: keeps none); it starts from the base model unless
+    """A trainer that continues from the checkpoints in `folder` (None: keeps none); it starts from the base unless
     `start` is given."""
     settings = inputs.settings
     config = config or settings.coarse

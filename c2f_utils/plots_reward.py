@@ -15,7 +15,6 @@ from c2f_utils.plots_style import (
     INK,
     LABELS,
     MUTED,
-    NO_CHECKER,
     ROLE_COLOURS,
     load,
     new_figure,
@@ -63,7 +62,7 @@ def length_bias_models(source: object) -> Figure:
         ax.set_ylim(len(rows) - 0.1, -0.5)
         ax.legend(loc="lower left", ncols=2, handletextpad=0.1, columnspacing=0.8, borderaxespad=0.1)
         if not all(drawn) and title == _PANELS[0][0]:
-            note(ax, f"at equal utility: {NO_CHECKER}", "upper right")
+            ax.set_xlabel("at equal utility: no exact checker here", color=MUTED)
     if rows:
         axes[0, 0].axvline(0, color=MUTED, linewidth=0.8, linestyle="--")
         axes[0, 1].axvline(0.5, color=MUTED, linewidth=0.8, linestyle="--")
@@ -87,7 +86,7 @@ def _whiskers(ax: Axes, rows: list[dict], name: str, words: str, place: int) -> 
 
 @styled
 def overoptimisation(source: object) -> Figure:
-    """Training reward, held-out reward and utility against sqrt(KL per answer), one column per condition; thin lines
+    """Training reward, held-out reward and utility against sqrt(KL per answer), one row per condition; thin lines
     are seeds (moving means), bold ones their mean.
 
     `source` is the JSON file of `benchmarks/overoptimisation.py` or its content.
@@ -97,30 +96,33 @@ def overoptimisation(source: object) -> Figure:
         content = read_json(Path(source)) if Path(source).is_file() else {}
     runs = content.get("runs") or {}
     conditions = [name for name in content.get("conditions") or {} if any(name in run for run in runs.values())]
-    rows = {"training": "training reward (z)", "held_out": "held-out reward (z)", "utility": LABELS["utility"]}
+    metrics = {"training": "training reward (z-score)", "held_out": "held-out reward (z-score)"}
+    metrics["utility"] = f"true {LABELS['utility']}"
+    count = max(1, len(conditions))
     fig, axes = new_figure(
-        3, max(1, len(conditions)), DOUBLE, 5.2, "Over-optimisation of the reward", None, sharex="col", sharey="row"
+        count, 3, DOUBLE, 0.7 + 1.9 * count, "Over-optimisation of the reward", None, sharex="all", sharey="col"
     )
     fig.caption = "runs " + ", ".join(runs)
     frames = []
-    for column, condition in enumerate(conditions):
-        axes[0, column].set_title(condition)
-        axes[-1, column].set_xlabel("sqrt(KL to the base), nats per answer")
+    for row, condition in enumerate(conditions):
+        axes[row, 0].set_ylabel(condition)
         for arm, colour in ARM_COLOURS.items():
-            found = {run: each[condition]["arms"].get(arm) for run, each in runs.items() if condition in each}
-            curves = {run: arm_found["curve"] for run, arm_found in found.items() if arm_found}
-            for row, metric in enumerate(rows):
-                _curves(axes[row, column], list(curves.values()), metric, colour, ARM_NAMES[arm])
+            arms = {run: each[condition]["arms"] for run, each in runs.items() if condition in each}
+            curves = {run: found[arm]["curve"] for run, found in arms.items() if arm in found}
+            for ax, metric in zip(axes[row], metrics, strict=True):
+                _curves(ax, list(curves.values()), metric, colour, ARM_NAMES[arm])
             frames += [pd.DataFrame({"run": r, "condition": condition, "arm": arm, **c}) for r, c in curves.items()]
-    for ax, label in zip(axes[:, 0], rows.values(), strict=True):
-        ax.set_ylabel(label)
+    for ax, label in zip(axes[0], metrics.values(), strict=True):
+        ax.set_title(label)
     if not conditions:
         for ax in axes.flat:
             say(ax, "no study on disk: make it with\nbenchmarks/overoptimisation.py")
         return fig
+    for ax in axes[-1]:
+        ax.set_xlabel("sqrt(KL to the base per answer)")
     fig.data = pd.concat(frames, ignore_index=True)
-    axes[0, 0].legend(loc="lower right")
-    note(axes[2, -1], f"thin: {len(runs)} seeds; bold: mean" if len(runs) > 1 else "one seed", "lower right")
+    axes[0, 2].legend(loc="best")
+    note(axes[0, 1], f"thin: {len(runs)} seeds; bold: mean" if len(runs) > 1 else "one seed", "lower right")
     return fig
 
 

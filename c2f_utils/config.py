@@ -77,6 +77,9 @@ class Data(_Section):
     source: Literal["embedded", "preferences"] = "embedded"
     preferences: str | None = Field(None, description="HH-RLHF pairs: a .jsonl or .jsonl.gz file, or a hub data set id")
     preference_split: str = "train"
+    preference_subsets: list[str] = Field(
+        [], description="folders of a hub set or of a local copy of one, e.g. [harmless-base]; none = the whole set"
+    )
     stop_strings: list[str] = Field([], description="texts that end an answer, e.g. the next turn's header")
     operations: tuple[Positive, Positive] = Field(
         (3, 5), description="fewest and most steps of an embedded problem", strict=False

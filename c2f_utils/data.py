@@ -5,7 +5,6 @@ import random
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from c2f_utils import preferences, tasks
 from c2f_utils.config import PAIR_ANSWER_TOKENS, Settings
@@ -17,8 +16,17 @@ from c2f_utils.rollout import KVDecoder, Prompt, make_prompts
 
 def checksum(settings: Settings) -> dict[str, str]:
     """SHA-256 of the local data files a run reads, by path, for its provenance."""
-    source = settings.data.preferences
-    return {source: sha256(Path(source))} if source and Path(source).is_file() else {}
+    data = settings.data
+    if settings.embedded or not data.preferences:
+        return {}
+    files = preferences.files(data.preferences, data.preference_split, data.preference_subsets)
+    return {str(file): sha256(file) for file in files}
+
+
+def preference_texts(settings: Settings) -> tuple[list[preferences.Preference], int]:
+    """The pairs that the settings name, as texts, and the number of rows left out."""
+    data = settings.data
+    return preferences.read(data.preferences, data.preference_split, data.preference_subsets)
 
 
 def prompts(
@@ -37,7 +45,7 @@ def prompts(
 
 def _hub_prompts(settings: Settings, split: tasks.Split, count: int, tokenizer) -> list[Prompt]:
     data = settings.data
-    texts = list(dict.fromkeys(p.prompt for p in preferences.read(data.preferences, data.preference_split)[0]))
+    texts = list(dict.fromkeys(p.prompt for p in preference_texts(settings)[0]))
     random.Random("prompts").shuffle(texts)
     mine = [text for text in texts if hub_split(text) == split]
     encoded = (Prompt(tuple(tokenizer(text)["input_ids"]), text) for text in mine)
@@ -57,16 +65,28 @@ def hub_split(prompt: str) -> tasks.Split:
     return {0: "validation", 1: "test"}.get(zlib.crc32(opening.encode()) % 8, "train")
 
 
-def hub_pairs(settings: Settings, tokenizer) -> tuple[list[Pair], list[Pair], int]:
+@dataclass(frozen=True)
+class HubPair:
+    """Two answers to one dialogue as full token sequences, the preferred one first."""
+
+    prompt: str
+    tokens: Pair
+
+    def prompt_tokens(self, tokenizer) -> int:
+        """Length of the prompt in tokens, tokenised by itself."""
+        return len(tokenizer(self.prompt)["input_ids"])
+
+
+def hub_pairs(settings: Settings, tokenizer) -> tuple[list[HubPair], list[HubPair], int]:
     """Training and held-out pairs of token sequences (EOS after each complete answer), and how many were too long.
 
     Training pairs are on training dialogues, held-out pairs on validation dialogues. Raises C2FError without either.
     """
     reward = settings.reward
-    texts, _ = preferences.read(settings.data.preferences, settings.data.preference_split)
+    texts, _ = preference_texts(settings)
     random.Random("pairs").shuffle(texts)
     wanted = {"train": reward.pairs, "validation": reward.held_out_pairs, "test": 0}
-    pairs: dict[str, list[Pair]] = {split: [] for split in wanted}
+    pairs: dict[str, list[HubPair]] = {split: [] for split in wanted}
     too_long = 0
     for text in texts:
         split = hub_split(text.prompt)
@@ -79,7 +99,7 @@ def hub_pairs(settings: Settings, tokenizer) -> tuple[list[Pair], list[Pair], in
         if max(map(len, pair)) > reward.max_tokens:
             too_long += 1
         else:
-            pairs[split].append(pair)
+            pairs[split].append(HubPair(text.prompt, pair))
     training, held_out = pairs["train"], pairs["validation"]
     if not training or not held_out:
         raise C2FError(

@@ -4,8 +4,9 @@
 
 Inputs: a stage, its directory, the run's directory, or data already read. Output: a matplotlib figure that carries the
 numbers behind it (`fig.data`). A metric that is null is named in the figure, with the reason, never drawn as zero.
-Rooms: `plots_training` (01 to 05), `plots_merge` (06), `plots_models` (07, several seeds, the README's picture),
-`plots_style` (one look, reading, saving) and `plots_labels` (names beside lines and points).
+Rooms: `plots_training` (01 to 05), `plots_reward` (02: several reward models, over-optimisation), `plots_merge` (06),
+`plots_models` (07, several seeds, the README's picture), `plots_style` (one look, reading, saving) and `plots_labels`
+(names beside lines and points).
 """
 
 from c2f_utils.plots_merge import (
@@ -22,6 +23,7 @@ from c2f_utils.plots_models import (
     quality_redundancy_frontier,
     seed_overview,
 )
+from c2f_utils.plots_reward import length_bias_models, overoptimisation
 from c2f_utils.plots_style import DECODINGS, DOUBLE, LABELS, LAW_COLOURS, ROLE_COLOURS, SINGLE, save_figure
 from c2f_utils.plots_training import (
     length_bias,
@@ -44,8 +46,10 @@ __all__ = [
     "hero",
     "layer_sweep",
     "length_bias",
+    "length_bias_models",
     "loss_curve",
     "operator_table",
+    "overoptimisation",
     "prefix_redundancy",
     "prefix_reward",
     "quality_length_frontier",

@@ -1,6 +1,9 @@
 r"""Preference pairs in the HH-RLHF format, from a local file or a hub data set. Needs no torch: files are checked
 before work starts.
 
+A set may have folders, as HH-RLHF has `harmless-base` and `helpful-base`: naming some of them reads those pairs alone,
+so that a reward for harmlessness can be trained without one for helpfulness.
+
 A row is {"chosen": transcript, "rejected": transcript}; both share the dialogue up to the last `\n\nAssistant:`, which
 is the prompt. Rows that do not share it, or hold an empty answer or twice the same, are counted and left out; a source
 without any usable row is refused.
@@ -8,7 +11,7 @@ without any usable row is refused.
 
 import gzip
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,12 +30,14 @@ class Preference:
     rejected: str
 
 
-def read(source: str, split: str = "train") -> tuple[list[Preference], int]:
-    """The usable pairs of a `.jsonl`, `.jsonl.gz` or hub data set, and the number of rows left out.
+def read(source: str, split: str = "train", subsets: Sequence[str] = ()) -> tuple[list[Preference], int]:
+    """The usable pairs of a `.jsonl` or `.jsonl.gz` file, a folder of such or a hub data set, and the number of rows
+    left out.
 
-    Raises C2FError naming the file and line for missing fields, and for a source without usable pairs.
+    `split` and `subsets` choose within a folder or a hub set; a file is read whole. Raises C2FError naming the file and
+    line for missing fields, for a source without usable pairs, and for subsets that the source does not have.
     """
-    rows = [_split_pair(row) for row in _rows(source, split)]
+    rows = [_split_pair(row) for row in _rows(source, split, subsets)]
     pairs = [pair for pair in rows if pair is not None]
     if not pairs:
         raise C2FError(
@@ -49,16 +54,50 @@ def is_local(source: str) -> bool:
     return path.suffix in (".jsonl", ".json", ".gz") or path.is_absolute() or source.startswith(".") or path.exists()
 
 
-def _rows(source: str, split: str) -> Iterator[dict]:
+def files(source: str, split: str = "train", subsets: Sequence[str] = ()) -> list[Path]:
+    """The local files that `read` opens; none for a hub data set.
+
+    A folder is laid out as the published set is: `<subset>/<split>.jsonl.gz` (or `.jsonl`), without subsets
+    `<split>.jsonl.gz`. Raises C2FError for what does not exist, and for subsets of a single file.
+    """
     if not is_local(source):
-        yield from _hub_rows(source, split)
-        return
+        return []
     path = Path(source)
-    if not path.is_file():
+    if path.is_file():
+        if subsets:
+            raise C2FError(
+                f"data.preference_subsets = {list(subsets)} names folders of a set, and data.preferences = {source!r} "
+                "is one file, which is read whole; name its folder or a hub set, or leave the subsets out"
+            )
+        return [path]
+    if not path.is_dir():
         raise C2FError(
-            f"data.preferences = {source!r} does not exist or is no file; "
-            "expected a .jsonl or .jsonl.gz file in the HH-RLHF format"
+            f"data.preferences = {source!r} does not exist; "
+            "expected a .jsonl or .jsonl.gz file in the HH-RLHF format, or a folder of such"
         )
+    return [_split_file(path, subset, split) for subset in subsets or [""]]
+
+
+def _split_file(folder: Path, subset: str, split: str) -> Path:
+    for ending in (".jsonl.gz", ".jsonl"):
+        if (file := folder / subset / f"{split}{ending}").is_file():
+            return file
+    there = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    raise C2FError(
+        f"data.preferences = {str(folder)!r} has no {Path(subset) / split}.jsonl.gz; its subsets are "
+        f"{', '.join(there) or 'none'}: choose among them with data.preference_subsets, or name a file"
+    )
+
+
+def _rows(source: str, split: str, subsets: Sequence[str]) -> Iterator[dict]:
+    for path in files(source, split, subsets):
+        yield from _file_rows(source, path)
+    if not is_local(source):
+        for subset in subsets or [None]:
+            yield from _hub_rows(source, split, subset)
+
+
+def _file_rows(source: str, path: Path) -> Iterator[dict]:
     try:
         with (
             gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as handle
@@ -85,14 +124,16 @@ def _row(path: Path, number: int, line: str) -> dict:
     return row
 
 
-def _hub_rows(source: str, split: str) -> Iterator[dict]:
+def _hub_rows(source: str, split: str, subset: str | None) -> Iterator[dict]:
     from datasets import load_dataset
 
+    where = {"data_dir": subset} if subset else {}
     try:
-        dataset = load_dataset(source, split=split)
+        dataset = load_dataset(source, split=split, **where)
     except Exception as error:  # the library raises many kinds; all mean the same to the user
         raise C2FError(
-            f"data.preferences = {source!r} is no local file and cannot be loaded from the hub "
+            f"data.preferences = {source!r}{f' (subset {subset!r})' if subset else ''} is no local file and cannot be "
+            "loaded from the hub "
             f"({str(error).splitlines()[0]}); "
             "name a .jsonl file or a data set that can be reached from here"
         ) from error

@@ -92,7 +92,7 @@ def _preferences(settings: Settings) -> list[str]:
     if settings.embedded or not data.preferences or not preferences.is_local(data.preferences):
         return []
     try:
-        pairs, _ = preferences.read(data.preferences)
+        pairs, _ = preferences.read(data.preferences, data.preference_split, data.preference_subsets)
     except C2FError as error:
         return [str(error)]
     prompts = len({pair.prompt for pair in pairs})

@@ -195,6 +195,7 @@ class _Builder:
                     ("calibration", lambda: plots.reward_calibration(place), "Calibration on held-out pairs."),
                     ("length_bias", lambda: plots.length_bias(place), "Reward against length, and against utility."),
                     ("prefix_reward", lambda: plots.prefix_reward(place), "Reward of answers cut short."),
+                    ("bias_models", lambda: plots.length_bias_models(place), "Length bias of every reward model."),
                 ]
             case "03_coarse_rlhf":
                 return [("training", lambda: plots.training_panel(place), "Coarse RLHF, iteration by iteration.")]

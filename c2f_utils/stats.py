@@ -6,7 +6,7 @@ training seeds (t-interval, sign flips). Every function is deterministic for a g
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 from typing import NamedTuple
 
@@ -81,6 +81,38 @@ def paired_bootstrap(
     beyond = min((means <= 0).sum(), (means >= 0).sum())
     p = min(1.0, 2 * (beyond + 1) / (resamples + 1)) if beyond < resamples else 1.0
     return Difference(float((first - second).mean()), float(low), float(high), float(p), len(first))
+
+
+def bootstrap(
+    statistic: Callable[..., np.ndarray],
+    *columns: Sequence | np.ndarray,
+    resamples: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Interval | None:
+    """A statistic with its percentile interval over resampled rows; None where the data do not define it.
+
+    Columns are [rows] or [rows, k], where the k values of a row stay together (two answers to one prompt).
+    `statistic` takes them as [draws, rows(, k)] and returns [draws], NaN where a draw does not define it; such draws
+    are left out of the interval. Raises C2FError for columns of unequal length or without rows.
+    """
+    arrays = [np.asarray(column, dtype=float) for column in columns]
+    size = len(arrays[0])
+    if not size or any(len(array) != size for array in arrays):
+        raise C2FError(f"columns have {[len(array) for array in arrays]} rows; expected equally many and at least one")
+    rng = np.random.default_rng(seed)
+    draws = []
+    with np.errstate(invalid="ignore", divide="ignore"):
+        value = float(statistic(*(array[None] for array in arrays))[0])
+        if not math.isfinite(value):
+            return None
+        for start in range(0, resamples, step := max(1, _BLOCK // max(array.size for array in arrays))):
+            rows = rng.integers(0, size, (min(step, resamples - start), size))
+            draws.append(statistic(*(array[rows] for array in arrays)))
+    found = np.concatenate(draws)
+    found = found[np.isfinite(found)]
+    low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2]) if len(found) else (None, None)
+    return Interval(value, None if low is None else float(low), None if high is None else float(high), size)
 
 
 def mcnemar(a_right: Sequence[bool], b_right: Sequence[bool]) -> Discordance:

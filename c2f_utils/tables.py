@@ -185,6 +185,18 @@ def prefix_table(source: object) -> pd.DataFrame:
     )
 
 
+def length_bias_table(source: object) -> pd.DataFrame:
+    """The length bias of every reward model of stage 02 on held-out pairs, figure by figure, with its interval."""
+    results, _ = load(source, "02_reward_model")
+    rows = [
+        {"model": row["model"], "figure": name.replace("_", " "), **value}
+        for row in results.get("length_bias_models") or []
+        for name, value in row.items()
+        if isinstance(value, dict)
+    ]
+    return _frame(rows, ("model", "figure", "value", "low", "high"))
+
+
 def law_table(source: object) -> pd.DataFrame:
     """One row per law and seed of stage 04, and a mean per law with more than one seed; tokens also as a ratio."""
     results, _ = load(source, "04_length_schedules")

@@ -152,12 +152,23 @@ def reward(here: Path, rng, checker: bool) -> dict:
             "slope_per_100_tokens": 0.9,
             "partial_given_utility": 0.21 if checker else None,
         },
+        "length_bias_models": [bias_row(f"member {k}", 0.01 * k, checker) for k in (1, 2, 3)]
+        + [bias_row("average of 3", 0.015, checker)],
         "points": points,
         "prefix_reward": prefixes,
         "mean": 0.1,
         "std": 1.3,
         "utility_correlation": 0.78 if checker else None,
     }
+
+
+def bias_row(model: str, shift: float, checker: bool) -> dict:
+    values = {"pearson": 0.4, "spearman": 0.38, "slope_per_10_tokens": 0.09, "slope_given_utility": 0.03}
+    values |= {"longer_preferred": 0.66, "longer_labelled": 0.62, "excess": 0.04, "accuracy_longer": 0.9}
+    row = {"model": model, "pairs": 500, "better_by": "utility" if checker else "label"}
+    for name, value in (values | {"accuracy_shorter": 0.85}).items():
+        row[name] = {"value": value + shift, "low": value + shift - 0.03, "high": value + shift + 0.03}
+    return row if checker else row | {"slope_given_utility": None}
 
 
 def coarse(here: Path, rng, checker: bool) -> dict:

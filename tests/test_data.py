@@ -83,6 +83,60 @@ def test_a_hub_set_is_read_like_a_file_and_its_columns_are_checked(monkeypatch):
         preferences.read("owner/set")
 
 
+def folder_of_subsets(tmp_path):
+    """A local copy laid out as HH-RLHF is on the hub."""
+    for subset, answer in (("harmless-base", " no"), ("helpful-base", " yes")):
+        (tmp_path / subset).mkdir()
+        rows = [row(answer, " hm", f"\n\nHuman: {n}?\n\nAssistant:") for n in "abcd"]
+        write(tmp_path / subset / "train.jsonl.gz", rows)
+    write(tmp_path / "helpful-base" / "test.jsonl", [row(" held back", " hm")])
+    return str(tmp_path)
+
+
+def test_subsets_choose_the_objective_and_their_order_is_that_of_the_setting(tmp_path):
+    source = folder_of_subsets(tmp_path)
+    assert [p.chosen for p in preferences.read(source, subsets=["harmless-base"])[0]] == [" no"] * 4
+    both = preferences.read(source, "train", ["helpful-base", "harmless-base"])[0]
+    assert [p.chosen for p in both] == [" yes"] * 4 + [" no"] * 4
+    assert [p.chosen for p in preferences.read(source, "test", ["helpful-base"])[0]] == [" held back"]
+
+
+@pytest.mark.parametrize(
+    ("subsets", "split", "said"),
+    [
+        (["harmful-base"], "train", "harmful-base/train.jsonl.gz; its subsets are harmless-base, helpful-base"),
+        (["harmless-base"], "test", "no harmless-base/test.jsonl.gz"),
+        ([], "train", "has no train.jsonl.gz; its subsets are harmless-base, helpful-base"),
+    ],
+)
+def test_a_subset_that_is_not_there_is_named_with_those_that_are(tmp_path, subsets, split, said):
+    with pytest.raises(C2FError, match=said):
+        preferences.read(folder_of_subsets(tmp_path), split, subsets)
+
+
+def test_subsets_of_a_single_file_are_refused_before_work(tmp_path, hub):
+    settings, _ = hub
+    with pytest.raises(C2FError, match="is one file, which is read whole"):
+        settings(**{"data.preference_subsets": ["harmless-base"]})
+
+
+def test_a_hub_set_is_asked_for_the_folder_of_each_subset(monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load(source, **options):
+        asked.append((source, options))
+        return datasets.Dataset.from_list([row(f" {options.get('data_dir')}", " b")])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    pairs, _ = preferences.read("Anthropic/hh-rlhf", "train", ["harmless-base", "helpful-base"])
+    assert [p.chosen for p in pairs] == [" harmless-base", " helpful-base"]
+    preferences.read("Anthropic/hh-rlhf", "test")
+    wanted = [{"split": "train", "data_dir": name} for name in ("harmless-base", "helpful-base")] + [{"split": "test"}]
+    assert asked == [("Anthropic/hh-rlhf", options) for options in wanted]
+
+
 # Prompts and pairs of a preference file
 
 
@@ -130,14 +184,17 @@ def test_pairs_of_a_file_end_with_eos_and_held_out_ones_are_not_trained_on(hub):
     settings, tokenizer = hub
     training, held_out, too_long = data.hub_pairs(settings(), tokenizer)
     assert (len(training), too_long) == (48, 0) and 1 <= len(held_out) <= 16
-    assert not {map(tuple, pair) for pair in training} & {map(tuple, pair) for pair in held_out}
+    tokens = [pair.tokens for pair in training]
+    assert not {(*map(tuple, pair),) for pair in tokens} & {(*map(tuple, pair.tokens),) for pair in held_out}
     for pair in training + held_out:
-        for ids in pair:
+        for ids in pair.tokens:
             assert ids[-1] == tokenizer.eos_token_id and ids.count(tokenizer.eos_token_id) == 1
     for pairs, split in ((training, "train"), (held_out, "validation")):
-        assert {data.hub_split(tokenizer.decode(chosen)) for chosen, _ in pairs} == {split}
+        assert {data.hub_split(tokenizer.decode(pair.tokens[0])) for pair in pairs} == {split}
     texts = {item["chosen"] for item in offline_mistral.pairs()}
-    assert all(tokenizer.decode(chosen[:-1]) in texts for chosen, _ in training)
+    assert all(tokenizer.decode(chosen[:-1]) in texts for chosen, _ in tokens)
+    for pair in held_out:  # what is scored as the answer begins where the prompt ends
+        assert tokenizer.decode(pair.tokens[1][: pair.prompt_tokens(tokenizer)]) == pair.prompt
     assert data.hub_pairs(settings(), tokenizer) == (training, held_out, too_long)
 
 
@@ -149,10 +206,13 @@ def test_overlong_pairs_are_counted_and_too_few_are_refused(hub):
         data.hub_pairs(settings(**{"reward.max_tokens": 10}), tokenizer)
 
 
-def test_a_files_checksum_is_known_and_a_hub_sets_is_not(hub):
+def test_a_files_checksum_is_known_and_a_hub_sets_is_not(hub, tmp_path):
     settings, _ = hub
     path = settings().data.preferences
     assert data.checksum(settings()) == {path: sha256(path)}
+    subsets = {"data.preferences": folder_of_subsets(tmp_path), "data.preference_subsets": ["harmless-base"]}
+    chosen = str(tmp_path / "harmless-base" / "train.jsonl.gz")
+    assert data.checksum(load_settings("mistral_7b", overrides=subsets)) == {chosen: sha256(chosen)}
     assert data.checksum(load_settings("mistral_7b")) == data.checksum(load_settings("smoke")) == {}
 
 

@@ -77,6 +77,8 @@ def test_the_reward_model_is_measured(smoke_run):
         assert 0 <= group["predicted"] <= 1 and 0 <= group["observed"] <= 1
         assert group["margin_low"] <= group["margin_high"]
     assert set(found["length_bias"]) == {"pearson", "spearman", "slope_per_100_tokens", "partial_given_utility"}
+    (bias,) = found["length_bias_models"]
+    assert bias["model"] == "single" and bias["pairs"] == SMOKE.reward.held_out_pairs and bias["better_by"] == "utility"
     assert 0 < len(found["points"]) <= 400 and set(found["points"][0]) == {"tokens", "reward", "utility"}
     assert all(row["reward_se"] >= 0 for row in found["prefix_reward"]) and len(found["prefix_reward"]) >= 2
     mean = sum(point["reward"] for point in found["points"]) / len(found["points"])

@@ -21,6 +21,7 @@ STAGE_FIGURES = {
     "loss_curve": "01_base_model",
     "reward_calibration": "02_reward_model",
     "length_bias": "02_reward_model",
+    "length_bias_models": "02_reward_model",
     "prefix_reward": "02_reward_model",
     "training_panel": "03_coarse_rlhf",
     "schedule_comparison": "04_length_schedules",

@@ -81,6 +81,7 @@ def test_a_finished_run_gives_every_figure_and_table_and_misses_nothing(whole):
         "02_calibration",
         "02_length_bias",
         "02_prefix_reward",
+        "02_bias_models",
         "03_training",
         "04_schedules",
     } <= names

@@ -45,6 +45,13 @@ def test_a_single_seed_has_no_mean_row(run):
     assert list(t.law_table(results)["seed"]) == ["0"] * 4
 
 
+def test_length_bias_has_a_row_per_model_and_figure_and_none_for_what_is_not_known(run, hub):
+    frame = t.length_bias_table(run).set_index(["model", "figure"])
+    assert len(frame) == 4 * 9 and (frame["low"] <= frame["value"]).all() and (frame["value"] <= frame["high"]).all()
+    assert frame.loc[("average of 3", "slope given utility"), "value"] == pytest.approx(0.045)
+    assert len(t.length_bias_table(hub)) == 4 * 8 and t.length_bias_table({}).empty
+
+
 def test_the_chosen_row_is_marked_once(run):
     for frame in (t.sweep_table(run), t.operator_table(run)):
         assert list(frame["chosen"]).count(True) == 1

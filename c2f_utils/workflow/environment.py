@@ -8,7 +8,7 @@ import shutil
 import pandas as pd
 import torch
 
-from c2f_utils import data, preferences, tasks
+from c2f_utils import data, tasks
 from c2f_utils.config import PROFILES, load_settings
 from c2f_utils.files import write_json
 from c2f_utils.runs import Run
@@ -105,7 +105,7 @@ def _sample(problem: tasks.Problem, ids: list[int], utility: float) -> dict:
 
 def _preferences(run: Run) -> dict:
     settings = run.settings
-    pairs, left_out = preferences.read(settings.data.preferences, settings.data.preference_split)
+    pairs, left_out = data.preference_texts(settings)
     for path, digest in data.checksum(settings).items():
         run.here.add_input(f"data:{path}", digest)
     shown = pairs[:SHOWN]

@@ -1,9 +1,12 @@
 """02: does the reward rank answers as intended, and how length-biased is it?"""
 
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 from scipy import stats as scipy_stats
 
-from c2f_utils import data, rewards, tasks
+from c2f_utils import data, length_bias, rewards, tasks
 from c2f_utils.models import save_model
 from c2f_utils.refusals import refuse_other_tokenizer
 from c2f_utils.rollout import Prompt, Sample
@@ -14,6 +17,26 @@ NORMALISING_PROMPTS = 256
 POINTS = 400
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """Pairs that no reward model was trained on, the lengths of their prompts, and their true utilities (none on hub
+    data)."""
+
+    pairs: list[rewards.Pair]
+    prompt_tokens: list[int]
+    utilities: list[tuple[float, float]]
+
+    def scores(self, model: rewards.RewardModel) -> torch.Tensor:
+        """Normalised rewards of all answers, [pairs, 2], the labelled winner first."""
+        return torch.stack([model([_whole(pair[side]) for pair in self.pairs]) for side in (0, 1)], dim=1)
+
+    def bias(self, name: str, scores: torch.Tensor) -> dict:
+        """The row of the length-bias report for the model that gave these scores."""
+        utilities = np.array(self.utilities) if self.utilities else None
+        tokens = length_bias.tokens_of(self.pairs, self.prompt_tokens)
+        return length_bias.report(name, length_bias.ScoredPairs(scores.double().numpy(), tokens, utilities))
+
+
 def make(run: Run) -> dict:
     """Results of 02: pair accuracy, calibration, length bias, reward of prefixes, and the normalisation used later."""
     here, settings = run.here, run.settings
@@ -22,45 +45,70 @@ def make(run: Run) -> dict:
     inputs = Inputs(run)
     base = inputs.base()
     with here.timer("pairs"):
-        training, held_out, utilities, too_long = _pairs(inputs, base)
+        training, held_out, too_long = pairs(inputs, base)
+    with here.timer("evaluation"):
+        samples = inputs.answers(
+            base, inputs.prompts("train", NORMALISING_PROMPTS), limit=settings.coarse.evaluation_tokens
+        )
     losses: list[dict] = []
+    biases: list[dict] = []  # the length bias of every model: the members before they are averaged, then the one used
+    name = "loaded"
     if settings.models.reward:
         refuse_other_tokenizer(settings.models.reward, inputs.tokenizer)
         model = rewards.load_reward_model(settings.models.reward, settings, inputs.tokenizer.pad_token_id)
     else:
         with here.timer("training"):
-            members = []
-            for member in range(settings.reward.members):
-                log = losses.append if member == 0 else (lambda row: None)
-                order = settings.seed + 1000 * member  # one initial head, another order of the data
-                members.append(rewards.train(inputs.base_source, training, inputs.tokenizer, settings, order, log))
-            trained = rewards.average(members)
-        save_model(trained, inputs.tokenizer, here.path("model"))
-        model = rewards.RewardModel(trained, inputs.tokenizer.pad_token_id)
+            trained = members(inputs, training, losses.append)
+        name = "single"
+        if len(trained) > 1:
+            name = f"average of {len(trained)}"
+            with here.timer("evaluation"):
+                for number, member in enumerate(trained, start=1):
+                    scorer = rewards.RewardModel(member, inputs.tokenizer.pad_token_id).normalised_on(samples)
+                    biases.append(held_out.bias(f"member {number}", held_out.scores(scorer)))
+        averaged = rewards.average(trained)
+        save_model(averaged, inputs.tokenizer, here.path("model"))
+        model = rewards.RewardModel(averaged, inputs.tokenizer.pad_token_id)
     with here.timer("evaluation"):
-        samples = inputs.answers(
-            base, inputs.prompts("train", NORMALISING_PROMPTS), limit=settings.coarse.evaluation_tokens
-        )
         model = model.normalised_on(samples)
+        scores = held_out.scores(model)
+        biases.append(held_out.bias(name, scores))
         results = {
             "n_pairs": len(training), "too_long": too_long, "members": settings.reward.members, "loss": losses,
-            "mean": model.mean, "std": model.std, **_ranking(model, held_out, utilities), **_bias(model, samples),
+            "mean": model.mean, "std": model.std, **_ranking(model, scores, held_out.utilities),
+            **_bias(model, samples), "length_bias_models": biases,
         }  # fmt: skip
     here.save_results(results)
     return results
 
 
-def _pairs(inputs: Inputs, base) -> tuple[list[rewards.Pair], list[rewards.Pair], list[tuple[float, float]], int]:
-    """Training pairs, held-out pairs, the held-out pairs' true utilities (empty on hub data), pairs left out as too
-    long."""
+def members(inputs: Inputs, training: list[rewards.Pair], log=lambda row: None) -> list[torch.nn.Module]:
+    """The `reward.members` models of one run; `log` receives the losses of the first.
+
+    All start from the same trunk and the same head, which is what keeps their weights averageable (WARM, Rame et al.
+    2024), and differ in the order of the data: member 0 is the model that a run with a single member trains.
+    """
+    settings, found = inputs.settings, []
+    for member in range(settings.reward.members):
+        order = settings.seed + 1000 * member
+        each = log if member == 0 else (lambda row: None)
+        found.append(rewards.train(inputs.base_source, training, inputs.tokenizer, settings, order, each))
+    return found
+
+
+def pairs(inputs: Inputs, base) -> tuple[list[rewards.Pair], HeldOut, int]:
+    """Training pairs, held-out pairs, and how many were left out as too long."""
     settings = inputs.settings
     if not settings.embedded:
         training, held_out, too_long = data.hub_pairs(settings, inputs.tokenizer)
-        return training, held_out, [], too_long
+        lengths = [p.prompt_tokens(inputs.tokenizer) for p in held_out]
+        return [p.tokens for p in training], HeldOut([p.tokens for p in held_out], lengths, []), too_long
     config = settings.reward
-    pairs = data.embedded_pairs(settings, base, inputs.tokenizer, config.pairs + config.held_out_pairs, settings.seed)
-    held_out, training = pairs[: config.held_out_pairs], pairs[config.held_out_pairs :]
-    return [p.tokens for p in training], [p.tokens for p in held_out], [p.utilities for p in held_out], 0
+    made = data.embedded_pairs(settings, base, inputs.tokenizer, config.pairs + config.held_out_pairs, settings.seed)
+    held_out, training = made[: config.held_out_pairs], made[config.held_out_pairs :]
+    lengths = [len(p.problem.prompt_ids) for p in held_out]
+    tokens, utilities = [p.tokens for p in held_out], [p.utilities for p in held_out]
+    return [p.tokens for p in training], HeldOut(tokens, lengths, utilities), 0
 
 
 def _whole(ids: list[int]) -> Sample:
@@ -68,17 +116,17 @@ def _whole(ids: list[int]) -> Sample:
     return Sample(Prompt(tuple(ids[:-1]), ""), ids[-1:], "limit", 1)
 
 
-def _ranking(model: rewards.RewardModel, pairs: list[rewards.Pair], utilities: list[tuple[float, float]]) -> dict:
+def _ranking(model: rewards.RewardModel, scores: torch.Tensor, utilities: list[tuple[float, float]]) -> dict:
     """Accuracy on held-out labels and calibration of sigmoid(margin) in ten equal groups; on the embedded domain
     also against noise-free utility."""
-    margins = model([_whole(c) for c, _ in pairs]) - model([_whole(r) for _, r in pairs])
+    margins = scores[:, 0] - scores[:, 1]
     # Each pair once as labelled and once swapped: without the swap every label is 1 and nothing could be miscalibrated.
     both = torch.cat([margins, -margins]) * model.std
     wins = torch.cat([torch.ones_like(margins), torch.zeros_like(margins)])
     groups = [g for g in both.argsort().chunk(10) if len(g)]
     found = {
         "pair_accuracy": float((margins > 0).float().mean()),
-        "held_out_pairs": len(pairs),
+        "held_out_pairs": len(margins),
         "calibration": [
             {
                 "margin_low": float(both[g].min()), "margin_high": float(both[g].max()), "n": len(g),

@@ -1,0 +1,177 @@
+"""Does an average of reward models (WARM) put off over-optimisation on the embedded domain?
+
+    for s in 41 42 43; do c2f run 01 --profile tiny --seed $s --run-id w$s; done
+    python benchmarks/overoptimisation.py w41 w42 w43 --out benchmarks/results/overoptimisation.json
+
+Takes `tiny` runs with a finished base model. In every condition it trains the three members of an average, and then two
+coarse actors for many iterations under a fixed limit at a low KL price: one against the first member alone (`single`),
+one against the average (`warm`). Both are watched by a held-out reward model, trained on other pairs from another seed
+under the usual labels, and by the exact checker. An arm that is in the output file is not run again.
+"""
+
+import argparse
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from time import perf_counter
+
+import torch
+
+from c2f_utils import data, evaluate, limits, overoptimisation, ppo, rewards
+from c2f_utils.coarse import CoarseTrainer
+from c2f_utils.config import load_settings
+from c2f_utils.errors import C2FError
+from c2f_utils.experience import Experience
+from c2f_utils.files import read_json, write_json
+from c2f_utils.runs import Run
+from c2f_utils.stage import Stage, run_folder
+from c2f_utils.workflow import coarse, reward
+from c2f_utils.workflow.inputs import Inputs
+
+MEMBERS = 3
+ARMS = ("single", "warm")
+# What is changed in the `reward` settings: fewer pairs make a model that is easier to exploit (Gao et al. 2023), and a
+# label that pays for length is what such models are known to pick up.
+CONDITIONS = {
+    "few pairs": {"pairs": 2500},
+    "few pairs, length-biased labels": {"pairs": 2500, "length_bonus": 0.02},
+    "usual": {},
+}
+HELD_OUT_PAIRS = 4000  # the held-out reward model is trained on
+OTHER_SEED = 7919  # of the held-out reward model's pairs and head
+
+
+def train(process: CoarseTrainer, held_out: rewards.RewardFunction) -> Iterator[dict]:
+    """Run a trainer to its end with its own verbs, yielding one row of `measure` per iteration.
+
+    A row is that of the policy before the iteration's update, so that the first one is the base model's.
+    """
+    while process.iteration < process.config.iterations:
+        began = perf_counter()
+        experience = process.credit(process.judge(process.collect()))
+        row = measure(experience, held_out)
+        process.advance(experience, process.improve(experience), began)
+        yield {"iteration": process.iteration, **row}
+
+
+def measure(e: Experience, held_out: rewards.RewardFunction) -> dict[str, float]:
+    """Means over the answers of one iteration: training reward and held-out reward (z-scores on base answers), exact
+    utility, tokens, and KL to the base in nats per answer and per token (k1 estimates)."""
+    kl = ppo.kl_k1(e.logps, e.reference) * e.mask
+    row = {
+        "training": e.rewards.mean(),
+        "held_out": held_out(e.samples).mean(),
+        "utility": rewards.verifiable(e.samples).mean(),
+        "tokens": e.mask.sum() / len(e.samples),
+        "kl_per_answer": kl.sum() / len(e.samples),
+        "kl_per_token": kl.sum() / e.mask.sum(),
+    }
+    return {name: round(float(value), 5) for name, value in row.items()}
+
+
+class Study:
+    """The reward models of one run and condition, made when first asked for."""
+
+    def __init__(self, run_id: str, condition: str):
+        seed = Stage(run_folder(run_id) / "01_base_model").config()["settings"]["seed"]
+        change = {f"reward.{key}": value for key, value in CONDITIONS[condition].items()}
+        self.run = Run(load_settings("tiny", seed, run_id, change | {"reward.members": MEMBERS}))
+        self.run.here = self.run.stage("02_reward_model")
+        self.inputs = Inputs(self.run)
+        self.base = self.inputs.base()
+        self.samples = self.inputs.answers(
+            self.base, self.inputs.prompts("train", reward.NORMALISING_PROMPTS), limit=144
+        )
+
+    def normalised(self, model: torch.nn.Module) -> rewards.RewardModel:
+        return rewards.RewardModel(model, self.inputs.tokenizer.pad_token_id).normalised_on(self.samples)
+
+    def proxies(self) -> tuple[dict[str, rewards.RewardModel], list[dict]]:
+        """The reward model of each arm, and accuracy and length bias of every model on held-out pairs."""
+        training, held_out, _ = reward.pairs(self.inputs, self.base)
+        members = reward.members(self.inputs, training)
+        rows = [describe(f"member {i}", self.normalised(member), held_out) for i, member in enumerate(members, 1)]
+        warm = self.normalised(rewards.average([copy.deepcopy(members[0]), *members[1:]]))
+        proxies = {"single": self.normalised(members[0]), "warm": warm}
+        return proxies, [*rows, describe(f"average of {MEMBERS}", warm, held_out)]
+
+    def held_out(self) -> rewards.RewardModel:
+        """A reward model from the same base that has seen none of the pairs: other problems, labels, head and order."""
+        usual = load_settings("tiny", self.run.settings.seed + OTHER_SEED, self.run.settings.run_id)
+        made = data.embedded_pairs(usual, self.base, self.inputs.tokenizer, HELD_OUT_PAIRS, usual.seed)
+        pairs = [pair.tokens for pair in made]
+        return self.normalised(rewards.train(self.inputs.base_source, pairs, self.inputs.tokenizer, usual, usual.seed))
+
+    def arm(self, proxy: rewards.RewardModel, held_out: rewards.RewardModel, config) -> dict:
+        """Curve of one coarse actor trained against `proxy`, and its metrics on the test problems at the end."""
+        self.inputs.reward = proxy  # the critic starts from the model that pays
+        law = limits.make_law(self.run.settings.schedules.laws["fixed_long"])
+        process = coarse.trainer(self.inputs, law, None, config=config, evaluated=False)
+        rows = []
+        for row in train(process, held_out):
+            rows.append(row)
+            print(f"{row['iteration']}/{config.iterations}", row, end="\r")
+        samples = self.inputs.answers(process.policy.actor, self.inputs.prompts("test"), limit=law.limit)
+        final = evaluate.measure(samples, held_out)
+        final |= {"held_out": final.pop("reward"), "training": round(float(proxy(samples).mean()), 6)}
+        return {"curve": overoptimisation.columns(rows), "final": final}
+
+
+def describe(name: str, model: rewards.RewardModel, held_out: reward.HeldOut) -> dict:
+    """Length-bias row of a model with its accuracy on held-out labels and on true utility."""
+    scores = held_out.scores(model)
+    margin, truth = scores[:, 0] - scores[:, 1], torch.tensor(held_out.utilities).diff(dim=1)[:, 0].neg()
+    right = ((margin > 0) == (truth > 0))[truth != 0]
+    accuracies = {
+        "pair_accuracy": float((margin > 0).float().mean()),
+        "true_pair_accuracy": float(right.float().mean()),
+    }
+    return held_out.bias(name, scores) | accuracies
+
+
+def summary(content: dict) -> dict:
+    """WARM minus single by condition, over the runs in which both arms are finished."""
+    found = {}
+    for condition in CONDITIONS:
+        arms = [run[condition]["arms"] for run in content["runs"].values() if condition in run]
+        pairs = [(each["warm"]["curve"], each["single"]["curve"]) for each in arms if len(each) == len(ARMS)]
+        if pairs:
+            found[condition] = overoptimisation.compare(pairs)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="+", help="run ids, one per seed")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write; arms already in it are kept")
+    parser.add_argument("--iterations", type=int, default=40)
+    parser.add_argument("--kl", type=float, default=0.0, help="price of one nat of KL to the base")
+    parser.add_argument("--conditions", nargs="+", choices=CONDITIONS, default=list(CONDITIONS))
+    arguments = parser.parse_args()
+    made_with = {"iterations": arguments.iterations, "kl_coefficient": arguments.kl}
+    made_with |= {"members": MEMBERS, "held_out_pairs": HELD_OUT_PAIRS, "conditions": CONDITIONS}
+    content = read_json(arguments.out) if arguments.out.exists() else {**made_with, "runs": {}}
+    if changed := [key for key, value in made_with.items() if content[key] != value]:
+        raise C2FError(f"{arguments.out} was made with other {', '.join(changed)}; choose another --out")
+    for run_id in arguments.runs:
+        held_out = None  # one for all conditions of a run
+        for condition in arguments.conditions:
+            found = content["runs"].setdefault(run_id, {}).setdefault(condition, {"arms": {}})
+            missing = [arm for arm in ARMS if arm not in found["arms"]]
+            if not missing:
+                continue
+            study = Study(run_id, condition)
+            proxies, found["reward_models"] = study.proxies()
+            held_out = held_out or study.held_out()
+            change = {"iterations": arguments.iterations, "kl_coefficient": arguments.kl}
+            for arm in missing:
+                print(f"\n{run_id}, {condition}, {arm}")
+                config = study.run.settings.coarse.model_copy(update=change)
+                found["arms"][arm] = study.arm(proxies[arm], held_out, config)
+                content["summary"] = summary(content)
+                write_json(arguments.out, content)
+    write_json(arguments.out, content | {"summary": summary(content)})
+
+
+if __name__ == "__main__":
+    main()

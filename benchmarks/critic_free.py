@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from time import perf_counter
 
-from c2f_utils import evaluate, stats
+from c2f_utils import stats
 from c2f_utils.config import CriticFree, Law, load_settings
 from c2f_utils.errors import C2FError
 from c2f_utils.files import read_json, write_json
@@ -72,8 +72,8 @@ def with_critic(inputs: Inputs, law: Law, reward: str, name: str) -> dict:
 
 
 def finished(inputs: Inputs, process, actor, name: str, seconds: float) -> dict:
-    final = evaluate.measure(inputs.answers(actor, inputs.prompts("test")), inputs.reward)
-    found = kept(coarse.summary(process, final)) | {"seconds": seconds}
+    samples = inputs.answers(actor, inputs.prompts("test"))
+    found = kept(coarse.summary(process, samples, inputs)) | {"seconds": seconds}
     print(f"{name}: utility {found['final']['utility']:.2f}, {found['rollout_tokens']} tokens, {found['seconds']} s")
     return found
 

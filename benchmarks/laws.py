@@ -79,7 +79,13 @@ def study(options: argparse.Namespace) -> None:
             found = law_study.run_one(models, law_study.ALL[condition], law, budget, start=start)
             starts[condition] = {key: values[0] for key, values in found["curve"].items()}
             write_json(file, {"condition": condition, "law": name, "seed": seed, "budget": budget} | found)
-            print(seed, condition, name, round(law_study.mean_utility(found, min(budget, law_study.BUDGET)), 3), flush=True)
+            print(
+                seed,
+                condition,
+                name,
+                round(law_study.mean_utility(found, min(budget, law_study.BUDGET)), 3),
+                flush=True,
+            )
 
 
 def gather(options: argparse.Namespace) -> None:

@@ -4,8 +4,8 @@
 
 Takes finished bases and reward models (`c2f run 00 01 02`), trains fixed-long and the laws on each with evaluations
 after every second iteration, and compares processor seconds to 95 % of what fixed-long gains with TRL 1.10's seconds
-per iteration (benchmarks/results/coarse_speed.json, same threads) times the iterations that our fixed-long needs. Run it
-on an idle machine. Writes benchmarks/results/time_to_target.json.
+per iteration (benchmarks/results/coarse_speed.json, same threads) times the iterations that our fixed-long needs.
+Run it on an idle machine. Writes benchmarks/results/time_to_target.json.
 """
 
 import argparse
@@ -50,7 +50,12 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     speed = next(r for r in read_json(RESULTS / "coarse_speed.json")["rows"] if r["threads"] == options.threads)
-    content = {"threads": options.threads, "share": SHARE, "trl_seconds_per_iteration": speed["trl"]["median"], "runs": {}}
+    content = {
+        "threads": options.threads,
+        "share": SHARE,
+        "trl_seconds_per_iteration": speed["trl"]["median"],
+        "runs": {},
+    }
     for run_id in options.runs:
         models, rows = inputs(run_id), {}
         for name, law in LAWS.items():

@@ -237,10 +237,10 @@ class CoarseTrainer:
             **stats,
         }
         row = {k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}
+        row["seconds"] = round(perf_counter() - began, 3)  # without evaluation and checkpoint
         last = self.iteration >= self.config.iterations
         if self.evaluate and (self.iteration % self.config.evaluate_every == 0 or last):
             self._measure()
-        row["seconds"] = round(perf_counter() - began, 3)
         self.history.append(row)
         if self.folder is not None and (self.iteration % self.config.checkpoint_every == 0 or last):
             checkpoints.save(self, self.folder)

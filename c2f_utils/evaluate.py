@@ -57,6 +57,19 @@ def answers(
     return decoder(prompts, max_tokens, temperature=TEMPERATURES[decoding], seed=seed * 1000 + offset)
 
 
+def prefix_rewards(
+    samples: Sequence[Sample], reward: RewardFunction | None, prefixes: Sequence[int]
+) -> dict[str, float] | None:
+    """Mean reward of the same answers cut after fixed numbers of tokens, so that laws are compared at equal length.
+
+    An answer that ended before keeps its reward; None when the reward cannot be asked for prefixes.
+    """
+    if not hasattr(reward, "prefix_scores"):
+        return None
+    scores = reward.prefix_scores(samples)
+    return {str(k): round(sum(float(row[min(k, len(row)) - 1]) for row in scores) / len(scores), 6) for k in prefixes}
+
+
 def rows(samples: Sequence[Sample], model: str, decoding: str, reward: RewardFunction | None = None) -> list[dict]:
     """samples.jsonl rows, one per answer; unknown fields are null."""
     scores = reward(samples).tolist() if reward else [None] * len(samples)

@@ -160,11 +160,11 @@ def run_one(
     every: int = 0,
     observe=None,
 ) -> dict:
-    """Train under one law until `budget` rollout tokens are spent, and keep the curve of utility on validation problems.
+    """Train under one law until `budget` rollout tokens are spent; keep the curve of utility on validation problems.
 
-    Evaluations are made after the iteration that passes a mark, or after every `every` iterations, at a fixed limit and
-    T = 1, and cost no budget.
-    `start` is the first point of another law's curve in the same condition and seed, which need not be measured again.
+    Evaluations are made after the iteration that passes a mark, or after every `every` iterations, at a fixed limit
+    and T = 1, and cost no budget. `start` is the first point of another law's curve in the same condition and seed,
+    which need not be measured again.
     `observe(trainer, experience, row)` sees every iteration. Seconds are processor seconds of the five verbs alone.
     """
     settings = inputs.settings
@@ -208,11 +208,11 @@ def run_one(
     return {"curve": curve, "limits": [*path, law.limit], "reason": law.reason}
 
 
-# --- measures on finished runs: {condition: {law: {seed: run}}} ---------------------------------------------------------
+# --- measures on finished runs: {condition: {law: {seed: run}}} -----------------------------------------------------
 
 
 def mean_utility(run: dict, budget: int = BUDGET) -> float:
-    """Utility averaged over the tokens from 0 to `budget`, linear between evaluations (area under the curve / budget)."""
+    """Utility averaged over the tokens from 0 to `budget`, linear between evaluations."""
     tokens, values = run["curve"]["tokens"], run["curve"]["utility"]
     inside = sorted({0, budget, *(t for t in tokens if t < budget)})
     return float(np.trapezoid(np.interp(inside, tokens, values), inside) / budget)
@@ -242,8 +242,8 @@ def regrets(laws: dict[str, dict], clocks: Sequence[str]) -> dict[str, dict]:
     """Per law of one condition: normalised regret of mean utility against the best of `clocks`, with its uncertainty.
 
     regret = mean over seeds of (best - law) / mean over seeds of (best - start), where best is the clock of the highest
-    mean over all seeds. The interval is Student's over seeds (paired), p is by sign flips; negative is better than every
-    clock. Raises C2FError (by `stats`) without a complete seed.
+    mean over all seeds. The interval is Student's over seeds (paired), p is by sign flips; negative is better than
+    every clock. Raises C2FError (by `stats`) without a complete seed.
     """
     seeds = complete_seeds(laws)
     area = {name: np.array([mean_utility(by_seed[s]) for s in seeds]) for name, by_seed in laws.items()}

@@ -192,8 +192,8 @@ class Useful(Law):
     0.7 on). The second is a witness that the reward does not produce: a reward that loves length pays for any tail, but
     a model that has nothing left to say repeats itself. Once the tail return has faded, or the tail repeats itself and
     the useful length ends before the last quarter, the limit follows `room` times the running mean of the useful
-    length: up by at most `growth` per iteration, down by at most 5 % and only while the tail repeats itself. Never holds
-    before the tail has paid once, unless it repeats itself.
+    length: up by at most `growth` per iteration, down by at most 5 % and only while the tail repeats itself. Never
+    holds before the tail has paid once, unless it repeats itself.
     """
 
     maximum: int

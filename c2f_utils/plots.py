@@ -4,11 +4,12 @@
 
 Inputs: a stage, its directory, the run's directory, or data already read. Output: a matplotlib figure that carries the
 numbers behind it (`fig.data`). A metric that is null is named in the figure, with the reason, never drawn as zero.
-Rooms: `plots_training` (01 to 05), `plots_reward` (02: several reward models, over-optimisation), `plots_merge` (06),
-`plots_models` (07, several seeds, the README's picture), `plots_style` (one look, reading, saving) and `plots_labels`
-(names beside lines and points).
+Rooms: `plots_training` (01 to 05), `plots_reward` (02: several reward models, over-optimisation), `plots_laws` (04: the
+study), `plots_merge` (06), `plots_models` (07, several seeds, the README's picture), `plots_style` (one look, reading,
+saving) and `plots_labels` (names beside lines and points).
 """
 
+from c2f_utils.plots_laws import limit_paths, regret_map
 from c2f_utils.plots_merge import (
     coefficient_sweep,
     layer_sweep,
@@ -47,6 +48,7 @@ __all__ = [
     "layer_sweep",
     "length_bias",
     "length_bias_models",
+    "limit_paths",
     "loss_curve",
     "operator_table",
     "overoptimisation",
@@ -54,6 +56,7 @@ __all__ = [
     "prefix_reward",
     "quality_length_frontier",
     "quality_redundancy_frontier",
+    "regret_map",
     "residue_anatomy",
     "reward_calibration",
     "save_figure",

@@ -1,7 +1,4 @@
-"""Figures and tables of the study of laws (`law_study.py`), drawn from its committed results.
-
-Input everywhere: the content of a study's JSON, {"budget", "runs": {condition: {law: {seed: run}}}}.
-"""
+"""Figures of the study of laws (`law_study.py`), drawn from its results: {"runs": {condition: {law: {seed: run}}}}."""
 
 import numpy as np
 import pandas as pd
@@ -10,53 +7,7 @@ from matplotlib.figure import Figure
 from c2f_utils import law_study
 from c2f_utils.plots_labels import end_labels
 from c2f_utils.plots_style import DOUBLE, INK, MUTED, ROLE_COLOURS, law_colour, new_figure, note, say, styled
-
-
-def clocks_of(laws: dict, condition: str) -> tuple[list[str], list[str]]:
-    """(clocks of the grid, clocks that do not know the maximum) among the laws that one condition has."""
-    maximum = law_study.ALL[condition].maximum
-    return [n for n in law_study.grid(maximum) if n in laws], [n for n in law_study.agnostic(maximum) if n in laws]
-
-
-def regret_table(study: dict) -> pd.DataFrame:
-    """One row per condition and law: normalised regret against the best clock, t-interval over seeds, sign-flip p."""
-    rows = []
-    for condition, laws in study["runs"].items():
-        tied, free = clocks_of(laws, condition)
-        if condition not in law_study.CONDITIONS or not law_study.complete_seeds(laws) or not tied:
-            continue
-        kind = dict.fromkeys(tied, "clock") | dict.fromkeys(free, "agnostic clock")
-        for name, found in law_study.regrets(laws, [*tied, *free]).items():
-            rows.append({"condition": condition, "law": name, "kind": kind.get(name, "law"), **found})
-    return pd.DataFrame(rows, columns=["condition", "law", "kind", "regret", "low", "high", "p", "n", "best"])
-
-
-def worst_table(study: dict) -> pd.DataFrame:
-    """Per law: worst normalised regret over all conditions, where, its interval there, and the mean; best law first."""
-    frame = regret_table(study)
-    rows = []
-    for law, mine in frame.groupby("law", sort=False):
-        worst = mine.loc[mine["regret"].idxmax()]
-        rows.append({
-            "law": law, "kind": worst["kind"], "conditions": len(mine), "worst regret": worst["regret"],
-            "low": worst["low"], "high": worst["high"], "where": worst["condition"], "mean": mine["regret"].mean(),
-        })  # fmt: skip
-    return pd.DataFrame(rows).sort_values("worst regret", ignore_index=True) if rows else pd.DataFrame()
-
-
-def savings_table(study: dict, law: str, share: float = 0.95) -> pd.DataFrame:
-    """Tokens and processor seconds of one law to `share` of what clocks gain, over the cheapest clock of each family."""
-    rows = []
-    for condition, laws in study["runs"].items():
-        if condition not in law_study.CONDITIONS or law not in laws or not law_study.complete_seeds(laws):
-            continue
-        tied, free = clocks_of(laws, condition)
-        families = {"knows the maximum": tied, "agnostic": free, "fixed long": [n for n in tied if n == "fixed long"]}
-        for family, names in families.items():
-            for unit in ("tokens", "seconds") if names else ():
-                found = law_study.savings(laws, law, names, share, unit)
-                rows.append({"condition": condition, "against": family, "unit": unit, **found})
-    return pd.DataFrame(rows)
+from c2f_utils.tables_laws import clocks_of, regret_table, worst_table
 
 
 @styled

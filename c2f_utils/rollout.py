@@ -104,9 +104,7 @@ class KVDecoder:
         samples: list[Sample] = []
         decode = self._decode_on_gpu if self._device.type == "cuda" else self._decode
         for wave in self._waves(prompts, limits):
-            samples += decode(
-                layers, [prompts[i] for i in wave], [limits[i] for i in wave], temperature, generator
-            )
+            samples += decode(layers, [prompts[i] for i in wave], [limits[i] for i in wave], temperature, generator)
         return samples
 
     def _stack(self) -> list["_Layer"] | list[rollout_gpu.GraphLayer]:

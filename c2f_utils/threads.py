@@ -26,9 +26,7 @@ def requested() -> int | None:
     if not text:
         return None
     if not text.isdecimal() or int(text) < 1:
-        raise C2FError(
-            f"C2F_THREADS is {text!r}; expected a positive whole number; unset it to measure"
-        )
+        raise C2FError(f"C2F_THREADS is {text!r}; expected a positive whole number; unset it to measure")
     return int(text)
 
 

@@ -1,4 +1,4 @@
-"""The harmlessness objective: a reward model on published HH-RLHF pairs of one subset, with its length bias reported."""
+"""The harmlessness objective: a reward model on published HH-RLHF pairs of one subset, with its length bias."""
 
 import offline_mistral
 import pytest

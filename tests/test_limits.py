@@ -30,7 +30,8 @@ def signals(iteration: int, rng: random.Random) -> limits.Signals:
     return limits.Signals(
         iteration=iteration, reward=rng.gauss(0, 1), value_error=rng.random(), truncated_share=rng.random(),
         tail_return=rng.gauss(0.2, 0.2), value_slope=rng.gauss(0, 0.1), tail_repetition=rng.random(), kl_per_token=0.02,
-        useful_length=24 + 100 * rng.random(), rewards=tuple(rng.gauss(n / 40, 0.1) for n in drawn), limits=tuple(drawn),
+        useful_length=24 + 100 * rng.random(),
+        rewards=tuple(rng.gauss(n / 40, 0.1) for n in drawn), limits=tuple(drawn),
     )  # fmt: skip
 
 
@@ -130,7 +131,9 @@ def test_tail_grows_freely_until_the_tail_has_paid_once_and_brakes_when_it_has_f
 
 
 def heard(**changes) -> limits.Signals:
-    return limits.Signals(**({"iteration": 0, "tail_return": 0.5, "tail_repetition": 0.1, "useful_length": 50.0} | changes))
+    return limits.Signals(
+        **({"iteration": 0, "tail_return": 0.5, "tail_repetition": 0.1, "useful_length": 50.0} | changes)
+    )
 
 
 def test_useful_stops_at_a_tail_that_repeats_itself_however_well_it_is_paid():

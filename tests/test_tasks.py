@@ -36,7 +36,8 @@ def test_a_right_worked_answer_gets_full_marks(problem):
 
 
 def test_utility_follows_its_published_formula(problem):
-    text = "let us think . first finds 4 so 7 + 4 = 11 . second loses 2 so 11 - 2 = 8 . answer : 12 . let us check . answer : 5 ."
+    text = "let us think . first finds 4 so 7 + 4 = 11 . second loses 2 so 11 - 2 = 8 . answer : 12 . "
+    text += "let us check . answer : 5 ."
     verdict = tasks.check(problem, ids(text))
     assert (verdict.correct_steps, verdict.wrong_steps, verdict.checks) == (1, 1, 1)
     assert (verdict.first_right, verdict.last_right, verdict.ended) == (True, False, False)

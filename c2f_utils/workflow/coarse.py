@@ -16,7 +16,7 @@ from c2f_utils.errors import C2FError
 from c2f_utils.files import read_jsonl, write_text
 from c2f_utils.ranks import Ranks
 from c2f_utils.rewards import RewardFunction
-from c2f_utils.rollout import KVDecoder, Prompt
+from c2f_utils.rollout import KVDecoder, Prompt, Sample
 from c2f_utils.runs import Run
 from c2f_utils.workflow.inputs import Inputs, keep_samples
 
@@ -57,7 +57,8 @@ def trainer(
     engine = {"kv": KVDecoder, "continuous": ContinuousBatching}[config.engine]
     decoder = engine(actor, inputs.tokenizer, config.tokens_in_cache, settings.data.stop_strings)
     return CoarseTrainer(
-        policy, reward or inputs.reward, decoder, prompts or inputs.prompts("train", seed=seed), law, config, folder=folder,
+        policy, reward or inputs.reward, decoder, prompts or inputs.prompts("train", seed=seed), law, config,
+        folder=folder,
         seed=settings.seed if seed is None else seed, pad_id=inputs.tokenizer.pad_token_id,
         evaluate=evaluator(inputs, config) if evaluated else None, stop=inputs.run.here.stop_requested,
         ranks=ranks,
@@ -80,15 +81,17 @@ def evaluator(inputs: Inputs, config: Coarse):
 def train(
     run: Run, law: limits.Law | None = None, reward: RewardFunction | None = None, ranks: Ranks | None = None
 ) -> Iterator[dict]:
-    """Train the Coarse Actor of notebook 03, yielding one metrics row per iteration; a stage done before yields nothing.
+    """Train the Coarse Actor of notebook 03, yielding one metrics row per iteration; nothing for a stage done before.
 
-    `law` and `reward` may be your own objects; the stage then remembers their source and refuses to mix two of them. With
-    `coarse.processes` above 1 the work is done by processes of their own (`processes.py`); `ranks` is set inside of one.
+    `law` and `reward` may be your own objects; the stage then remembers their source and refuses to mix two of them.
+    With `coarse.processes` above 1 the work is done by processes of their own (`processes.py`); `ranks` is set inside
+    of one.
     """
     here = run.here
     if ranks is None and run.settings.coarse.processes > 1 and (law or reward):
         raise C2FError(
-            "coarse.processes > 1 starts new processes, which cannot see a law or reward made in this notebook; set it to 1"
+            "coarse.processes > 1 starts new processes, which cannot see a law or reward made in this notebook; "
+            "set it to 1"
         )
     for name, own in (("law", law), ("reward", reward)):
         here.add_input(name, provenance.fingerprint(_identity(own)))
@@ -121,7 +124,7 @@ def assist(run: Run, ranks: Ranks) -> None:
 
 
 def _snapshot(actor: nn.Module, path: Path) -> None:
-    """Keep the actor's weights, written beside their name and renamed; rewritten with equal bytes when a run is continued."""
+    """Keep the actor's weights, written beside their name and renamed; equal bytes when a run is continued."""
     partial = path.with_suffix(".partial")
     save_file({name: value.detach().contiguous() for name, value in actor.state_dict().items()}, partial)
     os.replace(partial, path)
@@ -133,18 +136,17 @@ def finish(run: Run, inputs: Inputs, process: CoarseTrainer) -> None:
     models.save_model(actor, inputs.tokenizer, here.path("model"))
     samples = inputs.answers(actor, inputs.prompts("test"))
     keep_samples(here, evaluate.rows(samples, "coarse", "sampled_t1", inputs.reward), run.settings)
-    here.save_results(
-        {"law": type(process.law).__name__.lower()} | summary(process, evaluate.measure(samples, inputs.reward))
-    )
+    here.save_results({"law": type(process.law).__name__.lower()} | summary(process, samples, inputs))
 
 
-def summary(process: CoarseTrainer, final: dict) -> dict:
-    """What 03 and 04 keep of one training run; `final` are test metrics at T=1."""
+def summary(process: CoarseTrainer, samples: list[Sample], inputs: Inputs) -> dict:
+    """What 03 and 04 keep of one training run; `samples` answer the test problems at T=1."""
     probes = [{"iteration": point["iteration"], **probe} for point in process.curve for probe in point["probes"]]
     return {
         "rollout_tokens": process.rollout_tokens,
         "iterations": process.iteration,
-        "final": final,
+        "final": evaluate.measure(samples, inputs.reward),
+        "prefix_rewards": evaluate.prefix_rewards(samples, inputs.reward, inputs.settings.evaluation.prefixes),
         "curve": [{key: value for key, value in point.items() if key != "probes"} for point in process.curve],
         "limits": [row["limit"] for row in process.history],
         "probes": probes,
@@ -154,7 +156,8 @@ def summary(process: CoarseTrainer, final: dict) -> dict:
 def restore_rows(run: Run, process: CoarseTrainer, **labels: object) -> None:
     """Make metrics.jsonl agree with the checkpoint that training continues from.
 
-    A kill may fall between a checkpoint and its row, or between rows and the next checkpoint. Rows with other `labels` are kept.
+    A kill may fall between a checkpoint and its row, or between rows and the next checkpoint. Rows with other `labels`
+    are kept.
     """
     path = run.here.path("metrics.jsonl")
     others = [row for row in read_jsonl(path) if any(row.get(key) != value for key, value in labels.items())]

@@ -1,6 +1,6 @@
 """04: which law for l(t) buys most reward per generated token?"""
 
-from c2f_utils import evaluate, limits
+from c2f_utils import limits
 from c2f_utils.files import read_json, write_json
 from c2f_utils.models import save_model
 from c2f_utils.runs import Run
@@ -80,9 +80,9 @@ def _one(run: Run, inputs: Inputs, name: str, law, seed: int) -> dict | None:
             here.log({"law": name, "seed": seed, **row})
     if process.iteration < process.config.iterations:
         return None
-    final = evaluate.measure(inputs.answers(process.policy.actor, inputs.prompts("test")), inputs.reward)
+    samples = inputs.answers(process.policy.actor, inputs.prompts("test"))
     save_model(process.policy.actor, inputs.tokenizer, here.path("models", f"{name}-s{seed}"))
-    result = coarse.summary(process, final)
+    result = coarse.summary(process, samples, inputs)
     write_json(done, result)
     return result
 
@@ -101,8 +101,7 @@ def _baseline(run: Run, inputs: Inputs, name: str, entry, seed: int) -> dict | N
         process.train(lambda row: here.log({"law": name, "seed": seed, **row}))
     if process.iteration < process.config.iterations:
         return None
-    final = evaluate.measure(inputs.answers(process.actor, inputs.prompts("test")), inputs.reward)
-    result = coarse.summary(process, final)
+    result = coarse.summary(process, inputs.answers(process.actor, inputs.prompts("test")), inputs)
     write_json(done, result)
     return result
 
@@ -122,6 +121,19 @@ def committed_baselines() -> dict:
     """What `benchmarks/critic_free.py` measured on `tiny`, in the form of results; no laws where the file is absent."""
     file = root() / "benchmarks" / "results" / "critic_free.json"
     return read_json(file) if file.is_file() else {"laws": {}}
+
+
+def committed_study() -> dict:
+    """What `benchmarks/laws.py` measured on `tiny` under conditions that differ in the right length; no runs where the
+    file is absent."""
+    file = root() / "benchmarks" / "results" / "laws.json"
+    return read_json(file) if file.is_file() else {"runs": {}}
+
+
+def committed_attempts() -> list[dict]:
+    """Everything that was tried for the laws and failed or was no better, with its figures and the reason."""
+    file = root() / "benchmarks" / "results" / "laws_tried.json"
+    return read_json(file)["tried"] if file.is_file() else []
 
 
 def baseline_label(entry) -> str:

@@ -263,6 +263,10 @@ class Merge(_Section):
     operator: str = "residue"
     coefficients: list[float] = Field([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0], min_length=1)
     other_operators: list[dict] = Field([], description="each shown at its best coefficient of the grid")
+    select: Literal["one_coefficient", "best_recipe"] = Field(
+        "one_coefficient",
+        description="what the Fine Actor is: the best coefficient of the grid, or the best of everything tried",
+    )
     token_price: NonNegative = Field(0.02, description="score = utility (or reward) - token_price * mean tokens")
     out_dtype: Literal["same", "float32", "bfloat16", "bfloat16_stochastic"] = "same"
     sections: list[Literal["layers", "depths", "averages", "proxies", "roundings"]] = Field(

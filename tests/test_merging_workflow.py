@@ -1,6 +1,10 @@
 """Decode-time merging and averages: identities that pin them down."""
 
+import shutil
+
+import pytest
 import torch
+from finished_runs import finished, results
 from tiny_models import TOKENIZER, causal, prompts
 
 from c2f_utils.proxy import ProxyDecoder
@@ -42,3 +46,15 @@ def test_a_weighted_average_of_actors_is_one():
 def test_operators_are_named_with_their_numbers():
     assert operator_text({"name": "dare", "density": 0.5, "seed": 3}) == "dare (density 0.5)"
     assert operator_text({"name": "residue"}) == "residue"
+
+
+@pytest.mark.slow
+def test_the_best_recipe_of_all_tried_can_be_the_fine_actor_with_one_coefficient_as_its_control(smoke_run, tmp_path):
+    for stage in smoke_run.glob("0[0-5]_*"):
+        if stage.is_dir():
+            shutil.copytree(stage, tmp_path / "best" / stage.name)
+    finished(tmp_path, "run", "06", "07", "--profile", "smoke", "--run-id", "best", "-p", "merge.select=best_recipe")
+    found, before = results(tmp_path / "best", "07")["models"], results(smoke_run, "07")["models"]
+    assert "best_recipe" not in found and "one_coefficient" not in before
+    assert found["fine"]["sampled_t1"] == before["best_recipe"]["sampled_t1"]
+    assert found["one_coefficient"]["sampled_t1"] == before["fine"]["sampled_t1"]

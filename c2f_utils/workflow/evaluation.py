@@ -22,6 +22,7 @@ LABELS = {
     "ppo_instruct": "RLHF from instruct",
     "fixed_long_residue": "residue of fixed-long",
     "best_recipe": "best recipe of all tried",
+    "one_coefficient": "one coefficient for all",
 }
 ROLES = ("base", "instruct", "coarse", "fine")
 PAIRED = ("accuracy_last", "accuracy_first", "utility", "tokens", "rep4")
@@ -66,7 +67,8 @@ def _models(run: Run, inputs: Inputs, test: list[Prompt]) -> Iterator[tuple[str,
     yield "instruct", inputs.instruct(), test
     yield "coarse", inputs.coarse(), test
     yield "fine", models.load_causal(merged.dir / "model", run.settings.models), test
-    for name in ("best_recipe", *run.settings.merge.controls):
+    other = "one_coefficient" if run.settings.merge.select == "best_recipe" else "best_recipe"
+    for name in (other, *run.settings.merge.controls):
         yield name, models.load_actor(merged.dir / "controls" / name, run.settings.models), test
     if run.settings.embedded:
         forced = make_prompts([p.problem for p in test], tasks.FORCED_ANALYSIS)

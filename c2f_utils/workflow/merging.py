@@ -3,7 +3,7 @@ problems wait for 07.
 
 One coefficient for all tensors is the default (`model/`). Everything richer is tried beside it, and the best of all
 that was tried is kept as the control `best_recipe`, so that 07 can say on test problems whether the search was worth
-it.
+it. With `merge.select: best_recipe` that best one is `model/`, and one coefficient the control.
 """
 
 from c2f_utils import evaluate, merge, models
@@ -37,17 +37,21 @@ def make(run: Run) -> dict:
     with here.timer("averages and decode-time merging"):
         found["averages"] = merge_variants.averages(run, bench, operator, c) if "averages" in sections else []
         found["proxies"] = merge_variants.proxies(bench, c) if "proxies" in sections else []
-    with here.timer("merge"):
-        report = merge.run_merge(merge.plan_merge(chosen), here.path("model"))
-        found["roundings"] = merge_variants.roundings(run, bench, chosen) if "roundings" in sections else []
     richest = _richest(bench, operator, c, best["score"], found)
-    merge_controls.keep(run, bench, "best_recipe", bench.merged(richest["recipe"]))
+    made = {"one_coefficient": chosen, "best_recipe": richest["recipe"]}
+    fine = made.pop(settings.merge.select)
+    with here.timer("merge"):
+        report = merge.run_merge(merge.plan_merge(fine), here.path("model"))
+        found["roundings"] = merge_variants.roundings(run, bench, fine) if "roundings" in sections else []
+    for name, recipe in made.items():
+        merge_controls.keep(run, bench, name, bench.merged(recipe))
     parents = {
         name: bench.row(bench.inputs.answers(bench.loaded(bench.states[name]), bench.prompts)) for name in bench.states
     }
     here.save_results(
         {
             "chosen": {"operator": operator, "coefficient": c},
+            "select": settings.merge.select,
             "score": bench.score_text,
             "parents": parents,
             "sweep": sweep,

@@ -173,6 +173,9 @@ def main() -> None:
         for _ in (tune if options.tune else measure)(run_id, content):
             write_json(options.out, content)
     if content["laws"]:
+        places = {trainer: place for place, trainer in enumerate(("ppo", *TRAINERS))}
+        rows = sorted(content["laws"].items(), key=lambda item: (item[1]["reward"], places[item[1]["trainer"]]))
+        content["laws"] = dict(rows)  # as figures and tables show them
         content["comparison"] = compared(content["laws"])
         content["load"] = round(os.getloadavg()[1], 2)
     write_json(options.out, content)

@@ -85,8 +85,9 @@ def make(run: Run) -> dict:
 def members(inputs: Inputs, training: list[rewards.Pair], log=lambda row: None) -> list[torch.nn.Module]:
     """The `reward.members` models of one run; `log` receives the losses of the first.
 
-    All start from the same trunk and the same head, which is what keeps their weights averageable (WARM, Rame et al.
-    2024), and differ in the order of the data: member 0 is the model that a run with a single member trains.
+    All start from the same trunk and the same head, without which their weights could not be averaged (WARM, Rame et
+    al. 2024), and differ in the order of the data [- learning rates of their own, which WARM also varies: one setting
+    fits all]. The first is the model that a run with a single member trains.
     """
     settings, found = inputs.settings, []
     for member in range(settings.reward.members):

@@ -218,18 +218,25 @@ def mean_utility(run: dict, budget: int = BUDGET) -> float:
     return float(np.trapezoid(np.interp(inside, tokens, values), inside) / budget)
 
 
-def cost_to(run: dict, target: float, unit: str = "tokens", budget: int = BUDGET) -> tuple[float, bool]:
-    """(tokens or processor seconds until two evaluations in a row reach `target`, whether they did).
+def within(run: dict, budget: int) -> dict[str, list]:
+    """The curve up to the first evaluation at or after `budget` tokens, so that longer runs have no advantage."""
+    tokens = run["curve"]["tokens"]
+    end = next((i + 1 for i, t in enumerate(tokens) if t >= budget), len(tokens))
+    return {key: values[:end] for key, values in run["curve"].items()}
 
-    A run that never does counts its whole length, at least the budget.
+
+def cost_to(run: dict, target: float, unit: str = "tokens", budget: int = BUDGET) -> tuple[float, bool]:
+    """(tokens or processor seconds until two evaluations in a row reach `target`, whether they did by `budget`).
+
+    A run that never does counts its whole length up to the budget, and at least the budget.
     """
-    previous = False
-    for cost, utility in zip(run["curve"][unit], run["curve"]["utility"], strict=True):
+    previous, curve = False, within(run, budget)
+    for cost, utility in zip(curve[unit], curve["utility"], strict=True):
         reached = utility >= target
         if reached and previous:
             return float(cost), True
         previous = reached
-    last = run["curve"][unit][-1]
+    last = curve[unit][-1]
     return float(max(last, budget) if unit == "tokens" else last), False
 
 
@@ -258,22 +265,30 @@ def regrets(laws: dict[str, dict], clocks: Sequence[str]) -> dict[str, dict]:
     return found
 
 
-def savings(laws: dict[str, dict], law: str, clocks: Sequence[str], share: float = 0.95, unit: str = "tokens") -> dict:
+def savings(
+    laws: dict[str, dict],
+    law: str,
+    clocks: Sequence[str],
+    share: float = 0.95,
+    unit: str = "tokens",
+    budget: int = BUDGET,
+) -> dict:
     """Cost of `law` over the cheapest of `clocks` to reach `share` of what that clock gains, paired by seed.
 
     Cheapest by the mean log cost over seeds. The target of a seed is start + share * (best final utility of the clocks'
     seed means - start). Returns ratio with interval, p of the log ratio, and how many seeds of each never got there.
     """
-    seeds = complete_seeds(laws)
+    seeds = complete_seeds({name: laws[name] for name in (law, *clocks)})
 
     def final(name: str) -> np.ndarray:
-        return np.array([np.mean(laws[name][s]["curve"]["utility"][-2:]) for s in seeds])
+        return np.array([np.mean(within(laws[name][s], budget)["utility"][-2:]) for s in seeds])
 
     start = np.array([laws[law][s]["curve"]["utility"][0] for s in seeds])
     goal = max((final(name) for name in clocks), key=lambda values: values.mean())
     targets = start + share * (goal - start)
     found = {
-        name: [cost_to(laws[name][s], t, unit) for s, t in zip(seeds, targets, strict=True)] for name in (law, *clocks)
+        name: [cost_to(laws[name][s], t, unit, budget) for s, t in zip(seeds, targets, strict=True)]
+        for name in (law, *clocks)
     }
     cheapest = min(clocks, key=lambda name: np.mean([math.log(cost) for cost, _ in found[name]]))
     ours, theirs = ([cost for cost, _ in found[name]] for name in (law, cheapest))

@@ -26,8 +26,10 @@ def regret_map(study: dict) -> Figure:
     ax.imshow(np.clip(values, 0, 40), cmap="OrRd", aspect="auto", vmin=0, vmax=55)
     ax.grid(False)
     for (row, place), value in np.ndenumerate(values):
-        last = place == len(conditions)
-        ax.text(place, row, f"{value:.0f}", ha="center", va="center", fontsize=6.5, weight="bold" if last else "normal")
+        bold = "bold" if place == len(conditions) else "normal"
+        words = f"{value:.0f}" if np.isfinite(value) else "not run"
+        colour = INK if np.isfinite(value) else "#b5b5b5"
+        ax.text(place, row, words, ha="center", va="center", fontsize=6.5, weight=bold, color=colour)
     ax.axvline(len(conditions) - 0.5, color="white", linewidth=4)
     ax.set_xticks(range(len(conditions) + 1), [*conditions, "worst"], rotation=30, ha="right")
     ax.set_yticks(range(len(laws)), laws)
@@ -36,10 +38,10 @@ def regret_map(study: dict) -> Figure:
         kind = kinds[label.get_text()]
         label.set_color(ROLE_COLOURS["fine"] if kind == "law" else INK if kind == "clock" else MUTED)
         label.set_fontweight("bold" if kind == "law" else "normal")
-    seeds = sorted(set(frame["n"]))
+    count = sorted(set(frame["n"]))
+    seeds = "one seed" if count == [1] else f"{'-'.join(map(str, dict.fromkeys((count[0], count[-1]))))} seeds"
     ax.set_xlabel(
-        f"regret of mean utility over the run, % of the best clock's gain; {'-'.join(map(str, seeds))} seeds. "
-        "Green: laws, grey: clocks that do not know the maximum"
+        f"regret of mean utility, % of the best clock's gain; {seeds}. Green: laws; grey: clocks blind to l_max"
     )
     return fig
 

@@ -121,7 +121,7 @@ def overoptimisation(source: object) -> Figure:
     for ax in axes[-1]:
         ax.set_xlabel("sqrt(KL to the base per answer)")
     fig.data = pd.concat(frames, ignore_index=True)
-    axes[0, 2].legend(loc="best")
+    axes[0, 0].legend(loc="lower right")
     note(axes[0, 1], f"thin: {len(runs)} seeds; bold: mean" if len(runs) > 1 else "one seed", "lower right")
     return fig
 

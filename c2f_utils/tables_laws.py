@@ -132,11 +132,12 @@ def savings_table(study: dict, law: str, share: float = 0.95) -> pd.DataFrame:
         if condition not in law_study.CONDITIONS or law not in laws or not law_study.complete_seeds(laws):
             continue
         tied, free = clocks_of(laws, condition)
-        families = {"knows the maximum": tied, "agnostic": free, "fixed long": [n for n in tied if n == "fixed long"]}
-        for family, names in families.items():
+        roomy = law_study.LONG if condition in law_study.ROOMY else law_study.BUDGET
+        families = {"knows the maximum": (tied, law_study.BUDGET), "agnostic": (free, roomy)}
+        for family, (names, budget) in families.items():
             for unit in ("tokens", "seconds") if names else ():
-                found = law_study.savings(laws, law, names, share, unit)
-                rows.append({"condition": condition, "against": family, "unit": unit, **found})
+                found = law_study.savings(laws, law, names, share, unit, budget)
+                rows.append({"condition": condition, "against": family, "unit": unit, "budget": budget, **found})
     return pd.DataFrame(rows)
 
 

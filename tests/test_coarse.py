@@ -8,7 +8,7 @@ from tiny_models import LAWS, PrefixReward, causal, distinct_tokens, prompts, tr
 
 from c2f_utils import checkpoints, limits, packing, tasks
 from c2f_utils.errors import C2FError
-from c2f_utils.experience import tail_return
+from c2f_utils.experience import signals, tail_return, useful_length
 from c2f_utils.models import token_logps
 
 
@@ -233,6 +233,23 @@ def test_impossible_work_is_refused_before_it_starts():
 def test_a_law_without_its_signal_is_refused_at_the_first_step():
     with pytest.raises(C2FError, match="needs tail_return"):
         trainer("tail", reward=distinct_tokens).step()
+
+
+def test_useful_length_is_where_the_mean_reward_of_prefixes_has_made_its_rise():
+    step = torch.tensor([0.0] * 9 + [1.0] * 11)
+    assert useful_length([step], 20) == 10
+    assert useful_length([step, step[:10]], 20) == 10  # a finished answer keeps its reward
+    assert useful_length([torch.arange(100.0)], 100) == pytest.approx(96, abs=1)
+    assert useful_length([torch.zeros(5)], 20) == 1
+
+
+def test_laws_see_the_price_that_the_policy_pays():
+    process = trainer(law="useful", reward=PrefixReward())
+    e = process.credit(process.judge(process.collect()))
+    free, paid = signals(e, 0), signals(e, 0, token_price=0.05)
+    assert paid.tail_return < free.tail_return and paid.useful_length <= free.useful_length
+    expected = [r - 0.05 * s.tokens for r, s in zip(free.rewards, e.samples, strict=True)]
+    assert paid.rewards == pytest.approx(expected, abs=1e-6) and paid.reward == free.reward
 
 
 def test_tail_return_compares_the_last_two_quarters_and_counts_finished_answers_as_zero():

@@ -110,3 +110,13 @@ def test_rows_of_foreign_data_have_null_for_what_nobody_knows():
 
 def test_a_prompt_without_answers_right_by_chance_is_not_right():
     assert evaluate.measure([sample("4 .")])["accuracy_first"] == 0, "a number alone is no answer"
+
+
+def test_rewards_of_prefixes_are_read_at_equal_length_and_held_after_the_end():
+    class Counting:
+        def prefix_scores(self, samples):
+            return [torch.arange(1.0, s.tokens + 1) for s in samples]
+
+    batch = [foreign("", count=10), foreign("", count=4)]
+    assert evaluate.prefix_rewards(batch, Counting(), [2, 8]) == {"2": 2.0, "8": 6.0}
+    assert evaluate.prefix_rewards(batch, lambda samples: torch.zeros(2), [2]) is None

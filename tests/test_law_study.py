@@ -4,9 +4,26 @@ import math
 
 import pytest
 import torch
+from tiny_models import TOKENIZER, PrefixReward, causal
 
-from c2f_utils import law_study, limits
-from c2f_utils.config import Law
+from c2f_utils import law_study, limits, tasks
+from c2f_utils.config import Law, load_settings
+from c2f_utils.rollout import Sample, make_prompts
+from c2f_utils.workflow.inputs import Inputs
+
+
+def scored() -> torch.nn.Module:
+    """A random reward model of the tiny shape, for the critic to start from."""
+    from transformers import AutoModelForSequenceClassification, MistralConfig
+
+    torch.manual_seed(0)
+    return AutoModelForSequenceClassification.from_config(
+        MistralConfig(**causal().config.to_diff_dict() | {"num_labels": 1})
+    ).eval()
+
+
+def methods() -> dict:
+    return {name: getattr(PrefixReward, name) for name in ("prefix_scores", "__call__")}
 
 
 def run(*points: tuple[float, float], seconds: float = 0.01) -> dict:
@@ -97,3 +114,46 @@ def test_a_paid_reward_pays_every_prefix_for_its_own_length():
 
 def test_law_settings_of_the_grid_are_ordinary_laws():
     assert all(isinstance(law, Law) for law in law_study.grid(144).values())
+
+
+def test_the_reward_up_to_the_first_result_rises_with_it_and_not_after():
+    problem = tasks.Problem("anna", "coins", 3, (("finds", 2), ("loses", 1)))
+    worked = "let us think . start with 3 . first finds 2 so 3 + 2 = 5 . second loses 1 so 5 - 1 = 4 . answer : 4 ."
+    after = " let us check . answer : 9 . answer : 4 ."
+    answers = [
+        Sample(make_prompts([problem])[0], tasks.encode((worked + more).split()), "limit", 99) for more in ("", after)
+    ]
+    reward = law_study.FirstAnswer()
+    short, long = reward.prefix_scores(answers)
+    right = law_study.FirstAnswer.length(len(problem.operations))
+    assert right == len(worked.split()) == len(short)
+    assert long[right - 1] == short[-1] == long[-1] and long[right - 2] < long[right - 1]
+    assert reward(answers).tolist() == [tasks.check(problem, answers[0].ids).utility] * 2
+
+
+def test_a_toy_run_spends_its_budget_and_measures_on_the_way(monkeypatch):
+    class Stage:
+        stop_requested = staticmethod(lambda: False)
+
+    class Toy(Inputs):
+        def __init__(self):
+            self.settings = load_settings("smoke")
+            self.run = type("Run", (), {"here": Stage})
+
+        tokenizer = TOKENIZER
+        reward = type("Model", (), {"model": scored(), "mean": 0.0, "std": 1.0, **methods()})()
+
+        def base(self):
+            return causal()
+
+    monkeypatch.setattr(law_study, "EVALUATED", 4)
+    monkeypatch.setattr(law_study, "TRAIN_PROMPTS", 16)
+    law = limits.make_law(Law(name="useful", start=8, maximum=32))
+    found = law_study.run_one(Toy(), law_study.Condition(32), law, budget=400, every=2)
+    tokens = found["curve"]["tokens"]
+    assert tokens[0] == 0 and tokens[-1] >= 400 > tokens[-2] and len(tokens) == len(found["curve"]["utility"])
+    assert found["limits"][0] == 8 and found["limits"][-1] == law.limit
+    again = law_study.run_one(
+        Toy(), law_study.Condition(32), limits.make_law(Law(name="useful", start=8, maximum=32)), budget=400, every=2
+    )
+    assert again["limits"] == found["limits"] and again["curve"]["utility"] == found["curve"]["utility"]

@@ -50,6 +50,7 @@ LAWS = {
     "clock": Law(name="clock", shape="linear", start=8, maximum=24, duration=4),
     "logistic": Law(name="logistic", start=8, maximum=24, step=4),
     "tail": Law(name="tail", start=8, maximum=24, growth=0.2),
+    "useful": Law(name="useful", start=8, maximum=24, growth=0.2),
     "gated": Law(name="gated", start=8, maximum=24, growth=0.2),
     "probe": Law(name="probe", start=8, maximum=24, growth=0.2),
 }

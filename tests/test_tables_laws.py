@@ -1,0 +1,94 @@
+"""Tables and figures of notebook 04's study: right numbers from made-up runs, and words where there is nothing."""
+
+import json
+
+import pytest
+
+from c2f_utils import law_study, plots, tables_laws
+
+KNOWN = next(iter(law_study.KNOWN))
+HACKED = next(iter(law_study.HACKED))
+
+
+def run(gain: float, limits: tuple[int, ...] = (24, 30)) -> dict:
+    tokens = (0, 20_000, 40_000, law_study.BUDGET, law_study.LONG)
+    values = (0.0, gain, gain, gain, gain)
+    return {"curve": {"tokens": tokens, "utility": values, "seconds": [t / 5_000 for t in tokens]}, "limits": limits}
+
+
+def study() -> dict:
+    gains = {"fixed long": 0.5, "linear 9 from 24": 1.0, "grow 12 %": 0.9, "useful": 0.95}
+    laws = {name: {seed: run(gain + 0.01 * int(seed)) for seed in "12"} for name, gain in gains.items()}
+    ends = {
+        "useful": {"1": run(1, (24, 60)), "2": run(1, (24, 50))},
+        "logistic": {"1": run(1, (24, 288)), "2": run(1, (24, 280))},
+    }
+    return {"runs": {"l_max 96": laws, "short problems": laws, HACKED: ends, KNOWN: ends}}
+
+
+def test_the_worst_regret_of_each_law_is_found_with_its_condition():
+    frame = tables_laws.worst_table(study()).set_index("law")
+    assert frame.loc["linear 9 from 24", "worst regret"] == pytest.approx(0.0)
+    assert frame.loc["fixed long", "worst regret"] == pytest.approx(0.5 / 1.015, rel=1e-6)
+    assert frame.loc["useful", "kind"] == "law" and frame.loc["grow 12 %", "kind"] == "agnostic clock"
+    assert list(frame["worst regret"]) == sorted(frame["worst regret"]) and set(frame["conditions"]) == {2}
+
+
+def test_ends_say_how_far_the_last_limit_is_from_the_right_one():
+    frame = tables_laws.ends_table(study()).set_index(["condition", "law"])
+    right = law_study.FirstAnswer.length(law_study.ALL[KNOWN].operations[0])
+    assert frame.loc[(KNOWN, "useful"), "furthest off"] == pytest.approx(60 / right - 1)
+    assert frame.loc[(HACKED, "logistic"), "shortest end"] == 280
+
+
+def test_savings_are_given_for_both_families_of_clocks_and_both_units():
+    frame = tables_laws.savings_table(study(), "useful")
+    assert set(frame["against"]) == {"knows the maximum", "agnostic"} and set(frame["unit"]) == {"tokens", "seconds"}
+    assert set(frame["n"]) == {2} and (frame["ratio"] > 0).all()
+
+
+@pytest.mark.parametrize("content", [study(), {"runs": {}}], ids=["study", "nothing yet"])
+def test_the_figures_draw_what_there_is(content):
+    for figure in (plots.regret_map(content), plots.limit_paths(content, ("useful", "logistic"))):
+        figure.draw_without_rendering()
+    assert len(plots.regret_map(content).data) == len(tables_laws.regret_table(content))
+
+
+def stage(folder, laws: dict, rows: list[dict]):
+    place = folder / "04_length_schedules"
+    place.mkdir(parents=True)
+    (place / "results.json").write_text(json.dumps({"laws": laws}))
+    (place / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return place
+
+
+def test_costs_are_read_off_curves_and_metrics_and_compared_with_fixed_long(tmp_path):
+    def curve(*points):
+        return {"curve": [{"rollout_tokens": t, "utility": u, "reward": u} for t, u in points]}
+
+    laws = {
+        "fixed_long": {"label": "fixed 144", "seeds": {"0": curve((0, 0), (100, 1)), "1": curve((0, 0), (100, 1))}},
+        "quick": {"label": "quick", "seeds": {"0": curve((0, 0), (50, 1)), "1": curve((0, 0), (50, 1))}},
+        "never": {"label": "never", "seeds": {"0": curve((0, 0), (50, 0.1))}},
+    }
+    rows = [
+        {"law": law, "seed": seed, "rollout_tokens": t, "seconds": 1.0}
+        for law, step in (("fixed_long", 50), ("quick", 10))
+        for seed in (0, 1)
+        for t in range(step, 101, step)
+    ]
+    frame = tables_laws.cost_table(stage(tmp_path, laws, rows)).set_index("law")
+    assert frame.loc["quick", "tokens ratio"] == pytest.approx(0.5)
+    assert frame.loc["quick", "tokens"] == pytest.approx(47.5) and frame.loc["quick", "seconds"] == pytest.approx(4.75)
+    assert frame.loc["fixed 144", "seconds"] == pytest.approx(1.9)
+    assert frame.loc["never", "reached"] == 0
+
+
+def test_rewards_at_equal_length_are_means_over_the_seeds_that_have_them():
+    seeds = {
+        "0": {"curve": [{"rollout_tokens": 1}], "prefix_rewards": {"32": 1.0}},
+        "1": {"curve": [{"rollout_tokens": 1}], "prefix_rewards": {"32": 2.0}},
+        "2": {"curve": [{"rollout_tokens": 1}], "prefix_rewards": None},
+    }
+    frame = tables_laws.prefix_reward_table({"laws": {"a": {"label": "a", "seeds": seeds}}})
+    assert frame.loc[0, "first 32 tokens"] == 1.5 and frame.loc[0, "seeds"] == 2

@@ -47,9 +47,10 @@ def _table(options: argparse.Namespace) -> int:
 
 
 def _merge(options: argparse.Namespace) -> int:
-    from c2f_utils.merge import load_recipe, plan_merge, run_merge
+    from c2f_utils.merge import load_recipe, plan_merge, run_merge, verify_and_record
 
-    plan = plan_merge(load_recipe(options.recipe))
+    recipe = load_recipe(options.recipe)
+    plan = plan_merge(recipe)
     if options.plan:
         print(plan.table().to_string(index=False))
         size = f"{plan.bytes_read / 2**20:.1f} MiB to read, {plan.bytes_written / 2**20:.1f} MiB to write"
@@ -57,6 +58,9 @@ def _merge(options: argparse.Namespace) -> int:
         return 0
     report = run_merge(plan, options.out, resume=options.resume)
     print("\n".join([*report.warnings, f"{report.formula}\nwritten to {report.out_dir}"]))
+    if options.verify:
+        found = verify_and_record(report.out_dir, recipe)
+        print(f"verified: {found.slices} slices recomputed, worst {found.worst:.2f} of the rounding error allowed")
     return 0
 
 
@@ -91,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--out", required=True, metavar="DIR", help="folder of the merged model")
     merge.add_argument("--plan", action="store_true", help="check everything and show the plan, write nothing")
     merge.add_argument("--resume", action="store_true", help="continue an interrupted merge")
+    merge.add_argument("--verify", action="store_true", help="recompute random slices of the result in float64")
     merge.set_defaults(action=_merge)
     return parser
 

@@ -13,9 +13,9 @@ from c2f_utils.errors import C2FError
 from c2f_utils.merge import Recipe, anatomy, merge_state_dicts, plan_merge, random_residue, register_operator, run_merge
 from c2f_utils.merge import operators as registry
 from c2f_utils.merge import thresholds as search
-from c2f_utils.merge.kernels import slerp_weights
+from c2f_utils.merge.kernels import BLOCK, slerp_weights
 from c2f_utils.merge.memory import _Held
-from c2f_utils.merge.philox import bits, scattered
+from c2f_utils.merge.random_bits import bits, chosen, spread
 from c2f_utils.merge.ranges import Target
 from c2f_utils.merge.rounding import stochastic_bfloat16
 from c2f_utils.merge.workers import Workers
@@ -244,7 +244,7 @@ def thresholds_of(parts: list[np.ndarray], density: float) -> search.Threshold:
         held = _Held({"base": torch.zeros_like(flat), "instruct": flat, "coarse.0": flat})
         targets.append(Target(f"t{number}", held, values.size))
     with Workers(1) as workers:
-        return search.thresholds(targets, 1, 1, density, 0, 1 << 16, workers)[1]
+        return search.thresholds(targets, 1, 1, density, 0, BLOCK, workers)[1]
 
 
 KINDS = {
@@ -287,7 +287,7 @@ def test_a_global_scope_ranks_all_tensors_together():
 # --- random bits and rounding ---------------------------------------------------------------------------------------
 
 
-@given(start=st.integers(0, 10_000), count=st.integers(1, 300), width=st.sampled_from([16, 32]))
+@given(start=st.integers(0, 10_000), count=st.integers(1, 300), width=st.sampled_from([8, 16, 32]))
 def test_random_bits_depend_on_the_position_only(start, count, width):
     whole = bits(7, "tensor", 0, start + count, width)
     assert np.array_equal(bits(7, "tensor", start, count, width), whole[start:])
@@ -297,9 +297,26 @@ def test_random_streams_differ_and_are_uniform():
     first, second = bits(0, "a", 0, 100_000, 32), bits(0, "b", 0, 100_000, 32)
     assert not np.array_equal(first, second) and not np.array_equal(first, bits(1, "a", 0, 100_000, 32))
     assert np.abs(np.corrcoef(first, second)[0, 1]) < 0.02
-    for words in (first, scattered(0, "a", np.arange(100_000))):
+    for words in (first, bits(0, "a", 0, 100_000, 16).astype(np.uint32) << 16, spread(0, "a", 0, 100_000)):
         counts = np.bincount(words >> 28, minlength=16)
         assert ((counts - 6250) ** 2 / 6250).sum() < 45  # chi-square with 15 degrees of freedom
+
+
+@pytest.mark.parametrize("share", [2.0**-16, 0.25, 0.3, 1.0])
+def test_elements_are_chosen_with_their_probability_wherever_the_draw_starts(share):
+    share, size = round(share * 2**16) / 2**16, 200_000
+    keep = chosen(0, "a", 0, size, share)
+    assert abs(keep.mean() - share) <= 5 * math.sqrt(share * (1 - share) / size)
+    assert np.array_equal(chosen(0, "a", 12_345, 700, share), keep[12_345:13_045])
+
+
+def test_tied_elements_are_chosen_evenly_wherever_the_sequence_starts():
+    words = spread(0, "a", 0, 100_000)
+    for step in (1, 7, 4096):  # also where the tied ones lie at regular distances, as in a column
+        part = words[::step]
+        assert abs((part < 0.3 * 2**32).mean() - 0.3) < 3 / len(part)
+    assert np.array_equal(spread(0, "a", 12_345, 700), words[12_345:13_045])
+    assert not np.array_equal(spread(1, "a", 0, 9), words[:9]) and not np.array_equal(spread(0, "b", 0, 9), words[:9])
 
 
 def test_stochastic_rounding_is_unbiased():

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from merge_models import VOCAB, WIDTH, load, raw, save, shapes, trio, weights
 
+from c2f_utils.__main__ import main
 from c2f_utils.errors import C2FError
 from c2f_utils.merge import Recipe, kernels, load_report, merge_state_dicts, plan_merge, run_merge, stream, verify
 from c2f_utils.merge import journal as journals
@@ -764,6 +765,21 @@ def test_verification_finds_one_wrong_unit_in_a_sampled_slice(tmp_path):
         verify(tmp_path / "out", Recipe(**paths), samples=200)
     with pytest.raises(C2FError, match="another recipe"):
         verify(tmp_path / "out", Recipe(**paths, seed=4))
+
+
+def test_the_command_verifies_what_it_merged_and_writes_that_down(tmp_path, capsys):
+    paths = trio(tmp_path)
+    (tmp_path / "recipe.json").write_text(json.dumps(paths))
+    command = ["merge", str(tmp_path / "recipe.json"), "--out", str(tmp_path / "out")]
+    assert main(command) == 0 and load_report(tmp_path / "out").verified is None
+    assert main([*command, "--verify"]) == 0 and "verified: 64 slices" in capsys.readouterr().out
+    found = load_report(tmp_path / "out").verified
+    assert found["slices"] == 64 and 0 < found["worst"] <= 1
+    file = tmp_path / "out/model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[: -16 * VOCAB] + bytes(byte ^ 0x40 for byte in content[-16 * VOCAB :]))
+    assert main([*command, "--verify"]) == 2 and "not what its recipe gives" in capsys.readouterr().err
+    assert load_report(tmp_path / "out").verified is None
 
 
 @pytest.mark.parametrize("operator", OPERATORS, ids=label)

@@ -17,7 +17,7 @@ from c2f_utils.merge.recipe import Coefficient, Recipe, Rule, Weighted, load_rec
 from c2f_utils.merge.report import Report, load_report
 from c2f_utils.merge.residues import anatomy
 from c2f_utils.merge.stream import run_merge
-from c2f_utils.merge.verification import Verified, verify
+from c2f_utils.merge.verification import Verified, verify, verify_and_record
 
 __all__ = [
     "Coefficient",
@@ -39,4 +39,5 @@ __all__ = [
     "register_operator",
     "run_merge",
     "verify",
+    "verify_and_record",
 ]

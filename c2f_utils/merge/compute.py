@@ -18,8 +18,8 @@ from c2f_utils.merge.recipe import Recipe
 from c2f_utils.merge.rounding import measure, round_to
 from c2f_utils.merge.sources import Loaded, Opened, Workspace, as_tensor
 
-_MEASURE_EVERY = 8  # blocks of large tensors that are measured for the report: survival is a mean over millions anyway
-_MEASURE_ALL = 16 * BLOCK  # elements up to which every block is
+_MEASURE_EVERY = 16  # blocks of large tensors that are measured for the report: survival is a mean over millions anyway
+_MEASURE_ALL = 8 * BLOCK  # elements up to which every block is
 
 
 @dataclass(frozen=True)

@@ -18,19 +18,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from c2f_utils.merge import philox
+from c2f_utils.merge import random_bits
 
-BLOCK = (
-    1 << 16
-)  # elements; small enough for the second-level cache, and malloc keeps such buffers instead of returning them
+# Elements. Small enough for the processor's caches, large enough that two workers seldom wait for each other's
+# interpreter time between two operations.
+BLOCK = 1 << 17
 
 Kernel = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
 class Threshold:
-    """Keep |d| > value; of |d| == value keep those whose random 32 bits are below `tie_cut`, so that the density is
-    met.
+    """Keep |d| > value; of |d| == value keep those whose 32-bit word of an evenly spread sequence is below `tie_cut`,
+    so that the density is met.
     """
 
     value: float
@@ -102,23 +102,25 @@ class Piece:
             sum_ = term if sum_ is None else sum_ + term
         return sum_
 
-    def bits(self, purpose: str) -> np.ndarray:
-        """32 random bits per element, decided by seed, tensor, purpose and position only."""
-        return philox.bits(self.seed, f"{self.name}|{purpose}", self.start, self.instruct.numel(), 32)
+    def chosen(self, purpose: str, share: float) -> np.ndarray:
+        """Whether an element is chosen, each with probability `share`, decided by seed, tensor, purpose and position
+        only.
+        """
+        return random_bits.chosen(self.seed, f"{self.name}|{purpose}", self.start, self.instruct.numel(), share)
 
     def uniform(self, purpose: str = "") -> Tensor:
         """One random float32 in [0, 1) per element, for operators of one's own."""
-        return torch.from_numpy((self.bits(purpose) >> 8).astype(np.float32) * np.float32(2.0**-24))
+        bits = random_bits.bits(self.seed, f"{self.name}|{purpose}", self.start, self.instruct.numel(), 32)
+        return torch.from_numpy((bits >> 8).astype(np.float32) * np.float32(2.0**-24))
 
     def trimmed(self, part: Tensor, index: int) -> Tensor:
-        """The part with only its largest magnitudes kept; `index` 0 is d_I, k+1 the residue of coarse model k."""
+        """A new tensor of the part's largest magnitudes; `index` 0 is d_I, k+1 the residue of coarse model k."""
         threshold = self.stats.thresholds[index]
         size = np.abs(part.numpy())
         keep = size > threshold.value
         if threshold.tie_cut:
-            tied = np.flatnonzero(size == threshold.value)
-            words = philox.scattered(self.seed, f"{self.name}|tie:{index}", tied + self.start)
-            keep[tied] = words < threshold.tie_cut
+            words = random_bits.spread(self.seed, f"{self.name}|tie:{index}", self.start, size.size)
+            keep |= (size == threshold.value) & (words < threshold.tie_cut)
         return masked(part, keep)
 
 
@@ -128,11 +130,11 @@ def masked(part: Tensor, keep: np.ndarray) -> Tensor:
 
 
 def residue(piece: Piece, c: float) -> Tensor:
-    return piece.instruct + c * piece.residue
+    return (c * piece.residue).add_(piece.instruct)
 
 
 def lerp(piece: Piece, c: float) -> Tensor:
-    return (1.0 - c) * piece.instruct + c * piece.coarse
+    return ((1.0 - c) * piece.instruct).add_(c * piece.coarse)
 
 
 def slerp(piece: Piece, c: float) -> Tensor:
@@ -140,7 +142,7 @@ def slerp(piece: Piece, c: float) -> Tensor:
     parallel or one is zero.
     """
     a, b = slerp_weights(piece.stats.gram, piece.weights, c)
-    return piece.base + (a * piece.instruct_residue + b * piece.residue)
+    return (a * piece.instruct_residue).add_(b * piece.residue).add_(piece.base)
 
 
 def slerp_weights(gram: tuple[tuple[float, ...], ...], weights: tuple[float, ...], c: float) -> tuple[float, float]:
@@ -163,17 +165,16 @@ def moments(gram: tuple[tuple[float, ...], ...], weights: tuple[float, ...]) -> 
 
 def trim(piece: Piece, c: float, density: float, scope: str) -> Tensor:
     parts = [piece.trimmed(part, k + 1) for k, part in enumerate(piece.residues)]
-    return piece.instruct + c * piece.total(parts)
+    return (c * piece.total(parts)).add_(piece.instruct)
 
 
 def dare(piece: Piece, c: float, density: float, seed: int) -> Tensor:
     """Drop and rescale: each element kept with probability `density` and divided by it, so that the expectation stays
     (Yu et al. 2024).
     """
-    cut = round(density * 2**32)
-    scale = 1.0 / density
-    parts = [masked(part, piece.bits(f"dare:{seed}:{k}") < cut) for k, part in enumerate(piece.residues)]
-    return piece.instruct + c * (scale * piece.total(parts))
+    share = max(1, round(density * 2**16)) / 2**16  # what 16 random bits can decide; divided by alike
+    parts = [masked(part, piece.chosen(f"dare:{seed}:{k}", share)) for k, part in enumerate(piece.residues)]
+    return (c / share * piece.total(parts)).add_(piece.instruct)
 
 
 def ties(piece: Piece, c: float, density: float, scope: str) -> Tensor:
@@ -182,27 +183,27 @@ def ties(piece: Piece, c: float, density: float, scope: str) -> Tensor:
     """
     parts = [piece.trimmed(part, k) for k, part in enumerate((piece.instruct_residue, *piece.residues))]
     weights = (1.0, *(c * weight for weight in piece.weights))
-    votes = [part if weight == 1.0 else part * weight for part, weight in zip(parts, weights, strict=True)]
-    total = votes[0]
+    votes = [part if weight == 1.0 else part.mul_(weight) for part, weight in zip(parts, weights, strict=True)]
+    total = votes[0].clone()
     for vote in votes[1:]:
-        total = total + vote
-    positive = total.numpy() >= 0
-    above, below = None, np.zeros(positive.shape, total.numpy().dtype)
+        total.add_(vote)
+    plus = total.numpy() >= 0  # elected where the votes cancel, too
+    above, below = torch.zeros_like(total), torch.zeros_like(total)
     for vote, weight in zip(votes, weights, strict=True):
         values = vote.numpy()
-        agrees = (positive & (values > 0)) | (~positive & (values < 0))
-        agreed = values * agrees
-        above = agreed if above is None else above + agreed
-        below += agrees * below.dtype.type(weight)
-    below += below == 0
-    return piece.base + torch.from_numpy(above / below)
+        agrees = ((values > 0) == plus) & (values != 0)
+        values *= agrees
+        above.add_(vote)
+        below.add_(torch.from_numpy(agrees * values.dtype.type(weight)))
+    below.add_(torch.eq(below, 0.0, out=total))  # where nothing agrees the mean is 0
+    return above.div_(below).add_(piece.base)
 
 
 def orthogonal(piece: Piece, c: float) -> Tensor:
     """Add only what is new: r without its projection on d_I, over the whole tensor."""
     aa, _, ab = moments(piece.stats.gram, piece.weights)
     share = ab / aa if aa > 0 else 0.0
-    return piece.instruct + c * (piece.residue - share * piece.instruct_residue)
+    return (-share * piece.instruct_residue).add_(piece.residue).mul_(c).add_(piece.instruct)
 
 
 def tsv(piece: Piece, c: float, rank: float) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from c2f_utils.errors import problems
-from c2f_utils.merge import names, philox, ranges, statistics
+from c2f_utils.merge import names, random_bits, ranges, statistics
 from c2f_utils.merge.compute import apply, make_piece, recipe_weights
 from c2f_utils.merge.kernels import BLOCK, Statistics
 from c2f_utils.merge.operators import Operator, resolve
@@ -187,7 +187,7 @@ def random_residue(base: StateDict, coarse: StateDict, seed: int = 0) -> dict[st
             continue
         start = base[name].detach().float().reshape(-1)
         norm = math.sqrt(_square(tensor.detach().float().reshape(-1) - start))
-        noise = torch.from_numpy(philox.normal(seed, f"{name}|random_residue", start.numel()))
+        noise = torch.from_numpy(random_bits.normal(seed, f"{name}|random_residue", start.numel()))
         scale = norm / math.sqrt(_square(noise))
         made[name] = (start + scale * noise).to(tensor.dtype).view(tensor.shape)
     return {name: made[owner[name]] for name in coarse}

@@ -31,7 +31,8 @@ _REMEDY = (
 class Report:
     """Result of a merge. `rows` per tensor, `survival` per family (None: no change wanted), `warnings` to be read.
 
-    `seconds`, `bytes_read` and `bytes_written` describe this run only and are not stored.
+    `verified` holds what `verify_and_record` found, if it was called. `seconds`, `bytes_read` and `bytes_written`
+    describe this run only and are not stored.
     """
 
     out_dir: Path
@@ -46,6 +47,7 @@ class Report:
     inputs: dict[str, str]
     versions: dict[str, str]
     statistics: dict[str, dict]
+    verified: dict[str, float] | None = None
     seconds: float = field(default=0.0, compare=False)
     bytes_read: int = field(default=0, compare=False)
     bytes_written: int = field(default=0, compare=False)

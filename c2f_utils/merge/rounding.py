@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from c2f_utils.merge import philox
+from c2f_utils.merge import random_bits
 
 TORCH = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -21,43 +21,43 @@ TORCH = {
     "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
 }  # fmt: skip
 _ROW = 4096  # elements summed in float32 before float64 takes over; fixed: sums must not depend on chunks or threads
-_SATURATING = 3.38e38  # below it, no rounding up can leave bfloat16's range
 
 
 def round_to(merged: Tensor, dtype: str, stochastic: bool, seed: int, name: str, start: int) -> Tensor:
     """Round a flat float32 piece to the safetensors dtype; stochastic only towards BF16."""
     if not stochastic or dtype != "BF16":
         return merged.to(TORCH[dtype])
-    return stochastic_bfloat16(merged, philox.bits(seed, f"{name}|round", start, merged.numel(), 16))
+    return stochastic_bfloat16(merged, random_bits.bits(seed, f"{name}|round", start, merged.numel(), 16))
 
 
+@np.errstate(over="ignore", invalid="ignore")  # an overflow is looked for, not an accident
 def stochastic_bfloat16(values: Tensor, bits: np.ndarray) -> Tensor:
     """Round float32 to bfloat16 up with the probability that makes the expectation exact.
 
     Adding 16 random bits below the kept ones and cutting carries with just that probability, across exponents too.
     Finite values never become infinite (they saturate); infinities and NaN pass untouched.
     """
-    raw = values.contiguous().view(torch.int32).numpy()
-    moved = raw + bits.astype(np.int32)  # sign and magnitude: adding to the pattern moves away from zero on both sides
-    least, most = (float(bound) for bound in torch.aminmax(values)) if values.numel() else (0.0, 0.0)
-    if not (least > -_SATURATING and most < _SATURATING):
+    flat = values.contiguous().numpy()
+    raw = flat.view(np.int32)
+    if math.isfinite(np.dot(flat, flat)):  # squares overflow long before rounding up could leave bfloat16's range
+        moved = bits.astype(np.int32)
+        moved += raw  # sign and magnitude: adding to the pattern moves away from zero on both sides
+    else:
         magnitude, sign = raw & 0x7FFFFFFF, raw & np.int32(-(2**31))
         kept = np.minimum(magnitude + bits.astype(np.int32), 0x7F7FFFFF)
         kept = np.where(magnitude >= 0x7F800000, magnitude | (magnitude > 0x7F800000).astype(np.int32) << 22, kept)
         moved = kept.astype(np.int32) | sign
-    return torch.from_numpy((moved >> 16).astype(np.int16)).view(torch.bfloat16)
+    moved >>= 16
+    return torch.from_numpy(moved.astype(np.int16)).view(torch.bfloat16)
 
 
+@np.errstate(over="ignore", invalid="ignore")  # callers look for infinity
 def inner(left: Tensor, right: Tensor) -> float:
     """<left, right> of flat float32 pieces: rows of 4096 in float32, then float64."""
-    product = left * right
-    whole = product.numel() // _ROW * _ROW
-    total = 0.0
-    if whole:
-        total = float(product[:whole].view(-1, _ROW).sum(-1).double().sum())
-    if whole < product.numel():
-        total += float(product[whole:].sum())
-    return total
+    left, right = left.numpy(), right.numpy()
+    whole = left.size // _ROW * _ROW
+    rows = np.vecdot(left[:whole].reshape(-1, _ROW), right[:whole].reshape(-1, _ROW))
+    return float(rows.sum(dtype=np.float64)) + float(np.vecdot(left[whole:], right[whole:]))
 
 
 @dataclass(frozen=True)
@@ -103,15 +103,20 @@ def measure(
     """Tally one piece as a row; `deltas` are d_I and r when the operator reads the base."""
     wanted = merged - instruct
     squares = inner(wanted, wanted)
-    changed = float(np.count_nonzero(wanted.numpy()))
+    changed = _nonzero(wanted)
     kept, error, stored_changed = squares, 0.0, changed
     if stored.dtype != torch.float32:
         back = stored.float()
         change = back - instruct
         lost = back - merged
-        kept, error, stored_changed = inner(change, wanted), inner(lost, lost), float(np.count_nonzero(change.numpy()))
+        kept, error, stored_changed = inner(change, wanted), inner(lost, lost), _nonzero(change)
     sums = (0.0, 0.0, 0.0)
     if deltas is not None:
         d_instruct, r = deltas
         sums = (inner(d_instruct, d_instruct), inner(r, r), inner(d_instruct, r))
     return (float(merged.numel()), squares, kept, error, changed, stored_changed, *sums)
+
+
+def _nonzero(values: Tensor) -> float:
+    """Count what is not zero; counting a comparison's result is far quicker than counting floats."""
+    return float(np.count_nonzero(values.numpy() != 0))

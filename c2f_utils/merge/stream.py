@@ -43,6 +43,7 @@ from c2f_utils.merge.sources import Files, Opened, Workspace
 from c2f_utils.merge.workers import Workers
 
 SPAN = 1 << 24  # elements per journal line; fixed, because a resumed merge may use another chunk size
+_FLUSH_EVERY = 1 << 28  # bytes written between two flushes
 
 
 def run_merge(

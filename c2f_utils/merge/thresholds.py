@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from c2f_utils.errors import C2FError
-from c2f_utils.merge import philox
+from c2f_utils.merge import random_bits
 from c2f_utils.merge.kernels import Threshold
 from c2f_utils.merge.ranges import Target, blocks, chunks
 from c2f_utils.merge.sources import Loaded, Workspace
@@ -21,7 +21,7 @@ from c2f_utils.merge.workers import Workers
 COLLECT = 3 << 20  # float32 values held at most per threshold (12 MB)
 KEEP_ALL, KEEP_NONE = Threshold(-1.0, 0, 1.0), Threshold(math.inf, 0, 0.0)
 _RUN = 1024  # elements of a sampled run; runs are spread evenly, 64 to 1024 of them by size
-_MARGIN = 10.0  # standard errors of a sample quantile; more than chance needs, as the elements of a run are alike
+_MARGIN = 5.0  # standard errors of a sample quantile; more than chance needs, as the elements of a run are alike
 
 
 def thresholds(
@@ -73,7 +73,7 @@ class _Search:
         self.stride, self.values = 1, []
 
     def take(self, above: int, inside: int, values: np.ndarray) -> None:
-        """Count, and hold the values inside the bracket, thinned when they are too many."""
+        """Count, and hold the values inside the bracket that differ from the pivot, thinned when they are too many."""
         self.above += above
         self.inside += inside
         self.values.append(values[:: self.stride])
@@ -87,10 +87,11 @@ class _Search:
             self.value, self.greater, self.tied = self.pivot, more, equal
         elif self.above < self.wanted <= self.above + self.inside and self.stride == 1:
             found = np.concatenate(self.values)
-            rank = found.size - (self.wanted - self.above)
+            larger = self.above + (equal if self.wanted > more else 0)  # the pivot's equals are not among the values
+            rank = found.size - (self.wanted - larger)
             found.partition(rank)
             self.value = float(found[rank])
-            self.greater = self.above + int(np.count_nonzero(found > self.value))
+            self.greater = larger + int(np.count_nonzero(found > self.value))
             self.tied = int(np.count_nonzero(found == self.value))
         elif self.above >= self.wanted:  # the sample misled: look above the bracket
             self._narrow(_after(self.high), math.inf, 0.5)
@@ -146,7 +147,7 @@ def _sizes(target: Target, loaded: Loaded, role: str, low: int, high: int) -> np
 
 def _sample(targets: list[Target], total: int, roles: list[str]) -> dict[str, np.ndarray]:
     workspace, first = Workspace(), 0
-    runs = min(1024, max(64, total >> 16))
+    runs = min(1024, max(64, total >> 18))
     step = (total - _RUN) / (runs - 1)
     positions = [int(number * step) for number in range(runs)]
     drawn: dict[str, list[np.ndarray]] = {role: [] for role in roles}
@@ -172,26 +173,23 @@ class _Found:
     values: list[np.ndarray] = field(default_factory=lambda: [np.empty(0, np.float32)])
 
     def add(self, size: np.ndarray, search: _Search) -> None:
-        """Count one block. Selecting costs most, so it is left out where counting or copying does."""
-        if search.low <= 0 and search.high == math.inf:  # no bracket yet, as for all small tensors
-            self.hold(size, search.pivot)
-        elif search.low == search.high:  # many elements share one magnitude, as 16-bit residues do
-            above, equal = np.count_nonzero(size > search.high), np.count_nonzero(size == search.low)
-            self.above += above
-            self.more += above
-            self.inside += equal
-            self.equal += equal
-        else:
-            over = size > search.high
-            above = np.count_nonzero(over)
-            self.above += above
-            self.more += above
-            self.hold(size[(size >= search.low) & ~over], search.pivot)
-
-    def hold(self, values: np.ndarray, pivot: float) -> None:
-        self.inside += values.size
-        self.more += np.count_nonzero(values > pivot)
-        self.equal += np.count_nonzero(values == pivot)
+        """Count one block and hold what lies in the bracket; selecting costs most, so the pivot's equals, which may be
+        many as 16-bit residues share magnitudes, are only counted.
+        """
+        if math.isnan(search.pivot):  # no sample: all is held, as of small tensors
+            self.inside += size.size
+            self.values.append(size)
+            return
+        over, tied = size > search.high, size == search.pivot
+        above, equal = np.count_nonzero(over), np.count_nonzero(tied)
+        values = np.empty(0, np.float32)
+        if search.low < search.high:
+            # positions first: selecting few by a mask directly takes longer
+            values = size[np.flatnonzero((size >= search.low) & ~(over | tied))]
+        self.above += above
+        self.inside += values.size + equal
+        self.more += above + np.count_nonzero(values > search.pivot)
+        self.equal += equal
         self.values.append(values)
 
 
@@ -243,6 +241,6 @@ def _settle(search: _Search, targets: list[Target], total: int, role: str, purpo
         for low, high in blocks(0, target.count):
             loaded = target.reader.load(low, high, workspace, _models([role]))
             tied = np.flatnonzero(np.abs(loaded.read(role, low, high).numpy()) == value)
-            words.append(philox.scattered(seed, f"{target.name}|{purpose}", tied + low))
+            words.append(random_bits.spread(seed, f"{target.name}|{purpose}", low, high - low)[tied])
     cut = int(np.sort(np.concatenate(words))[need])
     return Threshold(value, cut, search.wanted / total)

@@ -2,7 +2,7 @@
 wrote them.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +10,13 @@ import torch
 from safetensors import safe_open
 
 from c2f_utils.errors import C2FError, problems
+from c2f_utils.files import write_json
 from c2f_utils.merge.compute import apply, make_piece
 from c2f_utils.merge.headers import ITEM_BYTES, TensorInfo, read_header
 from c2f_utils.merge.kernels import Piece
 from c2f_utils.merge.plan import Placement, Plan, plan_merge
 from c2f_utils.merge.recipe import Recipe
-from c2f_utils.merge.report import Report, load_report
+from c2f_utils.merge.report import REPORT, Report, load_report
 from c2f_utils.merge.rounding import TORCH
 from c2f_utils.merge.sources import Source
 
@@ -77,6 +78,18 @@ def verify(out_dir: Path | str, recipe: Recipe, samples: int = 64, seed: int = 0
     if bad:
         raise problems(f"{out_dir} is not what its recipe gives; merge again:", bad)
     return Verified(len(chosen), elements, worst)
+
+
+def verify_and_record(out_dir: Path | str, recipe: Recipe, samples: int = 64, seed: int = 0) -> Verified:
+    """As `verify`, and write the outcome into merge_report.json as `verified`; a failed one leaves null there."""
+    report, file = load_report(out_dir), Path(out_dir) / REPORT
+    if report.verified is not None:  # of an earlier time
+        report.verified = None
+        write_json(file, report.to_dict())
+    found = verify(out_dir, recipe, samples, seed)
+    report.verified = {**asdict(found), "seed": seed}
+    write_json(file, report.to_dict())
+    return found
 
 
 def _check_layout(out_dir: Path, plan: Plan) -> list[str]:

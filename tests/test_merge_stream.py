@@ -337,6 +337,24 @@ def test_a_full_disk_keeps_what_is_done_and_says_how_to_go_on(tmp_path, monkeypa
     assert everything(tmp_path / "out") == everything(tmp_path / "wanted")
 
 
+def test_a_page_lost_while_flushing_on_the_way_is_not_forgotten_at_the_end(tmp_path, monkeypatch, small_blocks):
+    paths, out = trio(tmp_path), tmp_path / "out"
+    expected = merge(paths, tmp_path / "expected")
+    flushed = []
+
+    def lost(handle: int) -> None:
+        flushed.append(handle)
+        if len(flushed) == 1:
+            raise OSError(errno.EIO, "input/output error")
+
+    monkeypatch.setattr(stream, "_FLUSH_EVERY", 64)
+    monkeypatch.setattr(os, "fdatasync", lost)
+    with pytest.raises(C2FError, match="nput/output error"):
+        merge(paths, out)
+    assert len(flushed) > 1 and not out.exists()
+    assert merge(paths, out).fingerprint == expected.fingerprint
+
+
 def test_too_little_room_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     paths = trio(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: os.statvfs_result and type("U", (), {"free": 10})())

@@ -15,6 +15,7 @@ import time
 import zlib
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -152,7 +153,8 @@ class _Merge:
                     self.outputs[file.name] = os.open(self.partial / file.name, os.O_RDWR)
                 self._recheck(workers)
                 self._check_equal(inputs, workers)
-                self._merge_all(inputs, workers)
+                with Flusher() as flusher:
+                    self._merge_all(inputs, workers, flusher)
                 for handle in self.outputs.values():
                     os.fsync(handle)
             finally:
@@ -227,7 +229,7 @@ class _Merge:
                     f"{same.remedy}"
                 )
 
-    def _merge_all(self, inputs: Files, workers: Workers) -> None:
+    def _merge_all(self, inputs: Files, workers: Workers, flusher: "Flusher") -> None:
         operator, options = self.plan.operator, self.plan.options
         opened = {placement.name: Opened(placement.sources, inputs) for placement in self.plan.placements}
         targets = {p.name: ranges.Target(p.name, opened[p.name], p.merged) for p in self.plan.placements if p.merged}
@@ -242,6 +244,9 @@ class _Merge:
         rows, checks = [], []
         for done in workers.map(chunk, self._tasks(opened, targets, workers, waiting)):
             task = waiting.popleft()
+            flusher.wrote(
+                self.outputs[task.placement.file], (task.stop - task.start) * ITEM_BYTES[task.placement.dtype]
+            )
             rows += done.rows
             checks += done.checks
             span_end = min(task.segment.stop, (task.start // SPAN + 1) * SPAN)
@@ -305,6 +310,35 @@ class _Merge:
         _sync(self.out_dir.parent)
         self.journal.remove()
         return report
+
+
+class Flusher:
+    """Sends what was written to the disk while the merge goes on, on a thread of its own.
+
+    Left to the end, the final flush takes a third to a half of what a plain copy takes. What a flush reports is raised
+    on leaving: a later one would not report the same lost page again.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "flush")
+        self._running: list[Future] = []
+        self._waiting = 0
+
+    def wrote(self, handle: int, size: int) -> None:
+        """Count `size` bytes of an open file; starts a flush for every `_FLUSH_EVERY` of them."""
+        self._waiting += size
+        if self._waiting >= _FLUSH_EVERY:
+            self._running.append(self._thread.submit(os.fdatasync, handle))
+            self._waiting = 0
+
+    def __enter__(self) -> "Flusher":
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        self._thread.shutdown(wait=True)
+        if kind is None:
+            for flush in self._running:
+                flush.result()
 
 
 def _spans(placement: Placement, segment: Segment) -> Iterator[tuple[int, int]]:

@@ -21,6 +21,7 @@ from c2f_utils.config import Law, load_settings  # noqa: E402
 from c2f_utils.files import read_json, write_json  # noqa: E402
 from c2f_utils.runs import Run  # noqa: E402
 from c2f_utils.stage import Stage, run_folder  # noqa: E402
+from c2f_utils.workflow import law_runs  # noqa: E402
 from c2f_utils.workflow.inputs import Inputs  # noqa: E402
 
 HACKED_BUDGET = 200_000  # rollout tokens; enough for the logistic law to reach its maximum
@@ -76,7 +77,7 @@ def study(options: argparse.Namespace) -> None:
             models = models or inputs(seed)
             start = starts.get(condition)
             law = limits.make_law(settings)
-            found = law_study.run_one(models, law_study.ALL[condition], law, budget, start=start)
+            found = law_runs.run_one(models, law_study.ALL[condition], law, budget, start=start)
             starts[condition] = {key: values[0] for key, values in found["curve"].items()}
             write_json(file, {"condition": condition, "law": name, "seed": seed, "budget": budget} | found)
             print(

@@ -19,6 +19,7 @@ from c2f_utils.config import Law, load_settings  # noqa: E402
 from c2f_utils.files import read_json, write_json  # noqa: E402
 from c2f_utils.runs import Run  # noqa: E402
 from c2f_utils.stage import Stage, run_folder  # noqa: E402
+from c2f_utils.workflow import law_runs  # noqa: E402
 from c2f_utils.workflow.inputs import Inputs  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
@@ -59,7 +60,7 @@ def main() -> None:
     for run_id in options.runs:
         models, rows = inputs(run_id), {}
         for name, law in LAWS.items():
-            rows[name] = law_study.run_one(models, CONDITION, limits.make_law(law), FULL, every=2)
+            rows[name] = law_runs.run_one(models, CONDITION, limits.make_law(law), FULL, every=2)
         gained = rows["fixed_long"]["curve"]["utility"]
         target = gained[0] + SHARE * ((gained[-1] + gained[-2]) / 2 - gained[0])  # the last two: one is noisy
         tokens, reached = law_study.cost_to(rows["fixed_long"], target, "tokens", FULL)

@@ -71,8 +71,8 @@ def limit_paths(study: dict, laws: tuple[str, ...], conditions: tuple[str, ...] 
                 last = np.mean([run["limits"][-1] for run in found[law].values()])
                 ends.append((0, last, law, colour))
         condition = law_study.ALL[name]
-        if condition.known:
-            ax.axhline(law_study.FirstAnswer.length(condition.operations[0]), color=INK, linestyle=":", linewidth=0.8)
+        if condition.right_length:
+            ax.axhline(condition.right_length, color=INK, linestyle=":", linewidth=0.8)
         longest = max((len(run["limits"]) for law in laws for run in found.get(law, {}).values()), default=20)
         ax.set(title=name, ylim=(0, None), xlim=(0, longest))
         end_labels(ax, ends, 6)

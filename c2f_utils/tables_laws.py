@@ -150,7 +150,7 @@ def ends_table(study: dict, laws: Sequence[str] = ()) -> pd.DataFrame:
                 continue
             last = [run["limits"][-1] for run in by_seed.values()]
             condition = law_study.ALL[name]
-            right = law_study.FirstAnswer.length(condition.operations[0]) if condition.known else None
+            right = condition.right_length
             off = max(abs(value / right - 1) for value in last) if right else None
             rows.append({
                 "condition": name, "law": law, "seeds": len(last), "shortest end": min(last), "longest end": max(last),

@@ -9,6 +9,7 @@ from tiny_models import TOKENIZER, PrefixReward, causal
 from c2f_utils import law_study, limits, tasks
 from c2f_utils.config import Law, load_settings
 from c2f_utils.rollout import Sample, make_prompts
+from c2f_utils.workflow import law_runs
 from c2f_utils.workflow.inputs import Inputs
 
 
@@ -107,7 +108,7 @@ def test_a_paid_reward_pays_every_prefix_for_its_own_length():
         def prefix_scores(self, samples):
             return [torch.full((len(s),), 2.0) for s in samples]
 
-    paid = law_study.Paid(Flat(), bonus=0.5, quality=0.0)
+    paid = law_runs.Paid(Flat(), bonus=0.5, quality=0.0)
     assert paid([[1, 2, 3], [4]]).tolist() == [1.5, 0.5]
     assert paid.prefix_scores([[1, 2, 3]])[0].tolist() == [0.5, 1.0, 1.5]
 
@@ -123,9 +124,9 @@ def test_the_reward_up_to_the_first_result_rises_with_it_and_not_after():
     answers = [
         Sample(make_prompts([problem])[0], tasks.encode((worked + more).split()), "limit", 99) for more in ("", after)
     ]
-    reward = law_study.FirstAnswer()
+    reward = law_runs.FirstAnswer()
     short, long = reward.prefix_scores(answers)
-    right = law_study.FirstAnswer.length(len(problem.operations))
+    right = law_study.Condition(288, (2, 2), known=True).right_length
     assert right == len(worked.split()) == len(short)
     assert long[right - 1] == short[-1] == long[-1] and long[right - 2] < long[right - 1]
     assert reward(answers).tolist() == [tasks.check(problem, answers[0].ids).utility] * 2
@@ -146,14 +147,14 @@ def test_a_toy_run_spends_its_budget_and_measures_on_the_way(monkeypatch):
         def base(self):
             return causal()
 
-    monkeypatch.setattr(law_study, "EVALUATED", 4)
-    monkeypatch.setattr(law_study, "TRAIN_PROMPTS", 16)
+    monkeypatch.setattr(law_runs, "EVALUATED", 4)
+    monkeypatch.setattr(law_runs, "TRAIN_PROMPTS", 16)
     law = limits.make_law(Law(name="useful", start=8, maximum=32))
-    found = law_study.run_one(Toy(), law_study.Condition(32), law, budget=400, every=2)
+    found = law_runs.run_one(Toy(), law_study.Condition(32), law, budget=400, every=2)
     tokens = found["curve"]["tokens"]
     assert tokens[0] == 0 and tokens[-1] >= 400 > tokens[-2] and len(tokens) == len(found["curve"]["utility"])
     assert found["limits"][0] == 8 and found["limits"][-1] == law.limit
-    again = law_study.run_one(
+    again = law_runs.run_one(
         Toy(), law_study.Condition(32), limits.make_law(Law(name="useful", start=8, maximum=32)), budget=400, every=2
     )
     assert again["limits"] == found["limits"] and again["curve"]["utility"] == found["curve"]["utility"]

@@ -36,7 +36,7 @@ def test_the_worst_regret_of_each_law_is_found_with_its_condition():
 
 def test_ends_say_how_far_the_last_limit_is_from_the_right_one():
     frame = tables_laws.ends_table(study()).set_index(["condition", "law"])
-    right = law_study.FirstAnswer.length(law_study.ALL[KNOWN].operations[0])
+    right = law_study.ALL[KNOWN].right_length
     assert frame.loc[(KNOWN, "useful"), "furthest off"] == pytest.approx(60 / right - 1)
     assert frame.loc[(HACKED, "logistic"), "shortest end"] == 280
 

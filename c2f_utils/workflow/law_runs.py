@@ -1,0 +1,127 @@
+"""One run of the study of laws (`law_study.py`): a condition, a law, a budget of tokens, a curve of utility."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import process_time
+
+import torch
+from torch import Tensor
+
+from c2f_utils import evaluate, limits, tasks
+from c2f_utils.law_study import BUDGET, EVALUATED, EVALUATION_LIMIT, MARKS, UTILITY_PRICE, Condition
+from c2f_utils.rewards import RewardModel
+from c2f_utils.rollout import Sample, make_prompts
+from c2f_utils.workflow import coarse
+from c2f_utils.workflow.inputs import TRAIN_PROMPTS, Inputs
+
+
+@dataclass
+class Paid:
+    """A reward model with a bonus per answer token; asked for prefixes it pays the bonus for each prefix' length."""
+
+    model: RewardModel
+    bonus: float
+    quality: float = 1.0
+
+    def prefix_scores(self, samples: Sequence[Sample]) -> list[Tensor]:
+        """Per sample the reward after each answer token, [len(ids)]."""
+        scores = self.model.prefix_scores(samples)
+        return [self.quality * row + self.bonus * torch.arange(1, len(row) + 1) for row in scores]
+
+    def __call__(self, samples: Sequence[Sample]) -> Tensor:
+        return torch.stack([row[-1] for row in self.prefix_scores(samples)])
+
+
+@dataclass
+class FirstAnswer:
+    """The checker's utility of an answer up to the first result that it states; nothing said later counts.
+
+    Rewards are (utility - mean) / std, asked at every full stop and held in between.
+    """
+
+    mean: float = 0.0
+    std: float = 1.0
+
+    def prefix_scores(self, samples: Sequence[Sample]) -> list[Tensor]:
+        """Per sample the reward after each answer token, [len(ids)]."""
+        found = []
+        for sample in samples:
+            problem, ids, row = sample.prompt.problem, sample.ids, torch.empty(sample.tokens)
+            value, since = tasks.check(problem, ()).utility, 0
+            for place, token in enumerate(ids):
+                if token != tasks.IDS["."]:
+                    continue
+                row[since:place] = value
+                verdict, since = tasks.check(problem, ids[: place + 1]), place
+                value = verdict.utility - 0.4 * bool(verdict.checks)
+                if verdict.first_answer is not None:
+                    break
+            row[since:] = value
+            found.append((row - self.mean) / self.std)
+        return found
+
+    def __call__(self, samples: Sequence[Sample]) -> Tensor:
+        return torch.stack([row[-1] for row in self.prefix_scores(samples)])
+
+    def normalised_on(self, samples: Sequence[Sample]) -> "FirstAnswer":
+        """The same reward with mean 0 and deviation 1 on these samples."""
+        raw = FirstAnswer()(samples)
+        return FirstAnswer(float(raw.mean()), float(raw.std()))
+
+
+def run_one(
+    inputs: Inputs,
+    condition: Condition,
+    law: limits.Law,
+    budget: int = BUDGET,
+    *,
+    start: dict | None = None,
+    every: int = 0,
+    observe=None,
+) -> dict:
+    """Train under one law until `budget` rollout tokens are spent; keep the curve of utility on validation problems.
+
+    Evaluations are made after the iteration that passes a mark, or after every `every` iterations, at a fixed limit
+    and T = 1, and cost no budget. `start` is the first point of another law's curve in the same condition and seed,
+    which need not be measured again.
+    `observe(trainer, experience, row)` sees every iteration. Seconds are processor seconds of the five verbs alone.
+    """
+    settings = inputs.settings
+    seed = settings.seed
+    limit = min(EVALUATION_LIMIT, condition.maximum)
+    problems = make_prompts(tasks.problems("validation", EVALUATED, seed, condition.operations))
+    reward = inputs.reward
+    if condition.length_bonus or condition.quality != 1.0:
+        reward = Paid(inputs.reward, condition.length_bonus, condition.quality)
+    if condition.known:
+        reward = FirstAnswer().normalised_on(inputs.answers(inputs.base(), problems, limit=limit))
+    config = settings.coarse.model_copy(update={"token_price": condition.token_price, "iterations": 10**6})
+    prompts = make_prompts(tasks.problems("train", TRAIN_PROMPTS, seed, condition.operations))
+    trainer = coarse.trainer(inputs, law, None, reward=reward, config=config, prompts=prompts, evaluated=False)
+
+    def measured() -> dict:
+        found = evaluate.measure(inputs.answers(trainer.policy.actor, problems, limit=limit))
+        price = UTILITY_PRICE if condition.token_price else 0.0
+        return {
+            "tokens": trainer.rollout_tokens,
+            "seconds": round(seconds, 2),
+            "utility": round(found["utility"] - price * found["mean_tokens"], 4),
+            **{key: round(found[key], 3) for key in ("accuracy_first", "eos_rate", "rep4")},
+        }
+
+    seconds, marks = 0.0, [mark for mark in MARKS if mark < budget] + [budget]
+    points, path = [start or measured()], []
+    while trainer.rollout_tokens < budget:
+        began = process_time()
+        experience = trainer.credit(trainer.judge(trainer.collect()))
+        row = trainer.advance(experience, trainer.improve(experience), 0.0)
+        seconds += process_time() - began
+        path.append(row["limit"])
+        if observe is not None:
+            observe(trainer, experience, row)
+        last = trainer.rollout_tokens >= budget
+        if last or (len(path) % every == 0 if every else trainer.rollout_tokens >= marks[0]):
+            marks = [mark for mark in marks if mark > trainer.rollout_tokens]
+            points.append(measured())
+    curve = {key: [point[key] for point in points] for key in points[0]}
+    return {"curve": curve, "limits": [*path, law.limit], "reason": law.reason}

@@ -3,7 +3,10 @@
     python benchmarks/laws.py run --seeds 101 102 --share 1/2     # one lane; start `--share 2/2` beside it
     python benchmarks/laws.py gather                              # benchmarks/results/laws.json from all finished runs
 
-A seed covers base, reward model and reinforcement learning; missing bases are trained first (`c2f run 00 01 02`).
+A seed covers base, reward model and reinforcement learning; missing bases are trained first (`c2f run 00 01 02`; with
+several lanes, make them before). In the conditions of the regret study run the clocks of the grid, `grow 12 %` and
+`useful`; the other clocks that do not know the maximum run where cost to a target counts, `tail` and `logistic` where
+rewards are hacked or the right length is known.
 Every finished run is one file under outputs/laws-<seed>/study/, so a stopped study continues where it was. One run
 takes about 15 seconds of one core, a seed with all conditions, clocks and laws about half an hour; use one thread per
 lane. Conditions, clocks and measures: `c2f_utils/law_study.py`.
@@ -97,7 +100,7 @@ def gather(options: argparse.Namespace) -> None:
         for file in sorted((run_folder(run_id(seed)) / "study").glob("*.json")):
             row = read_json(file)
             by_law = runs.setdefault(row["condition"], {}).setdefault(row["law"], {})
-            by_law[str(seed)] = {key: row[key] for key in ("curve", "limits")}
+            by_law[str(seed)] = {key: row[key] for key in ("budget", "curve", "limits")}
     order = [name for name in law_study.ALL if name in runs]
     content = {
         "what": "utility on 256 validation problems over rollout tokens, by condition, law and seed",

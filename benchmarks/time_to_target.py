@@ -1,11 +1,13 @@
-"""How much less time does coarse RLHF under a law need than TRL's PPO at full length, to the same utility?
+"""Seconds of coarse RLHF under a law to a utility, beside what TRL's PPO would take for as many iterations at full
+length as our fixed-long needs.
 
-    python benchmarks/time_to_target.py laws-51 laws-52 laws-53 --threads 1
+    python benchmarks/time_to_target.py laws-51 laws-52 laws-53
 
 Takes finished bases and reward models (`c2f run 00 01 02`), trains fixed-long and the laws on each with evaluations
-after every second iteration, and compares processor seconds to 95 % of what fixed-long gains with TRL 1.10's seconds
-per iteration (benchmarks/results/coarse_speed.json, same threads) times the iterations that our fixed-long needs.
-Run it on an idle machine. Writes benchmarks/results/time_to_target.json.
+after every second iteration, and compares processor seconds (one thread) to 95 % of what fixed-long gains with TRL
+1.10's seconds per iteration (benchmarks/results/coarse_speed.json, one thread) times the iterations that our fixed-long
+needs. TRL is not trained to the target: that its iterations teach as much as ours is assumed. A law that misses the
+target counts its whole run, and is counted. Writes benchmarks/results/time_to_target.json.
 """
 
 import argparse
@@ -24,7 +26,7 @@ from c2f_utils.workflow.inputs import Inputs  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 LENGTH, SHARE = 144, 0.95
-FULL = 17 * 64 * LENGTH  # tokens of the tiny profile's fixed-long run
+FULL = 17 * 64 * LENGTH  # tokens, of as many iterations as the tiny profile has if every answer is cut
 CONDITION = law_study.Condition(LENGTH)
 LAWS = {
     "fixed_long": Law(name="fixed", limit=LENGTH),
@@ -46,13 +48,12 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", help="run ids, one per seed")
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS / "time_to_target.json")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    speed = next(r for r in read_json(RESULTS / "coarse_speed.json")["rows"] if r["threads"] == options.threads)
+    torch.set_num_threads(1)  # processor seconds of two threads would be counted twice
+    speed = next(r for r in read_json(RESULTS / "coarse_speed.json")["rows"] if r["threads"] == 1)
     content = {
-        "threads": options.threads,
+        "threads": 1,
         "share": SHARE,
         "trl_seconds_per_iteration": speed["trl"]["median"],
         "runs": {},
@@ -75,7 +76,10 @@ def main() -> None:
     for name in LAWS:
         ratios = [row[name]["times_less"] for row in content["runs"].values()]
         found = stats.log_ratio_interval(ratios, [1.0] * len(ratios))
-        content[name] = {"times_less": found.value, "low": found.low, "high": found.high, "n": found.n}
+        missed = sum(not row[name]["reached"] for row in content["runs"].values())
+        content[name] = {
+            "times_less": found.value, "low": found.low, "high": found.high, "n": found.n, "missed": missed,
+        }  # fmt: skip
         print(name, content[name])
     write_json(options.out, content)
 

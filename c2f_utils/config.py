@@ -231,7 +231,7 @@ class CriticFree(_Section):
     )
     generations: Annotated[int, Field(ge=2)] = Field(4, description="answers per prompt: the group of the baseline")
     iterations: Positive | None = Field(None, description="rounds of rollout and update; null: coarse.iterations")
-    learning_rate: Rate = Field(3e-4, description="tiny: the best of three for both trainers, on a seed of its own")
+    learning_rate: Rate = Field(3e-4, description="tiny: best of three (GRPO: four) tried on a seed of its own")
 
 
 class Schedules(_Section):

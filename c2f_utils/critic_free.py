@@ -16,11 +16,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from c2f_utils.errors import C2FError, problems
-from c2f_utils.experience import tail_return
+from c2f_utils.experience import tail_return, useful_length
 from c2f_utils.files import read_json, write_json
 from c2f_utils.limits import CRITIC_FREE, Law, Signals, refuse_unfed
 from c2f_utils.redundancy import rep_n, repeated_spans
@@ -155,7 +156,7 @@ class LimitCallback(TrainerCallback):
                 f"{type(trainer).__name__} has neither generation_config nor vllm_generation; LimitCallback is for "
                 "TRL's GRPOTrainer and RLOOTrainer as of 1.16"
             )
-        known = {"tail_return": hasattr(self._watched, "prefix_scores")}
+        known = dict.fromkeys(("tail_return", "useful_length"), hasattr(self._watched, "prefix_scores"))
         known["kl_per_token"] = args.beta and args.logging_steps == 1
         refuse_unfed(self.law, [name for name in CRITIC_FREE if known.get(name, True)])
         found = []
@@ -199,9 +200,10 @@ class LimitCallback(TrainerCallback):
             cut = ids[-1] not in ends
             repeats = float(repeated_spans(ids)[int(0.75 * len(ids)) :].mean()) if cut else None
             gain = tail_return([prefixes[index]], limit) if prefixes is not None else None
-            facts.append((reward, len(ids), cut, repeats, gain, rep_n(ids, 4)))
+            curve = prefixes[index].tolist() if prefixes is not None else None
+            facts.append((reward, len(ids), cut, repeats, gain, rep_n(ids, 4), curve))
         # Every process must move its law alike, so all of them see all answers.
-        scores, tokens, cuts, repeats, gains, rep4 = zip(*gather_object(facts), strict=True)
+        scores, tokens, cuts, repeats, gains, rep4, curves = zip(*gather_object(facts), strict=True)
         if max(tokens) > limit:
             raise C2FError(
                 f"an answer has {max(tokens)} tokens under a limit of {limit}: this trainer reads its limit elsewhere "
@@ -216,6 +218,7 @@ class LimitCallback(TrainerCallback):
             reward=sum(known) / len(known),
             truncated_share=sum(cuts) / len(cuts),
             tail_return=_mean(gains) if prefixes is not None else None,
+            useful_length=useful_length([torch.tensor(c) for c in curves], limit) if prefixes is not None else None,
             tail_repetition=_mean(repeats) or 0.0,
             rewards=tuple(known),
         )

@@ -110,11 +110,14 @@ def tail_return(prefix_rewards: Sequence[Tensor], limit: int) -> float:
 def useful_length(prefix_rewards: Sequence[Tensor], limit: int, share: float = 0.95) -> float:
     """Shortest prefix, tokens, whose mean reward has made `share` of the rise to the best prefix up to the limit.
 
-    Finished answers keep their reward; a mean that never rises gives 1.
+    The rise starts at the lowest prefix before the best one: what is lost after it, to a price per token say, is no
+    part of it. Finished answers keep their reward; a mean that never rises gives 1.
     """
     mean = torch.stack([_held(row, limit)[:limit] for row in prefix_rewards]).mean(0)
-    enough = mean.min() + share * (mean.max() - mean.min())
-    return float((mean >= enough).nonzero()[0]) + 1
+    best = int(mean.argmax())
+    lowest = int(mean[: best + 1].argmin())
+    enough = mean[lowest] + share * (mean[best] - mean[lowest])
+    return float(lowest + int((mean[lowest : best + 1] >= enough).nonzero()[0]) + 1)
 
 
 def _held(row: Tensor, limit: int) -> Tensor:

@@ -3,8 +3,8 @@
 Question: a clock that is right for one task is wrong for another; does one law with one set of constants stay near the
 best clock everywhere? Inputs: finished runs (`workflow/law_runs.py` makes them, one per condition, law and seed).
 Outputs: mean utility over the budget, normalised regret, tokens and processor seconds to a target. The conditions
-differ in how long an answer should be; they, the grid of clocks and the measures are our design, nothing here is the
-paper's.
+differ in how long an answer may or should be; they, the grid of clocks and the measures are our design, nothing here
+is the paper's.
 """
 
 import math
@@ -18,11 +18,11 @@ from c2f_utils.config import Law
 
 START = 24  # tokens; where clocks and laws begin
 EVALUATED = 256  # validation problems of one evaluation
-EVALUATION_LIMIT = 144  # tokens, or the condition's maximum if that is less
+EVALUATION_LIMIT = 144  # tokens, or the condition's maximum if that is less; nothing later in an answer is judged
 BUDGET = 60_000  # rollout tokens over which mean utility is taken
 LONG = 110_000  # rollout tokens of runs that are compared by their cost to a target
 MARKS = (7_000, 14_000, 22_000, 33_000, 46_000, BUDGET, 70_000, 80_000, 95_000, LONG)
-UTILITY_PRICE = 0.01  # utility per token where tokens cost; the same price in units of the normalised reward below
+UTILITY_PRICE = 0.01  # utility per token where tokens cost; the reward's 0.006 below is about that in its deviations
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,8 @@ class Condition:
         return 12 + 10 * self.operations[0] if self.known else None
 
 
+# The first three are one task under three maxima: a law that does not read the maximum takes the same path in all of
+# them (until it reaches it), a clock does not. The others change how long an answer should be.
 CONDITIONS = {
     "l_max 96": Condition(96),
     "l_max 288": Condition(288),
@@ -158,7 +160,8 @@ def savings(
 ) -> dict:
     """Cost of `law` over the cheapest of `clocks` to reach `share` of what that clock gains, paired by seed.
 
-    Cheapest by the mean log cost over seeds. The target of a seed is start + share * (best final utility of the clocks'
+    Cheapest by the mean log cost over seeds. A run that never gets there counts its whole budget of tokens, and in
+    seconds the dearest run of its seed. The target of a seed is start + share * (best final utility of the clocks'
     seed means - start). Returns ratio with interval, p of the log ratio, and how many seeds of each never got there.
     """
     seeds = complete_seeds({name: laws[name] for name in (law, *clocks)})
@@ -173,6 +176,9 @@ def savings(
         name: [cost_to(laws[name][s], t, unit, budget) for s, t in zip(seeds, targets, strict=True)]
         for name in (law, *clocks)
     }
+    if unit != "tokens":  # a run that stopped early without arriving must not look cheap
+        ceiling = [max(found[name][i][0] for name in found) for i in range(len(seeds))]
+        found = {n: [(c if ok else top, ok) for (c, ok), top in zip(f, ceiling, strict=True)] for n, f in found.items()}
     cheapest = min(clocks, key=lambda name: np.mean([math.log(cost) for cost, _ in found[name]]))
     ours, theirs = ([cost for cost, _ in found[name]] for name in (law, cheapest))
     ratio = stats.log_ratio_interval(ours, theirs)

@@ -2,8 +2,8 @@
 
 Which law is whose: by a secondary source the paper extends the limit by a logistic function of reward and critic; no
 constants are published. `Logistic` is our form of that description. `Fixed` and `Clock` are controls, `Tail`,
-`Gated` and `Probe` are ours. A law keeps its own state (`state_dict`), so that a resumed run continues with the same
-l(t). Everything that depends on the limit reads the law's `limit`. A law written in a notebook cell needs only
+`Useful`, `Gated` and `Probe` are ours. A law keeps its own state (`state_dict`), so that a resumed run continues with
+the same l(t). Everything that depends on the limit reads the law's `limit`. A law written in a notebook cell needs only
 `limit`, `needs` and `update` (see `Law`).
 """
 
@@ -193,7 +193,8 @@ class Useful(Law):
     a model that has nothing left to say repeats itself. Once the tail return has faded, or the tail repeats itself and
     the useful length ends before the last quarter, the limit follows `room` times the running mean of the useful
     length: up by at most `growth` per iteration, down by at most 5 % and only while the tail repeats itself. Never
-    holds before the tail has paid once, unless it repeats itself.
+    holds before the tail has paid once, unless it repeats itself. The search ends once and for all; repetition is
+    measured on answers that were cut, so padding that never repeats itself is not noticed.
     """
 
     maximum: int
@@ -328,7 +329,9 @@ class Probe(Law):
         return self.limit
 
 
-CRITIC_FREE = ("reward", "truncated_share", "tail_return", "tail_repetition", "kl_per_token", "rewards")
+CRITIC_FREE = (
+    "reward", "truncated_share", "tail_return", "useful_length", "tail_repetition", "kl_per_token", "rewards",
+)  # fmt: skip
 
 
 def refuse_unfed(law: Law, measured: Collection[str] = CRITIC_FREE) -> None:

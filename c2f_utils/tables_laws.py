@@ -21,9 +21,9 @@ REFERENCE = "fixed_long"
 def cost_table(source: object, share: float = 0.95, metric: str = "utility") -> pd.DataFrame:
     """Rollout tokens and seconds of each law until it has made `share` of fixed-long's gain in `metric`.
 
-    Means over the seeds that got there, and the geometric mean of the ratio to fixed-long with its t-interval over
-    seeds. Seconds are wall time of the iterations without evaluations, as this machine was loaded; NaN where the
-    metrics of a law are not at hand (the law of 03, when another run lent it).
+    Means over the seeds that got there; where all did, the geometric mean of the ratio to fixed-long with its
+    t-interval over seeds. Seconds are wall time of the iterations without evaluations, as this machine was loaded; NaN
+    where the metrics of a law are not at hand (the law of 03, when another run lent it).
     """
     results, place = load(source, "04_length_schedules")
     laws = laws_of(results)
@@ -69,10 +69,11 @@ def _at(clock: tuple[np.ndarray, np.ndarray] | None, tokens: float) -> float:
 
 
 def _ratio(frame: pd.DataFrame, law: str, unit: str) -> dict[str, float | None]:
-    """Ratio to fixed-long over the seeds where both got there."""
+    """Ratio to fixed-long, where both got there on every seed."""
     by_seed = frame.pivot(index="seed", columns="law", values=unit)
+    mine = frame[frame["law"] == law]
     both = by_seed[[law, REFERENCE]].dropna() if REFERENCE in by_seed and law != REFERENCE else by_seed.iloc[:0]
-    if both.empty:
+    if len(both) < len(mine):  # a mean over the lucky seeds alone would flatter
         return dict.fromkeys((f"{unit} ratio", f"{unit} low", f"{unit} high"))
     found = stats.log_ratio_interval(both[law].tolist(), both[REFERENCE].tolist())
     return {f"{unit} ratio": found.value, f"{unit} low": found.low, f"{unit} high": found.high}
@@ -113,7 +114,10 @@ def regret_table(study: dict) -> pd.DataFrame:
 
 
 def worst_table(study: dict) -> pd.DataFrame:
-    """Per law: worst normalised regret over all conditions, where, its interval there, and the mean; best law first."""
+    """Per law: worst normalised regret over all conditions, where, its interval there, and the mean; best law first.
+
+    Schedules that ran in some conditions only come last: their worst is a maximum over fewer.
+    """
     frame = regret_table(study)
     rows = []
     for law, mine in frame.groupby("law", sort=False):
@@ -122,7 +126,11 @@ def worst_table(study: dict) -> pd.DataFrame:
             "law": law, "kind": worst["kind"], "conditions": len(mine), "worst regret": worst["regret"],
             "low": worst["low"], "high": worst["high"], "where": worst["condition"], "mean": mine["regret"].mean(),
         })  # fmt: skip
-    return pd.DataFrame(rows).sort_values("worst regret", ignore_index=True) if rows else pd.DataFrame()
+    if not rows:
+        return pd.DataFrame()
+    table = pd.DataFrame(rows)
+    table["_missing"] = frame["condition"].nunique() - table["conditions"]
+    return table.sort_values(["_missing", "worst regret"], ignore_index=True).drop(columns="_missing")
 
 
 def savings_table(study: dict, law: str, share: float = 0.95) -> pd.DataFrame:

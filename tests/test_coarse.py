@@ -241,6 +241,9 @@ def test_useful_length_is_where_the_mean_reward_of_prefixes_has_made_its_rise():
     assert useful_length([step, step[:10]], 20) == 10  # a finished answer keeps its reward
     assert useful_length([torch.arange(100.0)], 100) == pytest.approx(96, abs=1)
     assert useful_length([torch.zeros(5)], 20) == 1
+    assert useful_length([torch.tensor([0, 0.5, 1, 0.5, 0, -5, -10, -20])], 8) == 3  # a fall behind the best is no rise
+    assert useful_length([torch.tensor([0.9, 0.5, -3, -3, 0, 0.5, 0.8, 1])], 8) == 7
+    assert useful_length([-torch.arange(8.0)], 8) == 1
 
 
 def test_laws_see_the_price_that_the_policy_pays():

@@ -351,7 +351,7 @@ def test_a_page_lost_while_flushing_on_the_way_is_not_forgotten_at_the_end(tmp_p
     monkeypatch.setattr(os, "fdatasync", lost)
     with pytest.raises(C2FError, match="nput/output error"):
         merge(paths, out)
-    assert len(flushed) > 1 and not out.exists()
+    assert flushed and not out.exists()
     assert merge(paths, out).fingerprint == expected.fingerprint
 
 

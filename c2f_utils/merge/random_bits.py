@@ -21,7 +21,7 @@ def bits(seed: int, stream: str, start: int, count: int, width: int) -> np.ndarr
     steps = -(-(start + count) // lanes) - first
     # `integers` lets other threads run meanwhile; `random_raw`, the shorter way to the same words, does not.
     words = _generator(seed, stream, first).integers(0, 2**64 - 1, size=steps, dtype=np.uint64, endpoint=True)
-    return words.view(f"u{width // 8}")[start - first * lanes :][:count]
+    return words.astype("<u8", copy=False).view(f"<u{width // 8}")[start - first * lanes :][:count]
 
 
 def chosen(seed: int, stream: str, start: int, count: int, share: float) -> np.ndarray:

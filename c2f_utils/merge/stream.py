@@ -316,7 +316,7 @@ class Flusher:
     """Sends what was written to the disk while the merge goes on, on a thread of its own.
 
     Left to the end, the final flush takes a third to a half of what a plain copy takes. What a flush reports is raised
-    on leaving: a later one would not report the same lost page again.
+    at the next one or on leaving: a later flush would not report the same lost page again.
     """
 
     def __init__(self) -> None:
@@ -328,6 +328,8 @@ class Flusher:
         """Count `size` bytes of an open file; starts a flush for every `_FLUSH_EVERY` of them."""
         self._waiting += size
         if self._waiting >= _FLUSH_EVERY:
+            for flush in [flush for flush in self._running if flush.done()]:
+                flush.result()
             self._running.append(self._thread.submit(os.fdatasync, handle))
             self._waiting = 0
 
@@ -335,7 +337,7 @@ class Flusher:
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        self._thread.shutdown(wait=True)
+        self._thread.shutdown(wait=True, cancel_futures=kind is not None)
         if kind is None:
             for flush in self._running:
                 flush.result()

@@ -130,7 +130,7 @@ class Baseline:
         config, ends = self.config, self.ends
         raw = self.inputs.reward
         if self.entry.reward == "verifiable":  # prefixes cost a check per token: only for laws that read them
-            raw = Verifiable() if "tail_return" in self.law.needs else rewards.verifiable
+            raw = Verifiable() if {"tail_return", "useful_length"} & set(self.law.needs) else rewards.verifiable
         columns = _PrefixColumns if hasattr(raw, "prefix_scores") else _Columns
         watched = self.limit.watch(columns(raw, self.prompts, ends, self.law))
 

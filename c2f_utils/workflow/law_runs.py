@@ -14,6 +14,8 @@ from c2f_utils.rollout import Sample, make_prompts
 from c2f_utils.workflow import coarse
 from c2f_utils.workflow.inputs import TRAIN_PROMPTS, Inputs
 
+CHECK_WORTH = 0.4  # what `Verdict.utility` gives for a check section
+
 
 @dataclass
 class Paid:
@@ -53,7 +55,7 @@ class FirstAnswer:
                     continue
                 row[since:place] = value
                 verdict, since = tasks.check(problem, ids[: place + 1]), place
-                value = verdict.utility - 0.4 * bool(verdict.checks)
+                value = verdict.utility - CHECK_WORTH * bool(verdict.checks)  # checking again is not the task here
                 if verdict.first_answer is not None:
                     break
             row[since:] = value

@@ -85,7 +85,8 @@ def _split_file(folder: Path, subset: str, split: str) -> Path:
     there = sorted(path.name for path in folder.iterdir() if path.is_dir())
     raise C2FError(
         f"data.preferences = {str(folder)!r} has no {Path(subset) / split}.jsonl.gz; its subsets are "
-        f"{', '.join(there) or 'none'}: choose among them with data.preference_subsets, or name a file"
+        f"{', '.join(there) or 'none'}; expected a .jsonl or .jsonl.gz file, or subsets chosen with "
+        "data.preference_subsets"
     )
 
 

@@ -1,7 +1,7 @@
 """Which law for l(t) is robust, frugal and safe? The study of laws over conditions, seeds and clocks.
 
     python benchmarks/laws.py run --seeds 101 102 --share 1/2     # one lane; start `--share 2/2` beside it
-    python benchmarks/laws.py gather                              # benchmarks/results/laws.json from all finished runs
+    python benchmarks/laws.py gather --seeds 101 102              # benchmarks/results/laws.json from what has finished
 
 A seed covers base, reward model and reinforcement learning; missing bases are trained first (`c2f run 00 01 02`; with
 several lanes, make them before). In the conditions of the regret study run the clocks of the grid, `grow 12 %` and
@@ -83,13 +83,8 @@ def study(options: argparse.Namespace) -> None:
             found = law_runs.run_one(models, law_study.ALL[condition], law, budget, start=start)
             starts[condition] = {key: values[0] for key, values in found["curve"].items()}
             write_json(file, {"condition": condition, "law": name, "seed": seed, "budget": budget} | found)
-            print(
-                seed,
-                condition,
-                name,
-                round(law_study.mean_utility(found, min(budget, law_study.BUDGET)), 3),
-                flush=True,
-            )
+            mean = law_study.mean_utility(found, min(budget, law_study.BUDGET))
+            print(seed, condition, name, round(mean, 3), flush=True)
 
 
 def gather(options: argparse.Namespace) -> None:

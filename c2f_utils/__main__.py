@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     from c2f_utils import batch
-    from c2f_utils.config import read_yaml
+    from c2f_utils.files import read_yaml
 
     overrides = read_yaml(options.overrides) if options.overrides else {}
     names = ("profile", "seed", "run_id", "study", "overwrite")

@@ -5,14 +5,13 @@ reported at once, before any work starts. Values are strict: `'1e-6'` is text, n
 not a flag, because papermill hands exactly such strings on when it reads YAML itself.
 """
 
-import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from c2f_utils.errors import C2FError, problems
+from c2f_utils.files import read_yaml
 
 PROFILES = ("smoke", "tiny", "small_gpu", "mistral_7b")
 STAGES = (
@@ -343,32 +342,6 @@ class Settings(_Section):
         sections = {name: getattr(self, name).model_dump(mode="json") for name in _DECIDES[stage]}
         study = {"study": self.study} if stage == "04_length_schedules" else {}
         return {"profile": self.profile, "seed": self.seed, **study, **sections}
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `1e-6` as text; people who write learning rates mean a number."""
-
-
-_Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
-def read_yaml(path: str | Path) -> dict[str, object]:
-    """Read a YAML mapping, with `1e-6` as a number; raises C2FError when the file is missing or no mapping."""
-    try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
-    except OSError as error:
-        raise C2FError(f"overrides file {path}: {error.strerror}; expected a readable YAML file") from None
-    except yaml.YAMLError as error:
-        raise C2FError(f"overrides file {path} is not valid YAML: {error}") from None
-    if not isinstance(content, dict | None):
-        raise C2FError(
-            f"overrides file {path} holds a {type(content).__name__}; expected a mapping such as 'coarse: "
-            f"{{iterations: 5}}'"
-        )
-    return content or {}
 
 
 def load_settings(

@@ -1,10 +1,14 @@
-"""Small files written so that a kill or a full disk never leaves half of one under its final name."""
+"""Small files: written so that a kill or a full disk never leaves half of one under its final name, read with errors
+that say what was expected."""
 
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
+
+import yaml
 
 from c2f_utils.errors import C2FError
 
@@ -79,3 +83,29 @@ def sha256(path: Path) -> str:
         while block := handle.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads `1e-6` as text; people who write learning rates mean a number."""
+
+
+_Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def read_yaml(path: str | Path) -> dict[str, object]:
+    """Read a YAML mapping, with `1e-6` as a number; raises C2FError when the file is missing or no mapping."""
+    try:
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
+    except OSError as error:
+        raise C2FError(f"overrides file {path}: {error.strerror}; expected a readable YAML file") from None
+    except yaml.YAMLError as error:
+        raise C2FError(f"overrides file {path} is not valid YAML: {error}") from None
+    if not isinstance(content, dict | None):
+        raise C2FError(
+            f"overrides file {path} holds a {type(content).__name__}; expected a mapping such as 'coarse: "
+            f"{{iterations: 5}}'"
+        )
+    return content or {}

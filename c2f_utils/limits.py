@@ -272,8 +272,7 @@ class Gated(Law):
 
     def update(self, signals: Signals) -> int:
         signals = self.checked(signals)
-        old = self.repetition
-        self.repetition = signals.tail_repetition if old is None else 0.5 * old + 0.5 * signals.tail_repetition
+        self.repetition = _running(self.repetition, signals.tail_repetition)
         if self.repetition > 0.8:
             factor, why = 1 - self.growth / 2, "tail repeats itself: back"
         elif signals.truncated_share > 0.3 and signals.value_slope > -0.02 and self.repetition < 0.65:

@@ -22,9 +22,9 @@ from pathlib import Path
 import yaml
 
 from c2f_utils import checkpoints
-from c2f_utils.config import Settings, load_settings, read_yaml
+from c2f_utils.config import Settings, load_settings
 from c2f_utils.errors import C2FError, problems
-from c2f_utils.files import read_jsonl, write_text
+from c2f_utils.files import read_jsonl, read_yaml, write_text
 from c2f_utils.runs import Run
 
 STAGE = "03_coarse_rlhf"

@@ -9,8 +9,9 @@ import yaml
 from pydantic import ValidationError
 
 from c2f_utils import config, runs
-from c2f_utils.config import PROFILES, STAGES, load_settings, read_yaml
+from c2f_utils.config import PROFILES, STAGES, load_settings
 from c2f_utils.errors import C2FError
+from c2f_utils.files import read_yaml
 
 
 def refused(overrides: dict, profile: str = "smoke") -> str:

@@ -35,6 +35,7 @@ class Condition:
     length_bonus: float = 0.0  # normalised reward per token, added: a reward that loves length
     quality: float = 1.0  # weight of the reward model; 0 leaves a reward for length alone
     known: bool = False  # reward: the checker up to the first result, instead of a reward model
+    terminates: bool = False  # the base has also read answers that all stop at their result
 
     @property
     def right_length(self) -> int | None:
@@ -45,15 +46,18 @@ class Condition:
         return 12 + 10 * self.operations[0] if self.known else None
 
 
-# The first three are one task under three maxima: a law that does not read the maximum takes the same path in all of
+# The first four are one task under four maxima: a law that does not read the maximum takes the same path in all of
 # them (until it reaches it), a clock does not. The others change how long an answer should be.
 CONDITIONS = {
     "l_max 96": Condition(96),
+    "l_max 144": Condition(144),
     "l_max 288": Condition(288),
     "l_max 576": Condition(576),
     "short problems": Condition(288, operations=(3, 3)),
+    "long problems": Condition(288, operations=(5, 5)),
     "price per token": Condition(288, token_price=0.006),
     "loves length": Condition(288, length_bonus=0.01),
+    "base that ends": Condition(288, terminates=True),
 }
 ROOMY = ("l_max 576", "short problems")  # the maximum is over twice the useful length; cost to a target is compared
 HACKED = {"length alone": Condition(288, length_bonus=0.02, quality=0.0)}

@@ -8,7 +8,7 @@ documents of similar length), no resume (it takes minutes).
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -31,16 +31,16 @@ def new_model(config: Pretrain, seed: int) -> nn.Module:
     ))  # fmt: skip
 
 
-def batches(settings: Settings) -> Iterator[Tensor]:
+def batches(documents: Iterable[list[int]], tokens_per_step: int, seed: int) -> Iterator[Tensor]:
     """Right-padded token batches [B, T] of about `tokens_per_step` tokens, documents of similar length together."""
-    rng = random.Random(f"batches-{settings.seed}")
+    rng = random.Random(f"batches-{seed}")
     pool: list[list[int]] = []
-    for document in tasks.documents(settings.pretrain.tokens, settings.seed, settings.data.operations):
+    for document in documents:
         pool.append(document)
         if len(pool) == 512:
-            yield from _bucket(pool, settings.pretrain.tokens_per_step, rng)
+            yield from _bucket(pool, tokens_per_step, rng)
             pool = []
-    yield from _bucket(pool, settings.pretrain.tokens_per_step, rng)
+    yield from _bucket(pool, tokens_per_step, rng)
 
 
 def _bucket(pool: list[list[int]], budget: int, rng: random.Random) -> list[Tensor]:
@@ -82,13 +82,21 @@ def schedule(progress: float) -> float:
 def pretrain(settings: Settings, log=lambda row: None) -> nn.Module:
     """Train a new base model; `log` receives {"step", "tokens", "loss" (nats per token), "lr"} about 100 times."""
     config = settings.pretrain
-    model = new_model(config, settings.seed).train()
+    documents = tasks.documents(config.tokens, settings.seed, settings.data.operations)
+    return train(new_model(config, settings.seed), documents, config, settings.seed, log)
+
+
+def train(
+    model: nn.Module, documents: Iterable[list[int]], config: Pretrain, seed: int, log=lambda row: None
+) -> nn.Module:
+    """Train `model` on `documents` (token ids, about `config.tokens` in all, which sets the learning rates' decay)."""
+    model.train()
     groups = optimisers(model, config)
     initial = [[g["lr"] for g in o.param_groups] for o in groups]
     every = max(1, config.tokens // config.tokens_per_step // 100)
     tokens = 0
     losses: list[Tensor] = []
-    for step, batch in enumerate(batches(settings), start=1):
+    for step, batch in enumerate(batches(documents, config.tokens_per_step, seed), start=1):
         factor = schedule(tokens / config.tokens) * min(1.0, step / max(1, config.warmup_steps))
         for optimiser, rates in zip(groups, initial, strict=True):
             for group, rate in zip(optimiser.param_groups, rates, strict=True):

@@ -189,8 +189,11 @@ _KINDS: dict[str, tuple[float, float, float, tuple[float, float, float]]] = {
 _SHARES = [kind[0] for kind in _KINDS.values()]
 
 
-def response(problem: Problem, rng: random.Random, longest: int = 130, kind: str | None = None) -> list[str]:
-    """One answer of mixed quality as words; it ends with `</s>` or is cut after `longest` words."""
+def response(
+    problem: Problem, rng: random.Random, longest: int = 130, kind: str | None = None, ends: bool = False
+) -> list[str]:
+    """One answer of mixed quality as words; it ends with `</s>` (always, and at its result, if `ends`) or is cut after
+    `longest` words."""
     kind = kind or rng.choices(list(_KINDS), weights=_SHARES)[0]
     _, right, error_rate, endings = _KINDS[kind]
     if kind == "bare":
@@ -203,7 +206,7 @@ def response(problem: Problem, rng: random.Random, longest: int = 130, kind: str
     else:
         steps, value = analysis(problem, rng, error_rate)
         words = [*THINK, *steps, *stated(value)]
-    ending = rng.choices(("end", "ramble", "check"), weights=endings)[0]
+    ending = "end" if ends else rng.choices(("end", "ramble", "check"), weights=endings)[0]
     if ending == "check":
         for _ in range(rng.randint(1, 3)):
             steps, value = analysis(problem, rng, 0.02)
@@ -232,9 +235,11 @@ def _drill(rng: random.Random) -> list[str]:
     return words
 
 
-def documents(tokens: int, seed: int, operations: tuple[int, int] = (3, 5), longest: int = 160) -> Iterator[list[int]]:
+def documents(
+    tokens: int, seed: int, operations: tuple[int, int] = (3, 5), longest: int = 160, ends: bool = False
+) -> Iterator[list[int]]:
     """Base-corpus documents (token ids, begin-of-sequence first) until `tokens` tokens are reached; training
-    problems only."""
+    problems only. With `ends` every answer stops at its result, as no corpus of the embedded base does."""
     rng = random.Random(f"documents-{seed}")
     while tokens > 0:
         if rng.random() < 0.15:
@@ -244,7 +249,7 @@ def documents(tokens: int, seed: int, operations: tuple[int, int] = (3, 5), long
             if problem.split != "train":
                 continue
             prompt = problem.prompt_ids
-            document = prompt + encode(response(problem, rng, longest - len(prompt)))
+            document = prompt + encode(response(problem, rng, longest - len(prompt), ends=ends))
         tokens -= len(document)
         yield document
 

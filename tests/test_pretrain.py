@@ -53,8 +53,9 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others():
 
 def test_batches_hold_every_document_once_within_their_budget():
     settings = load_settings("smoke", overrides=SHORT)
-    batches = list(pretrain.batches(settings))
-    documents = sorted(map(tuple, tasks.documents(40_000, 0, settings.data.operations)))
+    corpus = list(tasks.documents(40_000, 0, settings.data.operations))
+    batches = list(pretrain.batches(corpus, settings.pretrain.tokens_per_step, 0))
+    documents = sorted(map(tuple, corpus))
     found = sorted(tuple(row[row != tasks.PAD].tolist()) for batch in batches for row in batch)
     assert found == documents
     assert all(batch.numel() <= settings.pretrain.tokens_per_step or len(batch) == 1 for batch in batches)

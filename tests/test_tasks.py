@@ -101,6 +101,13 @@ def test_every_running_value_can_be_written_as_one_token():
         assert all(0 <= value <= tasks.LARGEST for value in problem.values)
 
 
+def test_where_every_answer_ends_its_end_follows_a_result():
+    documents = list(tasks.documents(20_000, 0, ends=True))
+    answers = [d for d in documents if tasks.IDS["?"] in d]
+    assert answers and all(d[-1] == tasks.EOS and tasks.EOS not in d[:-1] for d in documents)
+    assert all(tasks.decode(d[-5:]).startswith("answer :") for d in answers)
+
+
 def test_the_same_seed_gives_the_same_documents_and_another_seed_others():
     first, again, other = (list(tasks.documents(5000, seed)) for seed in (3, 3, 4))
     assert first == again and first != other

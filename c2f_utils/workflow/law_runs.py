@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from time import process_time
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from c2f_utils import evaluate, limits, tasks
+from c2f_utils import evaluate, limits, pretrain, tasks
 from c2f_utils.law_study import BUDGET, EVALUATED, EVALUATION_LIMIT, MARKS, UTILITY_PRICE, Condition
 from c2f_utils.rewards import RewardModel
 from c2f_utils.rollout import Sample, make_prompts
@@ -71,6 +71,17 @@ class FirstAnswer:
         return FirstAnswer(float(raw.mean()), float(raw.std()))
 
 
+def base_that_ends(inputs: Inputs, tokens: int = 200_000) -> nn.Module:
+    """The run's base after `tokens` more tokens of pretraining, at a quarter of its learning rates, on answers of the
+    same mixed quality that all stop at their result."""
+    settings = inputs.settings
+    rates = ("learning_rate_matrices", "learning_rate_other")
+    slower = {name: 0.25 * getattr(settings.pretrain, name) for name in rates}
+    config = settings.pretrain.model_copy(update={"tokens": tokens, **slower})
+    documents = tasks.documents(tokens, settings.seed, settings.data.operations, ends=True)
+    return pretrain.train(inputs.base(), documents, config, settings.seed)
+
+
 def run_one(
     inputs: Inputs,
     condition: Condition,
@@ -99,7 +110,10 @@ def run_one(
         reward = FirstAnswer().normalised_on(inputs.answers(inputs.base(), problems, limit=limit))
     config = settings.coarse.model_copy(update={"token_price": condition.token_price, "iterations": 10**6})
     prompts = make_prompts(tasks.problems("train", TRAIN_PROMPTS, seed, condition.operations))
-    trainer = coarse.trainer(inputs, law, None, reward=reward, config=config, prompts=prompts, evaluated=False)
+    base = base_that_ends(inputs) if condition.terminates else None
+    trainer = coarse.trainer(
+        inputs, law, None, start=base, reward=reward, config=config, prompts=prompts, evaluated=False
+    )
 
     def measured() -> dict:
         found = evaluate.measure(inputs.answers(trainer.policy.actor, problems, limit=limit))

@@ -193,8 +193,10 @@ class Useful(Law):
     a model that has nothing left to say repeats itself. Once the tail return has faded, or the tail repeats itself and
     the useful length ends before the last quarter, the limit follows `room` times the running mean of the useful
     length: up by at most `growth` per iteration, down by at most 5 % and only while the tail repeats itself. Never
-    holds before the tail has paid once, unless it repeats itself. The search ends once and for all; repetition is
-    measured on answers that were cut, so padding that never repeats itself is not noticed.
+    holds before the tail has paid once, unless it repeats itself. While fewer than half of the answers are cut, the
+    limit grows at full speed: it costs next to nothing, the tails of a few are no evidence, and a limit held close
+    unlearns the ends of a model that knows how to stop. The search ends once and for all; repetition is measured on
+    answers that were cut, so padding that never repeats itself is not noticed.
     """
 
     maximum: int
@@ -208,8 +210,9 @@ class Useful(Law):
     found: bool = False
     length: float | None = None
     repetition: float | None = None
+    cut: float | None = None
     exact: float | None = None
-    needs: ClassVar[tuple[str, ...]] = ("tail_return", "tail_repetition", "useful_length")
+    needs: ClassVar[tuple[str, ...]] = ("truncated_share", "tail_return", "tail_repetition", "useful_length")
 
     def __post_init__(self) -> None:
         self.minimum = self.minimum or self.limit
@@ -221,12 +224,18 @@ class Useful(Law):
         self.awake = self.awake or self.mean > self.productive
         self.repetition = _running(self.repetition, signals.tail_repetition)
         self.length = _running(self.length, signals.useful_length)
+        self.cut = _running(self.cut, signals.truncated_share)
         pays = _ramp(self.mean, 0.2 * self.peak, 0.5 * self.peak) if self.awake else 1.0
         new = _ramp(-self.repetition, -0.7, -0.5)
         old = float(self.limit) if self.exact is None else self.exact
         redundant = new < 1.0  # both witnesses must agree: early on the reward of prefixes is too noisy to stop for
-        self.found = self.found or pays == 0.0 or (self.awake and redundant and self.length <= 0.75 * old)
-        if self.found:
+        binds = self.cut >= 0.5
+        faded = pays == 0.0 or (self.awake and redundant and self.length <= 0.75 * old)
+        self.found = self.found or (binds and faded)
+        if not binds:
+            wanted = (1 + self.growth) * old
+            why = f"only {self.cut:.0%} of the answers are cut: full growth"
+        elif self.found:
             least = 0.95 * old if redundant else old
             wanted = max(least, min(self.room * self.length, (1 + self.growth * new) * old))
             why = f"useful length {self.length:.0f}: {wanted / old - 1:+.0%}"

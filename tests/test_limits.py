@@ -132,7 +132,10 @@ def test_tail_grows_freely_until_the_tail_has_paid_once_and_brakes_when_it_has_f
 
 def heard(**changes) -> limits.Signals:
     return limits.Signals(
-        **({"iteration": 0, "tail_return": 0.5, "tail_repetition": 0.1, "useful_length": 50.0} | changes)
+        **(
+            {"iteration": 0, "truncated_share": 0.9, "tail_return": 0.5, "tail_repetition": 0.1, "useful_length": 50.0}
+            | changes
+        )
     )
 
 
@@ -164,6 +167,16 @@ def test_useful_never_shrinks_on_the_word_of_the_reward_alone():
         law.update(heard(tail_return=0.5, tail_repetition=0.2, useful_length=10.0))
         law.update(heard(tail_return=-0.5, tail_repetition=0.2, useful_length=10.0))
     assert law.limit >= 100
+
+
+def test_useful_grows_freely_while_few_answers_are_cut_and_holds_once_they_are():
+    law = make("useful", start=100, maximum=1000)
+    for _ in range(10):
+        law.update(heard(truncated_share=0.1, tail_return=0.0, tail_repetition=0.9, useful_length=40.0))
+    assert law.limit == round(100 * 1.12**10) and not law.found
+    for _ in range(100):
+        law.update(heard(truncated_share=0.9, tail_repetition=0.9, useful_length=40.0))
+    assert law.found and law.limit == 100  # no lower than where it began
 
 
 def test_gated_backs_off_when_the_tail_repeats_itself():

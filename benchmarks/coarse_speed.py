@@ -25,6 +25,7 @@ from time import perf_counter
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 BATCH, LENGTH, EPOCHS, MINIBATCHES = 64, 144, 2, 2
+SHORTER = (24, 48, 96)  # limits at which our iterations are timed as well: what a growing limit costs on the way
 VERBS = ("collect", "judge", "credit", "improve", "advance")
 
 
@@ -45,8 +46,8 @@ def parts():
     return actor, scored.eval(), tasks.make_tokenizer(), tasks.problems("train", 1000, 0)
 
 
-def ours(iterations: int, threads: int, budget: int) -> dict:
-    """Seconds of each iteration and of each verb."""
+def ours(iterations: int, threads: int, budget: int, length: int = LENGTH) -> dict:
+    """Seconds of each iteration and of each verb with answers of `length` tokens."""
     import torch
 
     from c2f_utils import limits, models, rewards, rollout
@@ -59,7 +60,7 @@ def ours(iterations: int, threads: int, budget: int) -> dict:
     decoder = rollout.KVDecoder(actor, tokenizer)
     decoder.eos = frozenset({-1})  # no answer ends early
     config = Coarse(
-        law=Law(name="fixed", limit=LENGTH), prompts=BATCH, epochs=EPOCHS, minibatches=MINIBATCHES,
+        law=Law(name="fixed", limit=length), prompts=BATCH, epochs=EPOCHS, minibatches=MINIBATCHES,
         iterations=iterations, tokens_per_micro_batch=budget,
     )  # fmt: skip
     trainer = CoarseTrainer(
@@ -67,7 +68,7 @@ def ours(iterations: int, threads: int, budget: int) -> dict:
         rewards.RewardModel(scored, 0),
         decoder,
         rollout.make_prompts(problems),
-        limits.Fixed(LENGTH),
+        limits.Fixed(length),
         config,
         seed=0,
         pad_id=0,
@@ -86,7 +87,7 @@ def ours(iterations: int, threads: int, budget: int) -> dict:
             else:
                 e = call(e)
             times.append(perf_counter())
-        assert all(s.tokens == LENGTH for s in e.samples)
+        assert all(s.tokens == length for s in e.samples)
         rows.append([b - a for a, b in zip(times, times[1:], strict=False)])
     return {"seconds": [sum(row) for row in rows], "verbs": {v: [row[i] for row in rows] for i, v in enumerate(VERBS)}}
 
@@ -135,9 +136,10 @@ def trl(iterations: int, threads: int) -> dict:
     return {"seconds": [b - a for a, b in zip(marks, marks[1:], strict=False)], "version": library.__version__}
 
 
-def fresh(python: str, side: str, options: argparse.Namespace, threads: int) -> dict:
+def fresh(python: str, side: str, options: argparse.Namespace, threads: int, length: int = LENGTH) -> dict:
     """Run one side in a process of its own."""
     command = [python, __file__, "--side", side, "--threads", str(threads), "--iterations", str(options.iterations)]
+    command += ["--length", str(length)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TRL_EXPERIMENTAL_SILENCE": "1"}
     done = subprocess.run([*command, "--budget", str(options.budget)], capture_output=True, text=True, env=environment)
     if done.returncode:
@@ -163,10 +165,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--budget", type=int, default=16_384, help="our tokens per micro-batch")
     parser.add_argument("--side", choices=("ours", "trl"), help="run one side in this process")
+    parser.add_argument("--length", type=int, default=LENGTH, help="answer tokens of --side ours")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "coarse_speed.json")
     options = parser.parse_args()
     if options.side:
-        side = {"ours": lambda n, t: ours(n, t, options.budget), "trl": trl}[options.side]
+        side = {"ours": lambda n, t: ours(n, t, options.budget, options.length), "trl": trl}[options.side]
         print(json.dumps(side(options.iterations, options.threads[0])))
         return
     from c2f_utils import files, provenance
@@ -183,6 +186,8 @@ def main() -> None:
         if options.trl:
             row["trl"]["version"] = found["trl"][0]["version"]
             row["times_faster"] = round(row["trl"]["median"] / row["ours"]["median"], 2)
+        shorter = {str(k): summary([fresh(sys.executable, "ours", options, threads, k)])["median"] for k in SHORTER}
+        row["ours_by_limit"] = shorter | {str(LENGTH): row["ours"]["median"]}
         rows.append(row)
         print(json.dumps(row), flush=True)
     work = {

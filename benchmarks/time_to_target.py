@@ -4,15 +4,20 @@ length as our fixed-long needs.
     python benchmarks/time_to_target.py laws-51 laws-52 laws-53
 
 Takes finished bases and reward models (`c2f run 00 01 02`), trains fixed-long and the laws on each with evaluations
-after every second iteration, and compares processor seconds (one thread) to 95 % of what fixed-long gains with TRL
-1.10's seconds per iteration (benchmarks/results/coarse_speed.json, one thread) times the iterations that our fixed-long
-needs. TRL is not trained to the target: that its iterations teach as much as ours is assumed. A law that misses the
-target counts its whole run, and is counted. Writes benchmarks/results/time_to_target.json.
+after every second iteration, and asks how many iterations each needs until two evaluations in a row reach 95 % of
+fixed-long's last utility. Seconds are those iterations' cost on an idle machine: benchmarks/results/coarse_speed.json
+holds one thread's seconds per iteration at several limits, TRL 1.10's beside them at full length, measured in one run;
+between those limits cost is linear. So it does not matter what else runs meanwhile, and an iteration whose answers end
+early counts as if they were cut. TRL is not trained to the target: that its iterations teach as much as ours is
+assumed. A law that misses the target counts its whole run, and is counted. Writes
+benchmarks/results/time_to_target.json.
 """
 
 import argparse
 import sys
 from pathlib import Path
+
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -25,8 +30,9 @@ from c2f_utils.workflow import law_runs  # noqa: E402
 from c2f_utils.workflow.inputs import Inputs  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
-LENGTH, SHARE = 144, 0.95
-FULL = 17 * 64 * LENGTH  # tokens, of as many iterations as the tiny profile has if every answer is cut
+PROMPTS, LENGTH, SHARE = 64, 144, 0.95
+EVERY = 2  # iterations between evaluations
+FULL = 17 * PROMPTS * LENGTH  # tokens, of as many iterations as the tiny profile has if every answer is cut
 CONDITION = law_study.Condition(LENGTH)
 LAWS = {
     "fixed_long": Law(name="fixed", limit=LENGTH),
@@ -43,6 +49,22 @@ def inputs(run_id: str) -> Inputs:
     return Inputs(run)
 
 
+def cost(run: dict, target: float, seconds: dict[int, float]) -> dict:
+    """Iterations and idle seconds of a run until two evaluations in a row reach `target`, or all of them.
+
+    `seconds`: of one iteration, by limit.
+    """
+    _, reached = law_study.cost_to(run, target, "tokens", FULL)
+    utility = run["curve"]["utility"]
+    pairs = [k for k in range(1, len(utility)) if min(utility[k - 1 : k + 1]) >= target]
+    path = run["limits"][:-1]  # the last one was decided and not used
+    used = path[: EVERY * pairs[0]] if reached else path
+    return {
+        "reached": reached, "iterations": len(used), "processor_seconds_here": run["curve"]["seconds"][-1],
+        "seconds": round(float(np.interp(used, list(seconds), list(seconds.values())).sum()), 2),
+    }  # fmt: skip
+
+
 def main() -> None:
     import torch
 
@@ -50,27 +72,21 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", help="run ids, one per seed")
     parser.add_argument("--out", type=Path, default=RESULTS / "time_to_target.json")
     options = parser.parse_args()
-    torch.set_num_threads(1)  # processor seconds of two threads would be counted twice
+    torch.set_num_threads(1)
     speed = next(r for r in read_json(RESULTS / "coarse_speed.json")["rows"] if r["threads"] == 1)
-    content = {
-        "threads": 1,
-        "share": SHARE,
-        "trl_seconds_per_iteration": speed["trl"]["median"],
-        "runs": {},
-    }
+    seconds = {int(limit): value for limit, value in speed["ours_by_limit"].items()}
+    trl = speed["trl"]["median"]
+    content = {"share": SHARE, "trl_seconds_per_iteration": trl, "ours_by_limit": seconds, "runs": {}}
     for run_id in options.runs:
-        models, rows = inputs(run_id), {}
+        models = inputs(run_id)
+        long = law_runs.run_one(models, CONDITION, limits.make_law(LAWS["fixed_long"]), FULL, every=EVERY)
+        target = SHARE * (long["curve"]["utility"][-1] + long["curve"]["utility"][-2]) / 2  # one alone is noisy
+        row = {"target": target, "fixed_long": cost(long, target, seconds)}
         for name, law in LAWS.items():
-            rows[name] = law_runs.run_one(models, CONDITION, limits.make_law(law), FULL, every=2)
-        gained = rows["fixed_long"]["curve"]["utility"]
-        target = gained[0] + SHARE * ((gained[-1] + gained[-2]) / 2 - gained[0])  # the last two: one is noisy
-        tokens, reached = law_study.cost_to(rows["fixed_long"], target, "tokens", FULL)
-        iterations = tokens / (64 * LENGTH)
-        row = {"target": target, "fixed_long_iterations": iterations, "fixed_long_reached": reached}
-        for name in LAWS:
-            seconds, reached = law_study.cost_to(rows[name], target, "seconds", FULL)
-            row[name] = {"seconds": seconds, "reached": reached}
-            row[name]["times_less"] = iterations * speed["trl"]["median"] / seconds
+            if name not in row:
+                found = law_runs.run_one(models, CONDITION, limits.make_law(law), FULL, every=EVERY, until=target)
+                row[name] = cost(found, target, seconds)
+            row[name]["times_less"] = row["fixed_long"]["iterations"] * trl / row[name]["seconds"]
         content["runs"][run_id] = row
         print(run_id, row, flush=True)
     for name in LAWS:

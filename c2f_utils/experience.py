@@ -108,16 +108,20 @@ def tail_return(prefix_rewards: Sequence[Tensor], limit: int) -> float:
 
 
 def useful_length(prefix_rewards: Sequence[Tensor], limit: int, share: float = 0.95) -> float:
-    """Shortest prefix, tokens, whose mean reward has made `share` of the rise to the best prefix up to the limit.
+    """Shortest prefix, tokens, from which on the mean reward has made `share` of its rise to the best up to the limit.
 
-    The rise starts at the lowest prefix before the best one: what is lost after it, to a price per token say, is no
-    part of it. Finished answers keep their reward; a mean that never rises gives 1.
+    Where answers follow a pattern, a reward asked after every token peaks wherever most of them end a sentence; so a
+    prefix counts by the mean over it and those up to an eighth of the limit longer. The rise starts at the lowest such
+    mean before the best one: what is lost after it, to a price per token say, is no part of it. Finished answers keep
+    their reward; a mean that never rises gives 1.
     """
     mean = torch.stack([_held(row, limit)[:limit] for row in prefix_rewards]).mean(0)
-    best = int(mean.argmax())
-    lowest = int(mean[: best + 1].argmin())
-    enough = mean[lowest] + share * (mean[best] - mean[lowest])
-    return float(lowest + int((mean[lowest : best + 1] >= enough).nonzero()[0]) + 1)
+    window = max(1, limit // 8)
+    ahead = torch.cat([mean, mean[-1:].expand(window - 1)]).unfold(0, window, 1).mean(1)
+    best = int(ahead.argmax())
+    lowest = int(ahead[: best + 1].argmin())
+    enough = ahead[lowest] + share * (ahead[best] - ahead[lowest])
+    return float(lowest + int((ahead[lowest : best + 1] >= enough).nonzero()[0]) + 1)
 
 
 def _held(row: Tensor, limit: int) -> Tensor:

@@ -1,5 +1,6 @@
 """One run of the study of laws (`law_study.py`): a condition, a law, a budget of tokens, a curve of utility."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from time import process_time
@@ -90,13 +91,14 @@ def run_one(
     *,
     start: dict | None = None,
     every: int = 0,
+    until: float = math.inf,
     observe=None,
 ) -> dict:
     """Train under one law until `budget` rollout tokens are spent; keep the curve of utility on validation problems.
 
     Evaluations are made after the iteration that passes a mark, or after every `every` iterations, at a fixed limit
-    and T = 1, and cost no budget. `start` is the first point of another law's curve in the same condition and seed,
-    which need not be measured again.
+    and T = 1, and cost no budget; two of them in a row at `until` or above end the run. `start` is the first point of
+    another law's curve in the same condition and seed, which need not be measured again.
     `observe(trainer, experience, row)` sees every iteration. Seconds are processor seconds of the five verbs alone.
     """
     settings = inputs.settings
@@ -127,7 +129,7 @@ def run_one(
 
     seconds, marks = 0.0, [mark for mark in MARKS if mark < budget] + [budget]
     points, path = [start or measured()], []
-    while trainer.rollout_tokens < budget:
+    while trainer.rollout_tokens < budget and (len(points) < 2 or min(p["utility"] for p in points[-2:]) < until):
         began = process_time()
         experience = trainer.credit(trainer.judge(trainer.collect()))
         row = trainer.advance(experience, trainer.improve(experience), 0.0)

@@ -6,8 +6,10 @@
 Takes finished `tiny` runs: their base, reward model, prompts and evaluation, and their PPO results from 04. `--tune`
 tries three learning rates for each trainer and reward, on runs that may not be measured; the best of a trainer is used.
 Arms: {GRPO, RLOO, our PPO} x {reward model, exact reward} x {fixed 144, linear clock 24 to 144, tail law}, and our PPO
-under its logistic law. PPO keeps the settings of the profile: its rates were chosen before, not here. The file has the
-form of the results of 04, so its figures and tables draw it.
+under its logistic law. PPO keeps the settings of the profile: its rates were chosen before, not here. Its critic starts
+as the reward model, which knows more than the others are given; so there is a second PPO whose critic starts as the
+base model with a head of zeros and learns alone for one iteration. The file has the form of the results of 04, so its
+figures and tables draw it.
 """
 
 import argparse
@@ -31,6 +33,7 @@ from c2f_utils.workflow.schedules import baseline_label, label
 
 PPO = ("logistic", "fixed_long", "clock_linear")  # of 04, all with the reward model
 TRAINERS, REWARDS = ("grpo", "rloo"), ("model", "verifiable")
+UNTAUGHT = "untaught"  # the PPO whose critic has learnt nothing from the reward model
 LAWS = {
     "fixed": Law(name="fixed", limit=144),
     "clock": Law(name="clock", shape="linear", start=24, maximum=144, duration=17),
@@ -58,12 +61,14 @@ def trained(inputs: Inputs, entry: CriticFree, name: str) -> dict:
     return finished(inputs, process, process.actor, name, seconds)
 
 
-def with_critic(inputs: Inputs, law: Law, reward: str, name: str) -> dict:
+def with_critic(inputs: Inputs, law: Law, reward: str, name: str, taught: bool = True) -> dict:
     """Our PPO on one run, with settings as in 03, under any law and reward."""
+    untaught = {"critic_head": "zero", "critic_warmup": 1}
+    config = inputs.settings.coarse.model_copy(update={} if taught else untaught)
     with tempfile.TemporaryDirectory() as folder:
         began = perf_counter()
         process = coarse.trainer(
-            inputs, make_law(law), Path(folder), reward=Verifiable() if reward != "model" else None
+            inputs, make_law(law), Path(folder), reward=Verifiable() if reward != "model" else None, config=config
         )
         for row in process:
             print(f"{name} {row['iteration']} limit {row['limit']}    ", end="\r")
@@ -129,6 +134,14 @@ def measure(run_id: str, content: dict) -> Iterator[None]:
         if seed not in seeds:
             seeds[seed] = with_critic(inputs, law, reward, f"{run_id} {name}")
             yield
+    for short, law in LAWS.items():
+        name = f"{UNTAUGHT}_model_{short}"
+        entry = {"label": f"PPO, critic from zero, {label(law, {})}", "trainer": "ppo", "reward": "model"}
+        entry |= {"law": law.model_dump(exclude_none=True), "seeds": {}}
+        seeds = content["laws"].setdefault(name, entry)["seeds"]
+        if seed not in seeds:
+            seeds[seed] = with_critic(inputs, law, "model", f"{run_id} {name}", taught=False)
+            yield
     for trainer in TRAINERS:
         for reward in REWARDS:
             for short, law in LAWS.items():
@@ -147,7 +160,7 @@ def compared(laws: dict) -> dict:
     found = {}
     for name, law in laws.items():
         trainer, _, rest = name.partition("_")
-        if trainer not in TRAINERS:
+        if trainer not in (*TRAINERS, UNTAUGHT):
             continue
         other = {"model_fixed": "fixed_long", "model_clock": "clock_linear"}.get(rest, f"ppo_{rest}")
         pairs = [(mine, laws[other]["seeds"][seed]) for seed, mine in law["seeds"].items()]

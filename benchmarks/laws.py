@@ -5,8 +5,8 @@
 
 A seed covers base, reward model and reinforcement learning; missing bases are trained first (`c2f run 00 01 02`; with
 several lanes, make them before). In the conditions of the regret study run the clocks of the grid, `grow 12 %` and
-`useful`; the other clocks that do not know the maximum run where cost to a target counts, `tail` and `logistic` where
-rewards are hacked or the right length is known.
+`useful`; the other clocks that do not know the maximum run where cost to a target counts, the other laws that look at
+what they do where rewards are hacked or the right length is known.
 Every finished run is one file under outputs/laws-<seed>/study/, so a stopped study continues where it was. One run
 takes about 15 seconds of one core, a seed with all conditions, clocks and laws about half an hour; use one thread per
 lane. Conditions, clocks and measures: `c2f_utils/law_study.py`.

@@ -93,7 +93,7 @@ def agnostic(maximum: int) -> dict[str, Law]:
 
 def laws(maximum: int) -> dict[str, Law]:
     """The closed-loop laws of the study, each with one set of constants for all conditions."""
-    found = {name: Law(name=name, start=START, maximum=maximum) for name in ("useful", "tail")}
+    found = {name: Law(name=name, start=START, maximum=maximum) for name in ("useful", "tail", "gated", "probe")}
     return found | {"logistic": Law(name="logistic", start=START, maximum=maximum, step=max(1, maximum // 18))}
 
 

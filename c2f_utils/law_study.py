@@ -166,7 +166,9 @@ def savings(
 
     Cheapest by the mean log cost over seeds. A run that never gets there counts its whole budget of tokens, and in
     seconds the dearest run of its seed. The target of a seed is start + share * (best final utility of the clocks'
-    seed means - start). Returns ratio with interval, p of the log ratio, and how many seeds of each never got there.
+    seed means - start). Returns ratio with interval, p of the log ratio, how many seeds of each never got there, and
+    `beyond`: the share of the clock's tokens until then that lie beyond the limit where the law ends, mean over seeds.
+    No law could save more by shorter answers alone if every iteration taught as much as the clock's.
     """
     seeds = complete_seeds({name: laws[name] for name in (law, *clocks)})
 
@@ -186,9 +188,19 @@ def savings(
     cheapest = min(clocks, key=lambda name: np.mean([math.log(cost) for cost, _ in found[name]]))
     ours, theirs = ([cost for cost, _ in found[name]] for name in (law, cheapest))
     ratio = stats.log_ratio_interval(ours, theirs)
+    tokens = [cost_to(laws[cheapest][s], t, "tokens", budget)[0] for s, t in zip(seeds, targets, strict=True)]
+    ends = [laws[law][s]["limits"][-1] for s in seeds]
+    paths = [_spent(laws[cheapest][s]["limits"], t) for s, t in zip(seeds, tokens, strict=True)]
+    beyond = np.mean([np.maximum(0, path - end).sum() / path.sum() for path, end in zip(paths, ends, strict=True)])
     return {
         "clock": cheapest, "ratio": ratio.value, "low": ratio.low, "high": ratio.high, "n": ratio.n,
         "p": stats.sign_flip([math.log(a / b) for a, b in zip(ours, theirs, strict=True)]),
         "missed": sum(not reached for _, reached in found[law]),
-        "clock_missed": sum(not reached for _, reached in found[cheapest]),
+        "clock_missed": sum(not reached for _, reached in found[cheapest]), "beyond": float(beyond),
     }  # fmt: skip
+
+
+def _spent(path: Sequence[int], tokens: float, prompts: int = 64) -> np.ndarray:
+    """The limits of the iterations that `tokens` rollout tokens paid for, if every answer was cut; at least one."""
+    limits = np.array(path[:-1] or path)
+    return limits[: 1 + int(np.searchsorted(prompts * limits.cumsum(), tokens))]

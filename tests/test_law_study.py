@@ -29,7 +29,8 @@ def methods() -> dict:
 
 def run(*points: tuple[float, float], seconds: float = 0.01) -> dict:
     tokens, values = zip(*points, strict=True)
-    return {"curve": {"tokens": tokens, "utility": values, "seconds": [t * seconds for t in tokens]}}
+    curve = {"tokens": tokens, "utility": values, "seconds": [t * seconds for t in tokens]}
+    return {"curve": curve, "limits": [24, 30, 36]}
 
 
 def test_mean_utility_is_the_area_up_to_the_budget_and_no_further():
@@ -81,6 +82,18 @@ def test_savings_compare_with_the_cheapest_clock_seed_by_seed():
     found = law_study.savings(laws, "law", ["clock", "late"])
     assert found["clock"] == "clock" and found["ratio"] == pytest.approx(0.5) and found["missed"] == 0
     assert found["low"] <= 0.5 <= found["high"]
+
+
+def test_what_a_law_could_save_at_most_is_what_the_clock_spent_beyond_its_last_limit():
+    def steep(*limits: int) -> dict:
+        return run((0, 0.0), (9_000, 1.0), (10_000, 1.0), (law_study.BUDGET, 1.0)) | {"limits": list(limits)}
+
+    clock = {str(seed): steep(50, 100, 200, 400) for seed in range(2)}
+    law = {"0": steep(24, 50), "1": steep(24, 400)}  # 10,000 tokens: the clock's first three iterations, 350 an answer
+    found = law_study.savings({"law": law, "clock": clock}, "law", ["clock"])
+    assert found["beyond"] == pytest.approx((200 / 350 + 0) / 2)
+    paths = law_study._spent([50, 100, 200, 400], 9_600), law_study._spent([50, 100, 200, 400], 9_601)
+    assert [list(path) for path in paths] == [[50, 100], [50, 100, 200]]
 
 
 @pytest.mark.parametrize("condition", law_study.CONDITIONS.values())

@@ -15,8 +15,8 @@ What is known to break PPO on language models, and what is done about it here ([
  6 reward model     scored at the last real token; head of standard deviation 1/sqrt(d + 1); mean 0 on base samples
  7 length           decoding ends at EOS row by row [- fixed-length rollouts: waste that grows with l(t)]
  8 no EOS           `cut: penalty` subtracts from answers that the limit ended [- replacing the score hides its size]
- 9 cuts             `Sample.stop` is stored, never inferred; score, bootstrap or penalty [- masking them: it taught less
-                    in published ablations; - switching by itself: `cut` is one setting per run, so results say which]
+ 9 cuts             `Sample.stop` is stored, never inferred; score, average, bootstrap or penalty [- masking them: it
+                    taught less in published ablations; - switching by itself: one `cut` per run, so results say which]
 10 critic           from the reward model, or zero head with warm-up; lambda of its own, and one that grows with l
                     [- ending the warm-up by explained variance: a fixed count is comparable between laws]
 11 reward's place   on the last token of the answer, EOS included
@@ -47,7 +47,7 @@ from c2f_utils import checkpoints, ppo
 from c2f_utils.budget import TokenBudget, preflight
 from c2f_utils.config import Coarse
 from c2f_utils.errors import C2FError
-from c2f_utils.experience import Experience, pool, signals
+from c2f_utils.experience import Experience, last_prefixes, pool, signals
 from c2f_utils.limits import Law
 from c2f_utils.models import ActorCritic
 from c2f_utils.packing import collate, pack
@@ -163,7 +163,8 @@ class CoarseTrainer:
         c = self.config
         cut = torch.tensor([s.cut for s in e.samples])
         tokens = torch.tensor([float(s.tokens) for s in e.samples])
-        shaped = e.rewards - c.token_price * tokens
+        scores = last_prefixes(e) if c.cut == "average" else e.rewards
+        shaped = scores - c.token_price * tokens
         if c.reward_scaling == "running":
             shaped = shaped / self.scale.update(shaped)
         shaped = shaped.clamp(-c.reward_clip, c.reward_clip)

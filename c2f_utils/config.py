@@ -38,6 +38,7 @@ Count = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
+Cut = Literal["score", "average", "bootstrap", "penalty"]
 
 
 class _Section(BaseModel):
@@ -187,8 +188,9 @@ class Coarse(_Section):
     )
     lambda_critic: Share = Field(0.95, description="GAE lambda of the value targets")
     lambda_alpha: Annotated[float, Field(gt=0)] = 0.05
-    cut: Literal["score", "bootstrap", "penalty"] = Field(
-        "score", description="how an answer cut by the limit is credited"
+    cut: Cut = Field(
+        "score",
+        description="how an answer cut by the limit is credited; average = mean reward of its last eighth of prefixes",
     )
     cut_penalty: NonNegative = Field(1.0, description="subtracted from the reward of a cut answer when cut = penalty")
     reward_clip: Annotated[float, Field(gt=0)] = Field(10.0, description="bound of the normalised reward")
@@ -214,7 +216,7 @@ class Coarse(_Section):
 class Credit(_Section):
     """What an entry of `schedules` changes in `coarse` beside its law; null keeps the setting of `coarse`."""
 
-    cut: Literal["score", "bootstrap", "penalty"] | None = None
+    cut: Cut | None = None
     cut_penalty: NonNegative | None = None
     token_price: NonNegative | None = None
     iterations: Positive | None = None

@@ -92,6 +92,16 @@ def signals(e: Experience, iteration: int, token_price: float = 0.0) -> Signals:
     )
 
 
+def last_prefixes(e: Experience) -> Tensor:
+    """Rewards [B] in which an answer that was cut gets the mean over the last eighth of its prefixes; our design.
+
+    Where the limit falls within a sentence decides much of what a reward model says of a cut answer, and nothing about
+    the answer. What ended by itself keeps its reward.
+    """
+    means = [row[-max(1, len(row) // 8) :].mean() for row in e.prefix_rewards]
+    return torch.where(torch.tensor([s.cut for s in e.samples]), torch.stack(means), e.rewards)
+
+
 def tail_return(prefix_rewards: Sequence[Tensor], limit: int) -> float:
     """Mean reward of prefixes in the last quarter of the limit minus the quarter before.
 

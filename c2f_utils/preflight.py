@@ -138,6 +138,8 @@ def refused_baseline(entry: CriticFree, settings: Settings) -> list[str]:
             found.append(f"coarse.prompts = {coarse.prompts} is no multiple of {what} = {count}; choose one that is")
     if coarse.cut == "bootstrap":
         found.append("coarse.cut = 'bootstrap' asks the critic what would have followed; choose 'score' or 'penalty'")
+    if coarse.cut == "average":
+        found.append("coarse.cut = 'average' is known to our trainer only; choose 'score' or 'penalty'")
     if coarse.processes > 1:
         found.append(f"coarse.processes = {coarse.processes}: these baselines run in one process; set it to 1")
     if settings.data.stop_strings:

@@ -59,6 +59,11 @@ def refuse(
             f"{config.prompts} in "
             f"{config.minibatches} minibatches leave fewer than {ranks.world} for the last: choose a multiple of both"
         )
+    if config.cut == "average" and not hasattr(reward, "prefix_scores"):
+        found.append(
+            "coarse.cut = 'average' asks the reward for every prefix of an answer, and this reward has no "
+            "`prefix_scores`; choose 'score', or give it that method"
+        )
     if not getattr(sampler, "eos", True):
         found.append(
             "the tokenizer has no EOS token, so answers could never end; set eos_token in its tokenizer_config.json"

@@ -155,6 +155,17 @@ def test_a_cut_answer_is_scored_bootstrapped_or_penalised_as_asked():
     assert not torch.allclose(returns["bootstrap"][rows, last][cut], returns["score"][rows, last][cut])
 
 
+def test_an_averaged_cut_is_worth_the_mean_of_its_last_prefixes_and_an_ended_answer_what_it_was():
+    process = trainer("fixed", cut="average", reward=PrefixReward())
+    e = process.credit(process.judge(process.collect()))
+    assert {s.cut for s in e.samples} == {True, False}
+    for sample, rows, raw, shaped in zip(e.samples, e.prefix_rewards, e.rewards, e.shaped, strict=True):
+        expected = sum(rows[-2:].tolist()) / 2 if sample.cut else raw  # an eighth of 16 tokens
+        assert shaped == pytest.approx(float(expected)) and raw == rows[-1]
+    with pytest.raises(C2FError, match="coarse.cut = 'average' asks the reward for every prefix"):
+        trainer("fixed", cut="average", reward=distinct_tokens)
+
+
 def test_the_reward_lands_on_the_last_token_and_kl_on_every_token():
     process = trainer("fixed", discount=1.0, lambda_policy=1.0, lambda_critic=1.0, kl_coefficient=0.0)
     e = process.credit(process.judge(process.collect()))

@@ -360,6 +360,9 @@ def test_what_no_baseline_can_do_is_refused_with_the_settings_all_at_once():
         "'bootstrap' asks the critic",
     ):
         assert words in str(refused.value)
+    entries = {"a": {"trainer": "grpo", "law": CLOCK}}
+    with pytest.raises(C2FError, match="'average' is known to our trainer only"):
+        load_settings("smoke", overrides={"schedules.critic_free": entries, "coarse.cut": "average"}, study=True)
     entries = {"a": {"trainer": "grpo", "law": CLOCK | {"maximum": 999}}}
     with pytest.raises(C2FError, match="schedules.critic_free.a, largest limit = 999"):
         load_settings("smoke", overrides={"schedules.critic_free": entries}, study=True)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from c2f_utils.errors import C2FError
 from c2f_utils.files import read_json, write_json
+from c2f_utils.limits import refuse_another
 
 if TYPE_CHECKING:
     from c2f_utils.coarse import CoarseTrainer
@@ -88,11 +89,7 @@ def resume(trainer: "CoarseTrainer", folder: Path) -> bool:
     if found is None:
         return False
     state = read_json(found / "state.json")
-    law = type(trainer.law).__name__
-    if state["law_name"] != law:
-        raise C2FError(
-            f"checkpoint {found} was written under law {state['law_name']}, now {law} is asked for; use overwrite=True"
-        )
+    refuse_another(trainer.law, state["law_name"], state.get("law_began"), found)
     ranks, updates = trainer.ranks, trainer.updates
     saved = load_file(found / "weights.safetensors")
     if saved.keys() != updates.weights.keys():
@@ -133,6 +130,7 @@ def _state(trainer: "CoarseTrainer") -> dict:
         "rollout_tokens": trainer.rollout_tokens,
         "law_name": type(trainer.law).__name__,
         "law": trainer.law.state_dict(),
+        "law_began": trainer.law_began,
         "kl_coefficient": trainer.kl.coefficient,
         "scale": asdict(trainer.scale),
         "tokens_per_micro_batch": trainer.budget.tokens,

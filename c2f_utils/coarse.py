@@ -48,7 +48,7 @@ from c2f_utils.budget import TokenBudget, preflight
 from c2f_utils.config import Coarse
 from c2f_utils.errors import C2FError
 from c2f_utils.experience import Experience, last_prefixes, pool, signals
-from c2f_utils.limits import Law
+from c2f_utils.limits import Law, refuse_beyond
 from c2f_utils.models import ActorCritic
 from c2f_utils.packing import collate, pack
 from c2f_utils.ranks import Ranks
@@ -88,6 +88,7 @@ class CoarseTrainer:
         self.law, self.config, self.seed, self.pad_id, self.folder = law, config, seed, pad_id, folder
         self.evaluate, self.stop, self.ranks = evaluate, stop, ranks or Ranks()
         refuse(policy, reward, sampler, self.prompts, law, config, self.ranks)
+        self.law_began, self.largest = law.state_dict(), law.largest
         self.iteration = 0
         self.rollout_tokens = 0
         self.kl = ppo.KLController(config.kl_coefficient, config.kl_target)
@@ -129,6 +130,7 @@ class CoarseTrainer:
         draws for it."""
         rng = random.Random(f"{self.seed}-{self.iteration}")
         limits = self.law.draw(self.config.prompts, rng)
+        refuse_beyond(self.law, limits, self.largest)
         seed = rng.getrandbits(62) + 100_003 * self.ranks.rank
         prompts, limits = self.ranks.deal(self._next_prompts()), self.ranks.deal(limits)
         with self.ranks.whole(self.policy):
@@ -153,6 +155,10 @@ class CoarseTrainer:
         e.prefix_rewards = columns.get("prefix")
         e.rewards, e.final_values = torch.cat(columns["reward"]), torch.cat(columns["final"])
         self._refuse_non_finite(e.rewards, "reward", e.samples)
+        if e.prefix_rewards:  # a law that follows them would stand still for ever, and no checkpoint could hold it
+            self._refuse_non_finite(
+                torch.stack([row.sum() for row in e.prefix_rewards]), "reward of a prefix", e.samples
+            )
         e.mask = ppo.token_mask([s.tokens for s in e.samples])
         e.logps = ppo.pad(columns.get("logps") or [s.logps for s in e.samples])
         e.reference, e.values = ppo.pad(columns["reference"]), ppo.pad(columns["values"])
@@ -212,6 +218,7 @@ class CoarseTrainer:
         seen = signals(e, self.iteration, self.config.token_price)
         limit = self.law.limit
         next_limit = self.law.update(seen)
+        refuse_beyond(self.law, [next_limit], self.largest)
         self.ranks.agree(next_limit, f"the next limit of law {type(self.law).__name__}")
         self.kl.update(seen.kl_per_token)
         tokens = [s.tokens for s in e.samples]

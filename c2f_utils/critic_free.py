@@ -23,7 +23,7 @@ from transformers import TrainerCallback
 from c2f_utils.errors import C2FError, problems
 from c2f_utils.experience import tail_return, useful_length
 from c2f_utils.files import read_json, write_json
-from c2f_utils.limits import CRITIC_FREE, Law, Signals, refuse_unfed
+from c2f_utils.limits import CRITIC_FREE, Law, Signals, refuse_another, refuse_beyond, refuse_unfed
 from c2f_utils.redundancy import rep_n, repeated_spans
 
 STATE = "limit.json"  # in every checkpoint folder
@@ -60,6 +60,7 @@ class LimitCallback(TrainerCallback):
     def __init__(self, law: Law):
         refuse_unfed(law)
         self.law, self.trainer = law, None
+        self._law_began, self._largest = law.state_dict(), law.largest
         self.history: list[dict] = []
         self.rollout_tokens = 0
         self._pending: Signals | None = None  # what the last generation told, until the next one is due
@@ -121,7 +122,8 @@ class LimitCallback(TrainerCallback):
     def save(self, checkpoint: Path) -> None:
         """Put the law's state, the signals it has not seen yet and the history into a checkpoint folder."""
         pending = self._pending and asdict(self._pending)
-        state = {"law_name": type(self.law).__name__, "law": self.law.state_dict(), "pending": pending}
+        state = {"law_name": type(self.law).__name__, "law": self.law.state_dict(), "law_began": self._law_began}
+        state["pending"] = pending
         state |= {"history": self.history, "rollout_tokens": self.rollout_tokens}
         write_json(Path(checkpoint) / STATE, state)
 
@@ -134,8 +136,7 @@ class LimitCallback(TrainerCallback):
                 "in args.output_dir that was saved with this callback"
             )
         state = read_json(path)
-        if state["law_name"] != (name := type(self.law).__name__):
-            raise C2FError(f"{path} was written under law {state['law_name']}, now {name} is asked for; use that one")
+        refuse_another(self.law, state["law_name"], state.get("law_began"), path)
         self.law.load_state_dict(state["law"])
         self.history, self.rollout_tokens = state["history"], state["rollout_tokens"]
         pending = state["pending"]
@@ -177,7 +178,7 @@ class LimitCallback(TrainerCallback):
         if self.trainer._step % (args.steps_per_generation * self.trainer.num_iterations):
             return  # the rollouts at hand are still being learnt from
         if self._pending:
-            self.law.update(self._pending)
+            refuse_beyond(self.law, [self.law.update(self._pending)], self._largest)
             self._pending = None
         set_limit(self.trainer, self.law.limit)
         for reward, length, buffer in self._buffers:
@@ -194,6 +195,11 @@ class LimitCallback(TrainerCallback):
                 "callback to the trainer that calls it"
             )
         self._due = False
+        if bad := [i for i, row in enumerate(prefixes or ()) if not row.isfinite().all()]:
+            raise C2FError(
+                f"non-finite reward of a prefix in iteration {len(self.history) + 1}, answers {bad} of {len(prefixes)}; "
+                "a law cannot follow it: mend `prefix_scores` of the watched reward"
+            )
         limit, ends = self.law.limit, set(self.trainer.eos_token_ids)
         facts = []
         for index, (reward, ids) in enumerate(zip(rewards, answers, strict=True)):

@@ -7,6 +7,7 @@ the same l(t). Everything that depends on the limit reads the law's `limit`. A l
 `limit`, `needs` and `update` (see `Law`).
 """
 
+import json
 import math
 import random
 from collections.abc import Collection
@@ -274,6 +275,7 @@ class Gated(Law):
     growth: float = 0.2
     minimum: int = 0
     repetition: float | None = None
+    exact: float | None = None
     needs: ClassVar[tuple[str, ...]] = ("truncated_share", "value_slope", "tail_repetition")
 
     def __post_init__(self) -> None:
@@ -288,7 +290,8 @@ class Gated(Law):
             factor, why = 1 + self.growth, "cut, value holds, tail is new: grow"
         else:
             factor, why = 1.0, "witnesses disagree: hold"
-        self.limit = max(self.minimum, min(self.maximum, round(self.limit * factor)))
+        self.exact = max(float(self.minimum), min(float(self.maximum), (self.exact or self.limit) * factor))
+        self.limit = round(self.exact)
         seen = f"cut {signals.truncated_share:.0%}, value slope {signals.value_slope:+.3f}"
         self.reason = f"{seen}, tail repetition {self.repetition:.2f}; {why}"
         return self.limit
@@ -310,6 +313,7 @@ class Probe(Law):
     slope: float = 0.0
     seen: int = 0
     minimum: int = 0
+    exact: float | None = None
     needs: ClassVar[tuple[str, ...]] = ("rewards", "limits")
 
     def __post_init__(self) -> None:
@@ -332,7 +336,9 @@ class Probe(Law):
         self.seen += 1
         self.slope += (slope - self.slope) / min(self.seen, 10)
         share = 1.0 if self.seen < 5 else min(1.0, max(-0.5, self.slope / self.productive))
-        self.limit = max(self.minimum, min(self.maximum, round(self.limit * (1 + self.growth * share))))
+        wanted = (self.exact or self.limit) * (1 + self.growth * share)
+        self.exact = max(float(self.minimum), min(float(self.maximum), wanted))
+        self.limit = round(self.exact)
         self.reason = f"dR/dlog l {slope:+.2f} (mean {self.slope:+.2f}): {share:+.0%} of full growth"
         return self.limit
 
@@ -354,6 +360,35 @@ def refuse_unfed(law: Law, measured: Collection[str] = CRITIC_FREE) -> None:
         raise C2FError(
             f"law {name} draws a limit of its own for every request, and GRPO and RLOO trainers generate all under "
             "one; choose another law, such as fixed, clock or tail"
+        )
+
+
+def refuse_beyond(law: Law, asked: Collection[int], largest: int) -> None:
+    """Raise C2FError unless every limit in `asked` (tokens) lies in 1 .. `largest`, what was checked before training."""
+    if wrong := [limit for limit in asked if not 1 <= limit <= largest]:
+        raise C2FError(
+            f"law {type(law).__name__} asks for {wrong[0]} tokens; expected 1 to {largest}, its `maximum` when training "
+            "started (without one: its first limit), against which memory and positions were checked: give it a "
+            "`maximum` that it never passes"
+        )
+
+
+def refuse_another(law: Law, name: str, began: dict[str, object] | None, where: object) -> None:
+    """Raise C2FError unless `law`, in its first state, is the one of checkpoint `where`: same class, same constants.
+
+    `began` is the state in which the checkpoint's law was made; older checkpoints have none and are taken on trust.
+    """
+    if name != type(law).__name__:
+        raise C2FError(
+            f"checkpoint {where} was written under law {name}, now {type(law).__name__} is asked for; use overwrite=True"
+        )
+    mine = json.loads(json.dumps(law.state_dict()))
+    other = [key for key in mine.keys() | (began or mine).keys() if mine.get(key) != (began or mine).get(key)]
+    if other:
+        found = "; ".join(f"{key}: {began.get(key)} then, {mine.get(key)} now" for key in sorted(other))
+        raise C2FError(
+            f"checkpoint {where} was written under another law {name} ({found}); ask for that one, or start anew in "
+            "another folder (a notebook: overwrite=True)"
         )
 
 
@@ -396,6 +431,11 @@ def make_law(settings: LawSettings) -> Law:
         stages = given.get("steps", [])
         if (given["shape"] == "steps") != bool(stages):
             raise C2FError("law 'clock': shape 'steps' and the list `steps` belong together; give both or neither")
+        if stages and (stages[0] != start or not 1 <= min(stages) <= max(stages) <= maximum):
+            raise C2FError(
+                f"law 'clock': steps {stages} with start {start} and maximum {maximum}; expected the first step to be "
+                "the start and none above the maximum (tokens)"
+            )
         return Clock(stages[0] if stages else start, maximum, given["duration"], given["shape"], stages)
     if name == "logistic":
         weights = given.get("weights", {})

@@ -7,6 +7,7 @@ import torch
 from tiny_models import LAWS, PrefixReward, causal, distinct_tokens, prompts, trainer, weights
 
 from c2f_utils import checkpoints, limits, packing, tasks
+from c2f_utils.config import Law
 from c2f_utils.errors import C2FError
 from c2f_utils.experience import signals, tail_return, useful_length
 from c2f_utils.models import token_logps
@@ -113,6 +114,32 @@ def test_a_checkpoint_of_another_law_or_model_is_refused(tmp_path):
         trainer("fixed", tmp_path)
     with pytest.raises(C2FError, match="other parameters"):
         trainer("logistic", tmp_path, lora=True)
+
+
+def test_a_checkpoint_of_the_same_law_with_another_maximum_is_refused(tmp_path):
+    trainer("useful", tmp_path, reward=PrefixReward()).step()
+    trainer("useful", tmp_path, reward=PrefixReward())
+    with pytest.raises(C2FError, match="maximum: 24 then, 25 now"):
+        trainer(limits.make_law(Law(name="useful", start=8, maximum=25, growth=0.2)), tmp_path, reward=PrefixReward())
+
+
+def test_a_law_that_passes_what_was_checked_is_stopped_and_a_prefix_without_a_number_too():
+    class Endless(limits.Law):
+        def update(self, signals):
+            self.limit *= 2
+            return self.limit
+
+    with pytest.raises(C2FError, match="law Endless asks for 16 tokens; expected 1 to 8"):
+        trainer(Endless(8)).step()
+
+    class Holed(PrefixReward):
+        def prefix_scores(self, batch):
+            found = super().prefix_scores(batch)
+            found[1][2] = float("nan")
+            return found
+
+    with pytest.raises(C2FError, match=r"non-finite reward of a prefix in iteration 1, samples \[1\]"):
+        trainer("tail", reward=Holed()).step()
 
 
 def test_a_half_written_checkpoint_is_never_taken_for_one(tmp_path):

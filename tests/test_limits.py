@@ -205,6 +205,11 @@ def test_probe_follows_the_causal_slope_in_both_directions():
         ({"name": "clock", "start": 3}, "missing: maximum, duration, shape"),
         ({"name": "logistic", "start": 200, "maximum": 144, "step": 8}, "above maximum"),
         ({"name": "clock", "start": 3, "maximum": 9, "duration": 4, "shape": "steps"}, "belong together"),
+        ({"name": "clock", "start": 3, "maximum": 9, "duration": 4, "shape": "steps", "steps": [3, 10]}, "none above"),
+        (
+            {"name": "clock", "start": 4, "maximum": 9, "duration": 4, "shape": "steps", "steps": [3, 9]},
+            "to be the start",
+        ),
         ({"name": "logistic", "start": 2, "maximum": 9, "step": 1, "weights": {"rewrd": 1.0}}, "unknown weights rewrd"),
     ],
 )
@@ -223,3 +228,34 @@ def test_a_law_written_by_a_user_needs_only_a_limit_and_an_update():
 
     law = Doubling(8)
     assert [law.update(limits.Signals(iteration=i)) for i in range(4)] == [16, 32, 64, 64]
+
+
+@pytest.mark.parametrize("name", ["gated", "probe"])
+def test_growth_below_half_a_token_adds_up(name):
+    law = make(name, growth=0.02)
+    rewards, drawn = tuple(range(8)), tuple(range(20, 28))  # a steep slope: full growth
+    for i in range(40):
+        law.update(
+            limits.Signals(
+                iteration=i, truncated_share=1.0, value_slope=0.1, tail_repetition=0.0, rewards=rewards, limits=drawn
+            )
+        )
+    assert law.limit == round(24 * 1.02**40)
+
+
+def test_a_limit_beyond_what_was_checked_is_refused_with_the_law():
+    law = make("fixed")
+    limits.refuse_beyond(law, [1, 144], 144)
+    for wrong in (0, 145):
+        with pytest.raises(C2FError, match=f"law Fixed asks for {wrong} tokens; expected 1 to 144"):
+            limits.refuse_beyond(law, [10, wrong], 144)
+
+
+def test_a_checkpoint_of_the_same_law_with_other_constants_is_refused():
+    saved = make("tail", growth=0.12)
+    limits.refuse_another(make("tail", growth=0.12), "Tail", saved.state_dict(), "step-3")
+    limits.refuse_another(make("tail", growth=0.2), "Tail", None, "step-3")  # written before constants were kept
+    with pytest.raises(C2FError, match=r"another law Tail \(growth: 0.12 then, 0.2 now\)"):
+        limits.refuse_another(make("tail", growth=0.2), "Tail", saved.state_dict(), "step-3")
+    with pytest.raises(C2FError, match="under law Tail, now Useful"):
+        limits.refuse_another(make("useful"), "Tail", saved.state_dict(), "step-3")

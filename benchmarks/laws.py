@@ -5,8 +5,9 @@
 
 A seed covers base, reward model and reinforcement learning; missing bases are trained first (`c2f run 00 01 02`; with
 several lanes, make them before). In the conditions of the regret study run the clocks of the grid, `grow 12 %` and
-`useful`; the other clocks that do not know the maximum run where cost to a target counts, the other laws that look at
-what they do where rewards are hacked or the right length is known.
+`useful`, and these two once more with cut answers credited by the mean over their last prefixes; the other clocks that
+do not know the maximum run where cost to a target counts, the other laws that look at what they do where rewards are
+hacked or the right length is known.
 Every finished run is one file under outputs/laws-<seed>/study/, so a stopped study continues where it was. One run
 takes about 15 seconds of one core, a seed with all conditions, clocks and laws about half an hour; use one thread per
 lane. Conditions, clocks and measures: `c2f_utils/law_study.py`.
@@ -55,9 +56,10 @@ def jobs(conditions: list[str], only: list[str]) -> list[tuple[str, str, Law, in
             budget = HACKED_BUDGET if name in law_study.HACKED else law_study.BUDGET
             found += [(name, law, settings, budget) for law, settings in laws.items()]
             continue
-        for law, settings in {**laws, **free, **clocks}.items():
-            cost_counts = name in law_study.ROOMY and (law in free or law == "useful")
-            if law in clocks or law in ("useful", "grow 12 %") or cost_counts:
+        twice = law_study.averaged(maximum)
+        for law, settings in {**laws, **free, **clocks, **twice}.items():
+            cost_counts = name in law_study.ROOMY and (law in free or law in twice or law == "useful")
+            if law in clocks or law in twice or law in ("useful", "grow 12 %") or cost_counts:
                 found.append((name, law, settings, law_study.LONG if cost_counts else law_study.BUDGET))
     return [job for job in found if not only or job[1] in only]
 
@@ -80,7 +82,8 @@ def study(options: argparse.Namespace) -> None:
             models = models or inputs(seed)
             start = starts.get(condition)
             law = limits.make_law(settings)
-            found = law_runs.run_one(models, law_study.ALL[condition], law, budget, start=start)
+            cut = "average" if name.endswith(law_study.AVERAGED) else "score"
+            found = law_runs.run_one(models, law_study.ALL[condition], law, budget, start=start, cut=cut)
             starts[condition] = {key: values[0] for key, values in found["curve"].items()}
             write_json(file, {"condition": condition, "law": name, "seed": seed, "budget": budget} | found)
             mean = law_study.mean_utility(found, min(budget, law_study.BUDGET))

@@ -97,6 +97,14 @@ def laws(maximum: int) -> dict[str, Law]:
     return found | {"logistic": Law(name="logistic", start=START, maximum=maximum, step=max(1, maximum // 18))}
 
 
+AVERAGED = ", averaged cut"  # what marks an arm whose cut answers are worth the mean over their last prefixes
+
+
+def averaged(maximum: int) -> dict[str, Law]:
+    """A law and a clock that run a second time with `coarse.cut: average`, to tell that rule from the law."""
+    return {name + AVERAGED: {**laws(maximum), **agnostic(maximum)}[name] for name in ("useful", "grow 12 %")}
+
+
 # --- measures on finished runs: {condition: {law: {seed: run}}} -----------------------------------------------------
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from c2f_utils import evaluate, limits, pretrain, tasks
+from c2f_utils.config import Cut
 from c2f_utils.law_study import BUDGET, EVALUATED, EVALUATION_LIMIT, MARKS, UTILITY_PRICE, Condition
 from c2f_utils.rewards import RewardModel
 from c2f_utils.rollout import Sample, make_prompts
@@ -92,6 +93,7 @@ def run_one(
     start: dict | None = None,
     every: int = 0,
     until: float = math.inf,
+    cut: Cut = "score",
     observe=None,
 ) -> dict:
     """Train under one law until `budget` rollout tokens are spent; keep the curve of utility on validation problems.
@@ -99,7 +101,7 @@ def run_one(
     Evaluations are made after the iteration that passes a mark, or after every `every` iterations, at a fixed limit
     and T = 1, and cost no budget; two of them in a row at `until` or above end the run. `start` is the first point of
     another law's curve in the same condition and seed, which need not be measured again.
-    `observe(trainer, experience, row)` sees every iteration. Seconds are processor seconds of the five verbs alone.
+    `cut` is how cut answers are credited. `observe(trainer, experience, row)` sees every iteration. Seconds are processor seconds of the five verbs alone.
     """
     settings = inputs.settings
     seed = settings.seed
@@ -110,7 +112,8 @@ def run_one(
         reward = Paid(inputs.reward, condition.length_bonus, condition.quality)
     if condition.known:
         reward = FirstAnswer().normalised_on(inputs.answers(inputs.base(), problems, limit=limit))
-    config = settings.coarse.model_copy(update={"token_price": condition.token_price, "iterations": 10**6})
+    change = {"token_price": condition.token_price, "iterations": 10**6, "cut": cut}
+    config = settings.coarse.model_copy(update=change)
     prompts = make_prompts(tasks.problems("train", TRAIN_PROMPTS, seed, condition.operations))
     base = base_that_ends(inputs) if condition.terminates else None
     trainer = coarse.trainer(

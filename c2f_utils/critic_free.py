@@ -197,8 +197,8 @@ class LimitCallback(TrainerCallback):
         self._due = False
         if bad := [i for i, row in enumerate(prefixes or ()) if not row.isfinite().all()]:
             raise C2FError(
-                f"non-finite reward of a prefix in iteration {len(self.history) + 1}, answers {bad} of {len(prefixes)}; "
-                "a law cannot follow it: mend `prefix_scores` of the watched reward"
+                f"non-finite reward of a prefix in iteration {len(self.history) + 1}, answers {bad} of "
+                f"{len(prefixes)}; a law cannot follow it: mend `prefix_scores` of the watched reward"
             )
         limit, ends = self.law.limit, set(self.trainer.eos_token_ids)
         facts = []

@@ -125,16 +125,15 @@ def within(run: dict, budget: int) -> dict[str, list]:
 def cost_to(run: dict, target: float, unit: str = "tokens", budget: int = BUDGET) -> tuple[float, bool]:
     """(tokens or processor seconds until two evaluations in a row reach `target`, whether they did by `budget`).
 
-    A run that never does counts its whole length up to the budget, and at least the budget.
+    A run that never does costs the whole budget, in seconds what it took to spend that.
     """
     previous, curve = False, within(run, budget)
     for cost, utility in zip(curve[unit], curve["utility"], strict=True):
         reached = utility >= target
         if reached and previous:
-            return float(cost), True
+            return float(min(cost, budget) if unit == "tokens" else cost), True
         previous = reached
-    last = curve[unit][-1]
-    return float(max(last, budget) if unit == "tokens" else last), False
+    return float(budget if unit == "tokens" else np.interp(budget, curve["tokens"], curve["seconds"])), False
 
 
 def complete_seeds(laws: dict[str, dict]) -> list[str]:
@@ -172,11 +171,12 @@ def savings(
 ) -> dict:
     """Cost of `law` over the cheapest of `clocks` to reach `share` of what that clock gains, paired by seed.
 
-    Cheapest by the mean log cost over seeds. A run that never gets there counts its whole budget of tokens, and in
-    seconds the dearest run of its seed. The target of a seed is start + share * (best final utility of the clocks'
-    seed means - start). Returns ratio with interval, p of the log ratio, how many seeds of each never got there, and
-    `beyond`: the share of the clock's tokens until then that lie beyond the limit where the law ends, mean over seeds.
-    No law could save more by shorter answers alone if every iteration taught as much as the clock's.
+    Cheapest by the mean log cost over seeds. A run that never gets there costs its whole budget of tokens, and in
+    seconds as much as the dearest run of its seed; where many miss, ratios are drawn to 1. The target of a seed is
+    start + share * (best final utility of the clocks' seed means - start). Returns ratio with interval, p of the log
+    ratio, how many seeds of each never got there, and `beyond`: the share of the clock's tokens until then that lie
+    beyond the limit where the law ends, mean over seeds. A law that goes with the clock and stays at that limit could
+    save no more, if every iteration taught as much.
     """
     seeds = complete_seeds({name: laws[name] for name in (law, *clocks)})
 
@@ -212,3 +212,19 @@ def _spent(path: Sequence[int], tokens: float, prompts: int = 64) -> np.ndarray:
     """The limits of the iterations that `tokens` rollout tokens paid for, if every answer was cut; at least one."""
     limits = np.array(path[:-1] or path)
     return limits[: 1 + int(np.searchsorted(prompts * limits.cumsum(), tokens))]
+
+
+def differences(mine: dict[str, dict], other: dict[str, dict], measure) -> dict:
+    """`measure(run)` of one arm minus that of another, paired by seed: mean with t-interval, sign-flip p, n.
+
+    Raises C2FError (by `stats`) without a common seed.
+    """
+    seeds = sorted(mine.keys() & other.keys(), key=int)
+    gaps = [measure(mine[s]) - measure(other[s]) for s in seeds]
+    found = stats.seed_interval(gaps)
+    return {"difference": found.value, "low": found.low, "high": found.high, "p": stats.sign_flip(gaps), "n": found.n}
+
+
+def last_utility(run: dict) -> float:
+    """Mean utility of the last two evaluations."""
+    return float(np.mean(run["curve"]["utility"][-2:]))

@@ -364,12 +364,12 @@ def refuse_unfed(law: Law, measured: Collection[str] = CRITIC_FREE) -> None:
 
 
 def refuse_beyond(law: Law, asked: Collection[int], largest: int) -> None:
-    """Raise C2FError unless every limit in `asked` (tokens) lies in 1 .. `largest`, what was checked before training."""
+    """Raise C2FError unless all limits asked for (tokens) lie in 1 .. `largest`, which was checked before training."""
     if wrong := [limit for limit in asked if not 1 <= limit <= largest]:
         raise C2FError(
-            f"law {type(law).__name__} asks for {wrong[0]} tokens; expected 1 to {largest}, its `maximum` when training "
-            "started (without one: its first limit), against which memory and positions were checked: give it a "
-            "`maximum` that it never passes"
+            f"law {type(law).__name__} asks for {wrong[0]} tokens; expected 1 to {largest}, its `maximum` when "
+            "training started (without one: its first limit), against which memory and positions were checked: give "
+            "it a `maximum` that it never passes"
         )
 
 
@@ -378,10 +378,8 @@ def refuse_another(law: Law, name: str, began: dict[str, object] | None, where: 
 
     `began` is the state in which the checkpoint's law was made; older checkpoints have none and are taken on trust.
     """
-    if name != type(law).__name__:
-        raise C2FError(
-            f"checkpoint {where} was written under law {name}, now {type(law).__name__} is asked for; use overwrite=True"
-        )
+    if name != (now := type(law).__name__):
+        raise C2FError(f"checkpoint {where} was written under law {name}, now {now} is asked for; use overwrite=True")
     mine = json.loads(json.dumps(law.state_dict()))
     other = [key for key in mine.keys() | (began or mine).keys() if mine.get(key) != (began or mine).get(key)]
     if other:

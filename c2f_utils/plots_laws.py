@@ -41,7 +41,8 @@ def regret_map(study: dict) -> Figure:
     count = sorted(set(frame["n"]))
     seeds = "one seed" if count == [1] else f"{'-'.join(map(str, dict.fromkeys((count[0], count[-1]))))} seeds"
     ax.set_xlabel(
-        f"regret of mean utility, % of the best clock's gain; {seeds}. Green: laws; grey: clocks blind to l_max"
+        f"regret of mean utility, % of the best clock's gain; {seeds}. Green: laws; grey: clocks blind to l_max and "
+        "arms with averaged cuts"
     )
     return fig
 

@@ -108,6 +108,7 @@ def regret_table(study: dict) -> pd.DataFrame:
         if condition not in law_study.CONDITIONS or not law_study.complete_seeds(laws) or not tied:
             continue
         kind = dict.fromkeys(tied, "clock") | dict.fromkeys(free, "agnostic clock")
+        kind |= {name: "averaged cut" for name in laws if name.endswith(law_study.AVERAGED)}
         for name, found in law_study.regrets(laws, [*tied, *free]).items():
             rows.append({"condition": condition, "law": name, "kind": kind.get(name, "law"), **found})
     return pd.DataFrame(rows, columns=["condition", "law", "kind", "regret", "low", "high", "p", "n", "best"])
@@ -116,7 +117,8 @@ def regret_table(study: dict) -> pd.DataFrame:
 def worst_table(study: dict) -> pd.DataFrame:
     """Per law: worst normalised regret over all conditions, where, its interval there, and the mean; best law first.
 
-    Schedules that ran in some conditions only come last: their worst is a maximum over fewer.
+    "up to" is the largest upper bound of any condition, which is what a worst case may reach. Schedules that ran in
+    some conditions only come last: their worst is a maximum over fewer.
     """
     frame = regret_table(study)
     rows = []
@@ -124,7 +126,8 @@ def worst_table(study: dict) -> pd.DataFrame:
         worst = mine.loc[mine["regret"].idxmax()]
         rows.append({
             "law": law, "kind": worst["kind"], "conditions": len(mine), "worst regret": worst["regret"],
-            "low": worst["low"], "high": worst["high"], "where": worst["condition"], "mean": mine["regret"].mean(),
+            "low": worst["low"], "high": worst["high"], "where": worst["condition"], "up to": mine["high"].max(),
+            "mean": mine["regret"].mean(),
         })  # fmt: skip
     if not rows:
         return pd.DataFrame()
@@ -134,7 +137,10 @@ def worst_table(study: dict) -> pd.DataFrame:
 
 
 def savings_table(study: dict, law: str, share: float = 0.95) -> pd.DataFrame:
-    """Cost of one law to `share` of what clocks gain, over the cheapest clock of each family."""
+    """Cost of one law to `share` of what clocks gain, over the cheapest clock of each family, with how many missed.
+
+    An arm with averaged cuts is also compared with the clock under that rule.
+    """
     rows = []
     for condition, laws in study["runs"].items():
         if condition not in law_study.CONDITIONS or law not in laws or not law_study.complete_seeds(laws):
@@ -142,10 +148,41 @@ def savings_table(study: dict, law: str, share: float = 0.95) -> pd.DataFrame:
         tied, free = clocks_of(laws, condition)
         roomy = law_study.LONG if condition in law_study.ROOMY else law_study.BUDGET
         families = {"knows the maximum": (tied, law_study.BUDGET), "agnostic": (free, roomy)}
+        if law.endswith(law_study.AVERAGED):
+            twin = [f"{name}{law_study.AVERAGED}" for name in free if f"{name}{law_study.AVERAGED}" in laws]
+            families["agnostic, averaged cut"] = ([name for name in twin if name != law], roomy)
         for family, (names, budget) in families.items():
             for unit in ("tokens", "seconds") if names else ():
                 found = law_study.savings(laws, law, names, share, unit, budget)
                 rows.append({"condition": condition, "against": family, "unit": unit, "budget": budget, **found})
+    return pd.DataFrame(rows)
+
+
+def last_table(study: dict, against: str = "grow 12 %") -> pd.DataFrame:
+    """Utility at the end of the longer runs, law by law, and its difference to one clock's, paired by seed."""
+    rows = []
+    for condition in law_study.ROOMY:
+        laws = study["runs"].get(condition, {})
+        for law, by_seed in laws.items():
+            long = {seed: run for seed, run in by_seed.items() if run["curve"]["tokens"][-1] >= law_study.LONG}
+            if not long or against not in laws or not long.keys() & laws[against].keys():
+                continue
+            mean = np.mean([law_study.last_utility(run) for run in long.values()])
+            row = {"condition": condition, "law": law, "utility at the end": mean}
+            rows.append(row | law_study.differences(long, laws[against], law_study.last_utility))
+    return pd.DataFrame(rows)
+
+
+def averaging_table(study: dict) -> pd.DataFrame:
+    """What crediting cut answers by the mean over their last prefixes adds to mean utility over the budget."""
+    rows = []
+    for condition, laws in study["runs"].items():
+        for law in laws:
+            plain = law.removesuffix(law_study.AVERAGED)
+            if plain == law or plain not in laws or not laws[plain].keys() & laws[law].keys():
+                continue
+            row = {"condition": condition, "law": plain}
+            rows.append(row | law_study.differences(laws[law], laws[plain], law_study.mean_utility))
     return pd.DataFrame(rows)
 
 

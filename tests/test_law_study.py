@@ -45,10 +45,11 @@ def test_cost_waits_for_two_evaluations_in_a_row_and_charges_a_run_that_never_ar
     assert law_study.cost_to(lucky, 1.0, budget=50) == (40.0, True)
     assert law_study.cost_to(lucky, 1.0, "seconds", budget=50) == (pytest.approx(0.4), True)
     assert law_study.cost_to(lucky, 2.0, budget=50) == (50.0, False)
-    assert law_study.cost_to(run((0, 0.0), (64, 0.1)), 2.0, budget=50) == (64.0, False)
+    assert law_study.cost_to(run((0, 0.0), (64, 0.1)), 2.0, budget=50) == (50.0, False)  # overshoot is not charged
+    assert law_study.cost_to(run((0, 0.0), (64, 0.1)), 2.0, "seconds", budget=50) == (pytest.approx(0.5), False)
     long = run((0, 0.0), (40, 0.1), (55, 1.0), (70, 1.0))
-    assert law_study.cost_to(long, 1.0, budget=50) == (55.0, False)  # what lies beyond the budget does not count
-    assert law_study.cost_to(long, 1.0, budget=60) == (70.0, True)
+    assert law_study.cost_to(long, 1.0, budget=50) == (50.0, False)  # what lies beyond the budget does not count
+    assert law_study.cost_to(long, 1.0, budget=60) == (60.0, True)  # in the run that passes it, as late as it can be
 
 
 def seeds(*gains: float) -> dict:

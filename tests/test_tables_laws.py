@@ -92,3 +92,23 @@ def test_rewards_at_equal_length_are_means_over_the_seeds_that_have_them():
     }
     frame = tables_laws.prefix_reward_table({"laws": {"a": {"label": "a", "seeds": seeds}}})
     assert frame.loc[0, "first 32 tokens"] == 1.5 and frame.loc[0, "seeds"] == 2
+
+
+def test_what_averaging_the_cut_adds_is_paired_by_seed():
+    made = study()
+    made["runs"]["l_max 96"] = dict(made["runs"]["l_max 96"])
+    made["runs"]["l_max 96"]["useful, averaged cut"] = {seed: run(1.05 + 0.01 * int(seed)) for seed in "12"}
+    table = tables_laws.averaging_table(made)
+    assert list(table["condition"]) == ["l_max 96"] and list(table["law"]) == ["useful"]
+    area = 1 - 10_000 / law_study.BUDGET  # a straight rise to the gain within 20,000 tokens
+    assert table["difference"][0] == pytest.approx(0.1 * area) and table["n"][0] == 2
+    worst = tables_laws.worst_table(made).set_index("law")
+    assert worst.loc["useful, averaged cut", "kind"] == "averaged cut"
+    assert set(tables_laws.savings_table(made, "useful, averaged cut")["against"]) == {"knows the maximum", "agnostic"}
+
+
+def test_the_end_of_longer_runs_is_compared_with_one_clock_where_both_ran():
+    table = tables_laws.last_table(study()).set_index("law")
+    assert set(table["condition"]) == {"short problems"}
+    assert table.loc["useful", "difference"] == pytest.approx(0.05) and table.loc["grow 12 %", "difference"] == 0
+    assert tables_laws.last_table({"runs": {}}).empty

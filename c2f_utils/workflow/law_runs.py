@@ -100,8 +100,9 @@ def run_one(
 
     Evaluations are made after the iteration that passes a mark, or after every `every` iterations, at a fixed limit
     and T = 1, and cost no budget; two of them in a row at `until` or above end the run. `start` is the first point of
-    another law's curve in the same condition and seed, which need not be measured again.
-    `cut` is how cut answers are credited. `observe(trainer, experience, row)` sees every iteration. Seconds are processor seconds of the five verbs alone.
+    another law's curve in the same condition and seed, which need not be measured again. `cut` is how cut answers are
+    credited. `observe(trainer, experience, row)` sees every iteration. Seconds are processor seconds of the five verbs
+    alone.
     """
     settings = inputs.settings
     seed = settings.seed

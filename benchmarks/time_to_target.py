@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from c2f_utils import law_study, limits, stats  # noqa: E402
 from c2f_utils.config import Law, load_settings  # noqa: E402
+from c2f_utils.errors import C2FError  # noqa: E402
 from c2f_utils.files import read_json, write_json  # noqa: E402
 from c2f_utils.runs import Run  # noqa: E402
 from c2f_utils.stage import Stage, run_folder  # noqa: E402
@@ -34,11 +35,15 @@ PROMPTS, LENGTH, SHARE = 64, 144, 0.95
 EVERY = 2  # iterations between evaluations
 FULL = 17 * PROMPTS * LENGTH  # tokens, of as many iterations as the tiny profile has if every answer is cut
 CONDITION = law_study.Condition(LENGTH)
-LAWS = {
-    "fixed_long": Law(name="fixed", limit=LENGTH),
-    "logistic": Law(name="logistic", start=24, maximum=LENGTH, step=8),
-    "linear clock": Law(name="clock", shape="linear", start=24, maximum=LENGTH, duration=17),
-    "useful": Law(name="useful", start=24, maximum=LENGTH),
+LINEAR = Law(name="clock", shape="linear", start=24, maximum=LENGTH, duration=17)
+USEFUL = Law(name="useful", start=24, maximum=LENGTH)
+ARMS = {  # law, and how cut answers are credited
+    "fixed_long": (Law(name="fixed", limit=LENGTH), "score"),
+    "logistic": (Law(name="logistic", start=24, maximum=LENGTH, step=8), "score"),
+    "linear clock": (LINEAR, "score"),
+    "useful": (USEFUL, "score"),
+    "linear clock, averaged cut": (LINEAR, "average"),
+    "useful, averaged cut": (USEFUL, "average"),
 }
 
 
@@ -71,25 +76,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", help="run ids, one per seed")
     parser.add_argument("--out", type=Path, default=RESULTS / "time_to_target.json")
+    parser.add_argument("--speed", type=Path, default=RESULTS / "coarse_speed.json", help="what an iteration takes")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    speed = next(r for r in read_json(RESULTS / "coarse_speed.json")["rows"] if r["threads"] == 1)
+    speed = next(r for r in read_json(options.speed)["rows"] if r["threads"] == 1)
+    if "ours_by_limit" not in speed or "trl" not in speed:
+        raise C2FError(
+            f"{options.speed} has no seconds by limit, or none of TRL's; run benchmarks/coarse_speed.py --trl PYTHON"
+        )
     seconds = {int(limit): value for limit, value in speed["ours_by_limit"].items()}
     trl = speed["trl"]["median"]
     content = {"share": SHARE, "trl_seconds_per_iteration": trl, "ours_by_limit": seconds, "runs": {}}
     for run_id in options.runs:
         models = inputs(run_id)
-        long = law_runs.run_one(models, CONDITION, limits.make_law(LAWS["fixed_long"]), FULL, every=EVERY)
+        law, cut = ARMS["fixed_long"]
+        long = law_runs.run_one(models, CONDITION, limits.make_law(law), FULL, every=EVERY, cut=cut)
         target = SHARE * (long["curve"]["utility"][-1] + long["curve"]["utility"][-2]) / 2  # one alone is noisy
         row = {"target": target, "fixed_long": cost(long, target, seconds)}
-        for name, law in LAWS.items():
+        for name, (law, cut) in ARMS.items():
             if name not in row:
-                found = law_runs.run_one(models, CONDITION, limits.make_law(law), FULL, every=EVERY, until=target)
+                found = law_runs.run_one(
+                    models, CONDITION, limits.make_law(law), FULL, every=EVERY, until=target, cut=cut
+                )
                 row[name] = cost(found, target, seconds)
             row[name]["times_less"] = row["fixed_long"]["iterations"] * trl / row[name]["seconds"]
         content["runs"][run_id] = row
         print(run_id, row, flush=True)
-    for name in LAWS:
+    for name in ARMS:
         ratios = [row[name]["times_less"] for row in content["runs"].values()]
         found = stats.log_ratio_interval(ratios, [1.0] * len(ratios))
         missed = sum(not row[name]["reached"] for row in content["runs"].values())

@@ -1,6 +1,7 @@
 """A user's own law, reward and operator: the README's own words are run, each at most ten lines long."""
 
 import json
+import linecache
 import re
 import shutil
 
@@ -112,3 +113,59 @@ def test_own_laws_and_rewards_are_recorded_and_never_mixed(project):
     with pytest.raises(C2FError, match="begun with another law"):
         list(coarse.train(begin("other"), law=limits.Fixed(10)))
     assert list(coarse.train(begin("other"), law=limits.Fixed(9))) == []
+
+
+def typed(cell: str, name: str) -> type:
+    """A class as a notebook cell makes it: in `__main__`, without a file, its lines where IPython keeps them."""
+    file = f"<cell {hash(cell)}>"
+    linecache.cache[file] = (len(cell), None, cell.splitlines(keepends=True), file)
+    space = {"__name__": "__main__"}
+    exec(compile(cell, file, "exec"), space)
+    return space[name]
+
+
+LAW = """
+from c2f_utils.limits import Law
+class Mine(Law):
+    maximum = 32
+    def update(self, signals):
+        self.limit = min(self.maximum, 2 * self.limit)
+        return self.limit
+"""
+REWARD = """
+class Mine:
+    per_word = 0.1
+    def __init__(self, price):
+        self.price = price
+    def __call__(self, samples):
+        return [self.per_word - self.price * s.tokens for s in samples]
+"""
+
+
+@pytest.mark.parametrize(
+    ("cell", "change"),
+    [
+        (LAW, ("2 * self.limit", "3 * self.limit")),
+        (LAW, ("maximum = 32", "maximum = 64")),
+        (REWARD, ("s.tokens", "len(s.ids)")),
+        (REWARD, ("per_word = 0.1", "per_word = 0.2")),
+    ],
+)
+def test_an_edited_class_typed_in_a_notebook_is_another_one(cell, change):
+    from c2f_utils.workflow.coarse import _identity
+
+    made = [typed(text, "Mine")(8) for text in (cell, cell, cell.replace(*change))]
+    first, again, edited = (_identity(own) for own in made)
+    assert first == again and first != edited
+
+
+def test_what_an_object_was_made_with_and_what_its_class_inherits_belong_to_it():
+    from c2f_utils.workflow.coarse import _identity
+
+    assert _identity(typed(REWARD, "Mine")(1)) != _identity(typed(REWARD, "Mine")(2))
+    below = "\nclass Below(Mine):\n    pass\n"
+    former, later = (typed(text + below, "Below")(8) for text in (LAW, LAW.replace("2 *", "3 *")))
+    assert _identity(former) != _identity(later)
+    without_lines = {}
+    exec(REWARD, without_lines)
+    assert "0x" not in str(_identity(without_lines["Mine"](1))), "equal in the next session"

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -170,13 +171,50 @@ def _identity(own: object) -> dict[str, str]:
     """What tells one law or reward of the user's from another: its source, and for an object what it was made with."""
     if own is None:
         return {"source": "the settings'"}
-    state = own.state_dict() if hasattr(own, "state_dict") and not isinstance(own, nn.Module) else {}
-    return {"source": _source(own), "state": repr(sorted(state.items()))}
+    return {"source": _source(own), "state": _plain(sorted(_state(own).items()))}
+
+
+def _state(own: object) -> dict[str, object]:
+    """What an object was made with; weights are left out, they would cost more to read than they tell."""
+    if isinstance(own, nn.Module) or inspect.isroutine(own):
+        return {}
+    return own.state_dict() if hasattr(own, "state_dict") else dict(getattr(own, "__dict__", {}))
 
 
 def _source(thing: object) -> str:
-    """Source text of an object's class or function; its name when it was typed where no source is kept."""
+    """Source text of a function, or of an object's class: its methods and plain attributes, inherited ones too.
+
+    `inspect.getsource` finds functions typed in a notebook, but no class: a kernel's `__main__` has no file.
+    """
+    if inspect.isroutine(thing):
+        return _code(thing)
+    parts = []
+    for kind in type(thing).__mro__:
+        if kind in (object, limits.Law, nn.Module):
+            continue
+        parts.append(kind.__qualname__)
+        for name, value in vars(kind).items():
+            if isinstance(value, property):
+                parts += [_code(part) for part in (value.fget, value.fset) if part]
+            elif callable(found := getattr(value, "__func__", getattr(value, "func", value))):
+                parts.append(f"{name}: {_code(found)}")
+            elif not name.startswith("__") and isinstance(value, _PLAIN):
+                parts.append(f"{name} = {_plain(value)}")
+    return "\n".join(parts)
+
+
+_PLAIN = str | int | float | bool | None | tuple | list | dict
+
+
+def _code(function: object) -> str:
+    """Source text of a function; its instructions and constants where none is kept, else its name."""
     try:
-        return inspect.getsource(thing if inspect.isfunction(thing) else type(thing))
+        return inspect.getsource(function)
     except (OSError, TypeError):
-        return repr(type(thing))
+        code = getattr(function, "__code__", None)
+        return f"{code.co_code.hex()} {code.co_names} {_plain(code.co_consts)}" if code else _plain(function)
+
+
+def _plain(value: object) -> str:
+    """`repr` without the addresses and places that change from one session to the next."""
+    return re.sub(r" at 0x[0-9a-f]+|, file \".*?\", line \d+", "", repr(value))

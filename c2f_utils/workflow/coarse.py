@@ -105,11 +105,11 @@ def train(
     rule = law or limits.make_law(run.settings.coarse.law)
     process = trainer(inputs, rule, here.path("checkpoints"), reward=reward, ranks=ranks)
     restore_rows(run, process)
+    _snapshot(run, process)  # a kill may have fallen between the checkpoint continued from and its snapshot
     with here.timer("training"):
         for row in process:
             here.log(row)
-            if run.settings.coarse.snapshots and process.curve[-1]["iteration"] == row["iteration"]:
-                _snapshot(process.policy.actor, here.path("snapshots", f"iteration-{row['iteration']:05d}.safetensors"))
+            _snapshot(run, process)
             yield row
     with here.timer("evaluation"):
         finish(run, inputs, process)
@@ -124,10 +124,15 @@ def assist(run: Run, ranks: Ranks) -> None:
     ranks.plain(process.policy.actor, inputs.base)
 
 
-def _snapshot(actor: nn.Module, path: Path) -> None:
-    """Keep the actor's weights, written beside their name and renamed; equal bytes when a run is continued."""
+def _snapshot(run: Run, process: CoarseTrainer) -> None:
+    """Keep the actor of an iteration that was evaluated, if asked for, written beside its name and renamed."""
+    path = run.here.path("snapshots", f"iteration-{process.iteration:05d}.safetensors")
+    evaluated = process.iteration and process.curve[-1]["iteration"] == process.iteration
+    if not run.settings.coarse.snapshots or not evaluated or path.exists():
+        return
     partial = path.with_suffix(".partial")
-    save_file({name: value.detach().contiguous() for name, value in actor.state_dict().items()}, partial)
+    state = process.policy.actor.state_dict()
+    save_file({name: value.detach().contiguous() for name, value in state.items()}, partial)
     os.replace(partial, path)
 
 

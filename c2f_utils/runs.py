@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from c2f_utils.config import Settings
 
-__all__ = ["PARENTS", "Run", "Stage", "latest", "outputs", "root", "run_folder", "stages", "table"]
+__all__ = ["OF_SETTINGS", "PARENTS", "Run", "Stage", "latest", "outputs", "root", "run_folder", "stages", "table"]
 
 # What each stage is made from. A missing one is refused before work starts; a changed one makes the stage another
 # stage.
@@ -39,6 +39,8 @@ PARENTS: dict[str, tuple[str, ...]] = {
     ),
     "08_report": (),  # reports what is there and names what is missing
 }  # fmt: skip
+
+OF_SETTINGS = {"source": "the settings'"}  # what 03 records for a law or reward that is not an object of the user's
 
 
 @dataclass
@@ -131,9 +133,18 @@ def stages(name: str = "*", run_id: str = "*") -> Iterator[Stage]:
 
 
 def latest(stage: str, profile: str, seed: int, prefer: dict | None = None) -> Stage | None:
-    """The stage finished last with equal profile and seed, or None; those with exactly the settings `prefer` first."""
-    found = [item for item in stages(stage) if item.done and _kind(item) == (profile, seed)]
+    """The stage finished last with equal profile and seed, or None; those with exactly the settings `prefer` first.
+
+    An actor trained under a law or reward of the user's own serves its own run only: no setting would tell of it.
+    """
+    found = [item for item in stages(stage) if item.done and _kind(item) == (profile, seed) and not own_parts(item)]
     return max(found, key=lambda item: (item.config()["settings"] == prefer, item.status()["finished"]), default=None)
+
+
+def own_parts(stage: Stage) -> list[str]:
+    """Which of law and reward the stage was made with as an object of the user's own, not by its settings."""
+    inputs, usual = stage.provenance().get("inputs", {}), provenance.fingerprint(OF_SETTINGS)
+    return [name for name in ("law", "reward") if inputs.get(name, usual) != usual]
 
 
 def _kind(stage: Stage) -> tuple[str, int]:

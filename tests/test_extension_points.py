@@ -115,6 +115,23 @@ def test_own_laws_and_rewards_are_recorded_and_never_mixed(project):
     assert list(coarse.train(begin("other"), law=limits.Fixed(9))) == []
 
 
+def test_04_calls_an_actor_of_03_by_the_law_it_was_trained_under(project, monkeypatch):
+    from c2f_utils.workflow import coarse, schedules
+
+    run = begin()
+    list(coarse.train(run, law=typed(LAW, "Mine")(8)))
+    run.here.finish()
+    later = runs.Run(load_settings("smoke", run_id="r", study=True))
+    later.here = later.stage("04_length_schedules")
+    later.here.begin(later.inputs("04_length_schedules")[0])
+    monkeypatch.setattr(schedules, "_one", lambda *_: run.here.results())
+    monkeypatch.setattr(schedules, "_baseline", lambda *_: None)
+    laws = schedules.make(later)["laws"]
+    assert laws["logistic"]["label"] == "own law mine" and laws["logistic"]["law"] == {"name": "mine"}
+    assert list(laws["logistic"]["seeds"]) == ["0"], "the settings' law under other seeds is another law"
+    assert list(laws["fixed_long"]["seeds"]) == ["0", "1", "2"] and laws["fixed_long"]["label"] == "fixed 32"
+
+
 def typed(cell: str, name: str) -> type:
     """A class as a notebook cell makes it: in `__main__`, without a file, its lines where IPython keeps them."""
     file = f"<cell {hash(cell)}>"

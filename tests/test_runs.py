@@ -211,6 +211,20 @@ def test_a_parent_of_another_run_must_match_profile_and_seed_and_is_printed(caps
     assert "01_base_model: from run 'old'" in capsys.readouterr().out
 
 
+def test_an_actor_of_the_users_own_law_is_lent_to_no_other_run():
+    from c2f_utils.provenance import fingerprint
+
+    name = "05_instruction_model"  # any stage will do; 03 is the one that records these inputs
+    for run_id, law in (("usual", runs.OF_SETTINGS), ("own", {"source": "class Doubling ..."})):
+        stage = open_run(run_id).stage(name)
+        stage.begin({"law": fingerprint(law), "reward": fingerprint(runs.OF_SETTINGS)})
+        stage.save_results({"loss": 1.0})
+        stage.finish()
+    assert open_run("third").parent(name).run_id == "usual", "though the other finished later"
+    assert open_run("own").parent(name).run_id == "own", "in its own run it is the one meant"
+    assert runs.own_parts(open_run("own").stage(name)) == ["law"]
+
+
 def test_a_changed_parent_counts_as_another_input():
     run = open_run()
     make(run)

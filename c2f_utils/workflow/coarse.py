@@ -18,7 +18,7 @@ from c2f_utils.files import read_jsonl, write_text
 from c2f_utils.ranks import Ranks
 from c2f_utils.rewards import RewardFunction
 from c2f_utils.rollout import KVDecoder, Prompt, Sample
-from c2f_utils.runs import Run
+from c2f_utils.runs import OF_SETTINGS, Run
 from c2f_utils.workflow.inputs import Inputs, keep_samples
 
 
@@ -126,9 +126,11 @@ def assist(run: Run, ranks: Ranks) -> None:
 
 def _snapshot(run: Run, process: CoarseTrainer) -> None:
     """Keep the actor of an iteration that was evaluated, if asked for, written beside its name and renamed."""
-    path = run.here.path("snapshots", f"iteration-{process.iteration:05d}.safetensors")
     evaluated = process.iteration and process.curve[-1]["iteration"] == process.iteration
-    if not run.settings.coarse.snapshots or not evaluated or path.exists():
+    if not run.settings.coarse.snapshots or not evaluated:
+        return
+    path = run.here.path("snapshots", f"iteration-{process.iteration:05d}.safetensors")
+    if path.exists():
         return
     partial = path.with_suffix(".partial")
     state = process.policy.actor.state_dict()
@@ -175,7 +177,7 @@ def restore_rows(run: Run, process: CoarseTrainer, **labels: object) -> None:
 def _identity(own: object) -> dict[str, str]:
     """What tells one law or reward of the user's from another: its source, and for an object what it was made with."""
     if own is None:
-        return {"source": "the settings'"}
+        return OF_SETTINGS
     return {"source": _source(own), "state": _plain(sorted(_state(own).items()))}
 
 

@@ -32,10 +32,10 @@ def project(smoke_run, tmp_path, monkeypatch):
     monkeypatch.setenv("C2F_OUTPUTS", str(tmp_path))
 
 
-def begin(run_id: str = "r") -> runs.Run:
+def begin(run_id: str = "r", overwrite: bool = False) -> runs.Run:
     run = runs.Run(load_settings("smoke", run_id=run_id))
     run.here = run.stage(STAGE)
-    run.here.begin(run.inputs(STAGE)[0])
+    run.here.begin(run.inputs(STAGE)[0], overwrite)
     notebook.seed_everything(0)
     return run
 
@@ -110,9 +110,33 @@ def test_own_laws_and_rewards_are_recorded_and_never_mixed(project):
     run.here.finish()
     inputs = json.loads((run.here.dir / "provenance.json").read_text())["inputs"]
     assert {"law", "reward"} <= set(inputs)
-    with pytest.raises(C2FError, match="begun with another law"):
+    with pytest.raises(C2FError, match="begun with another law") as caught:
         list(coarse.train(begin("other"), law=limits.Fixed(10)))
+    for part in ("Fixed(limit=9", "then, Fixed(limit=10", "overwrite=True", "03_coarse_rlhf.old-1"):
+        assert part in str(caught.value), caught.value
     assert list(coarse.train(begin("other"), law=limits.Fixed(9))) == []
+
+
+def test_overwrite_sets_a_run_under_another_law_aside_whether_done_or_not(project, tmp_path):
+    from c2f_utils import limits
+    from c2f_utils.workflow import coarse
+
+    def paid(samples):
+        return [0.0] * len(samples)
+
+    for limit, reward in ((9, None), (10, None), (10, paid), (11, paid)):
+        run = begin(overwrite=True)
+        assert [row["limit"] for row in coarse.train(run, law=limits.Fixed(limit), reward=reward)] == [limit] * 3
+        if limit != 10 or reward:  # the second is left unfinished
+            run.here.finish()
+        else:
+            run.here.release()
+        inputs = run.here.provenance()["inputs"]
+        assert {"01_base_model", "02_reward_model", "law", "reward"} <= set(inputs)
+    assert list(coarse.train(begin(overwrite=True), law=limits.Fixed(11), reward=paid)) == [], "the same is loaded"
+    kept = [json.loads((tmp_path / "r" / f"{STAGE}.old-{k}" / "results.json").read_text())["limits"] for k in (1, 2, 3)]
+    assert kept == [[9] * 3, [10] * 3, [10] * 3]
+    assert run.here.results()["limits"] == [11] * 3
 
 
 def test_04_calls_an_actor_of_03_by_the_law_it_was_trained_under(project, monkeypatch):

@@ -95,7 +95,7 @@ def train(
             "set it to 1"
         )
     for name, own in (("law", law), ("reward", reward)):
-        here.add_input(name, provenance.fingerprint(_identity(own)))
+        here.add_input(name, provenance.fingerprint(_identity(own)), _in_words(own))
     if here.loaded:
         return
     inputs = Inputs(run)
@@ -179,6 +179,16 @@ def _identity(own: object) -> dict[str, str]:
     if own is None:
         return OF_SETTINGS
     return {"source": _source(own), "state": _plain(sorted(_state(own).items()))}
+
+
+def _in_words(own: object) -> str:
+    """The object's name and what it was made with, for a message; two with the same words differ in their code."""
+    if own is None:
+        return "that of the settings"
+    name = own.__qualname__ if inspect.isroutine(own) else type(own).__qualname__
+    made = ", ".join(f"{key}={_plain(value)}" for key, value in _state(own).items())
+    code = provenance.fingerprint(_source(own))[:4]
+    return f"{name}({made}), code {code}" if made else f"{name}, code {code}"
 
 
 def _state(own: object) -> dict[str, object]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from c2f_utils import provenance
 from c2f_utils.errors import C2FError, problems
 from c2f_utils.files import read_jsonl
-from c2f_utils.stage import Stage, age, outputs, root, run_folder
+from c2f_utils.stage import ALWAYS_REDONE, Stage, age, outputs, root, run_folder
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -102,6 +102,22 @@ class Run:
         if missing:
             raise problems(f"{stage} lacks earlier stages:", missing)
         return fingerprints, origins
+
+    def refuse_mixture(self, stage: str) -> None:
+        """Raise C2FError if the run already holds finished stages of another profile or seed.
+
+        00 is about the present and may be run anywhere.
+        """
+        asked = self.settings.profile, self.settings.seed
+        made = [_kind(item) for item in stages(run_id=self.id) if item.done and item.name not in ALWAYS_REDONE]
+        found = next((kind for kind in made if kind != asked), None)
+        if found and stage != ALWAYS_REDONE[0]:
+            flags = zip(("--profile", "--seed"), found, asked, strict=True)
+            advice = " ".join(f"{flag} {there}" for flag, there, here in flags if there != here)
+            raise C2FError(
+                f"run {self.id!r} holds profile {found[0]}, seed {found[1]}; {stage} asks for {asked[0]}, seed "
+                f"{asked[1]}: add {advice} (in a notebook: in its first cell) or choose another run_id (--run-id)"
+            )
 
     def _find(self, name: str, user: str | None) -> Stage:
         if name in self._found:

@@ -124,6 +124,15 @@ def test_a_stage_that_exists_with_another_configuration(smoke_run, monkeypatch, 
     assert (smoke_run / "03_coarse_rlhf" / "results.json").stat().st_mtime_ns == before
 
 
+def test_a_stage_of_another_profile_or_seed_than_the_runs(smoke_run, monkeypatch, capsys):
+    monkeypatch.setenv("C2F_OUTPUTS", str(smoke_run.parent))
+    monkeypatch.setattr(batch, "_execute", lambda *_: pytest.fail("a kernel was started"))
+    for other, advice in ((["--seed", "1"], "add --seed 0 "), (["--profile", "tiny"], "add --profile smoke ")):
+        assert main(["run", "01", "--run-id", smoke_run.name, *other]) == batch.BAD_INPUT
+        message = capsys.readouterr().err
+        assert f"run '{smoke_run.name}' holds profile smoke, seed 0" in message and advice in message, message
+
+
 def test_a_stage_whose_inputs_have_changed(smoke_run, tmp_path, monkeypatch, capsys):
     copy = tmp_path / "outputs" / "copy"
     copy.mkdir(parents=True)

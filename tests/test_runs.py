@@ -225,6 +225,17 @@ def test_an_actor_of_the_users_own_law_is_lent_to_no_other_run():
     assert runs.own_parts(open_run("own").stage(name)) == ["law"]
 
 
+def test_a_run_keeps_to_one_profile_and_seed():
+    run = open_run("t1", profile="tiny")
+    make(run)
+    run.refuse_mixture("02_reward_model")
+    other = runs.Run(load_settings("smoke", run_id="t1", seed=3))
+    with pytest.raises(C2FError, match=r"run 't1' holds profile tiny, seed 0; 02_reward_model asks for smoke, seed 3: "
+                       r"add --profile tiny --seed 0 .* or choose another run_id"):  # fmt: skip
+        other.refuse_mixture("02_reward_model")
+    other.refuse_mixture("00_environment_and_data")
+
+
 def test_a_changed_parent_counts_as_another_input():
     run = open_run()
     make(run)

@@ -74,7 +74,9 @@ def _parser() -> argparse.ArgumentParser:
         "run", help="run notebooks without a browser", description="Run notebooks headless, in order."
     )
     run.add_argument("notebook", nargs="+", metavar="NOTEBOOK", help="all, a number (03), a name, or a path")
-    run.add_argument("--profile", help="smoke, tiny, small_gpu or mistral_7b (default: smoke)")
+    run.add_argument("--profile", help=(
+        "smoke (a dry run of the code: nothing is learnt), tiny, small_gpu or mistral_7b (default: smoke)"
+    ))  # fmt: skip
     run.add_argument("--seed", type=int, help="default: 0")
     run.add_argument("--run-id", help="folder under outputs/ (default: lab)")
     run.add_argument("--overrides", metavar="FILE", help="YAML file with settings to change")

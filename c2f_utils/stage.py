@@ -192,7 +192,7 @@ class Stage:
             return "fresh"
         state = self.status().get("status")
         changed = self._changed_settings(config)
-        if self.name in ALWAYS_REDONE and not changed:
+        if self.name in ALWAYS_REDONE:
             return "redo"
         changed += self._changed_inputs(inputs)
         if not changed:

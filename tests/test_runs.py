@@ -277,6 +277,15 @@ def test_the_report_is_redone_whenever_it_is_asked_for():
     stage.finish()
 
 
+def test_the_look_at_the_machine_is_never_in_the_way_of_another_profile():
+    make(open_run(), "00_environment_and_data")
+    for profile in ("tiny", "smoke"):
+        stage = open_run(profile=profile).stage("00_environment_and_data")
+        assert stage.begin() == "redo"
+        stage.finish()
+        assert stage.config()["settings"]["profile"] == profile
+
+
 @pytest.mark.parametrize("run_id", ["", "..", "a/b", "../x", ".hidden", "a b", "é", "a" * 65, "x\n"])
 def test_a_run_id_that_is_no_safe_folder_name_is_refused(run_id):
     with pytest.raises(C2FError, match="run_id"):

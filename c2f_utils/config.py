@@ -327,6 +327,13 @@ class Settings(_Section):
                 "models.base, models.instruct and models.reward need data.source 'preferences': the embedded "
                 "domain has its own tokenizer"
             )
+        for key in ("preferences", "preference_subsets"):
+            if self.embedded and getattr(self.data, key):
+                found.append(
+                    f"data.{key} = {getattr(self.data, key)!r} is not read, because data.source is 'embedded'; leave it "
+                    "out, or choose profile mistral_7b or small_gpu, or set data.source to 'preferences' and name "
+                    "models.base and models.instruct"
+                )
         if not self.embedded:
             found += [
                 f"models.{key} is null: name a local folder or a hub id"

@@ -125,6 +125,9 @@ def test_an_empty_overrides_file_changes_nothing_and_a_missing_one_is_refused(tm
 
 def test_the_embedded_domain_takes_no_foreign_models_and_preferences_need_them():
     assert "models.base" in refused({"models.base": "owner/name"})
+    for key, value in (("preferences", "/nope.jsonl"), ("preference_subsets", ["harmless-base"])):
+        message = refused({f"data.{key}": value})
+        assert f"data.{key} = {value!r} is not read" in message and "set data.source to 'preferences'" in message
     message = refused({"data.source": "preferences"})
     assert (
         "models.base is null" in message

@@ -48,6 +48,7 @@ def refuse(capsys, monkeypatch, *arguments: str) -> str:
     [
         (["--profile", "huge"], ["unknown profile 'huge'", "expected one of smoke, tiny"]),
         (["-p", "sede=1"], ["there is no parameter 'sede'", "did you mean 'seed'", "known: profile"]),
+        (["-p", "iterations=5"], ["no parameter 'iterations'", "written with its section: coarse.iterations=5"]),
         (["-p", "seed='1'"], ["seed = '1' is text", "expected int", "write 1, without quotes"]),
         (["-p", "study='false'"], ["study = 'false' is text", "write False, without quotes"]),
         (["-p", "coarse.iteration=5"], ["coarse.iteration = 5", "no such setting", "iterations"]),

@@ -160,7 +160,7 @@ def test_a_refusal_inside_the_kernel_does_not_replace_an_earlier_executed_notebo
         path.read_text().replace("notebook.start(globals()", "notebook.start({'profile': 'tiny', 'run_id': 'r'}")
     )
     assert main(["run", "01", "--run-id", "r"]) == batch.FAILED
-    assert "another configuration" in capsys.readouterr().err
+    assert "holds profile smoke, seed 0" in capsys.readouterr().err
     assert (stage().dir / "notebook.ipynb").read_bytes() == before and stage().done
 
 

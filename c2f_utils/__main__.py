@@ -50,6 +50,8 @@ def _merge(options: argparse.Namespace) -> int:
     from c2f_utils.merge import load_recipe, plan_merge, run_merge, verify_and_record
 
     recipe = load_recipe(options.recipe)
+    if not (options.out or options.plan):
+        raise C2FError("--out is missing; name the folder of the merged model (--out DIR), or ask for the --plan only")
     plan = plan_merge(recipe)
     if options.plan:
         print(plan.table().to_string(index=False))
@@ -94,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
 
     merge = commands.add_parser("merge", help="merge models by a recipe", description="Merge models by a recipe file.")
     merge.add_argument("recipe", metavar="RECIPE.yaml")
-    merge.add_argument("--out", required=True, metavar="DIR", help="folder of the merged model")
+    merge.add_argument("--out", metavar="DIR", help="folder of the merged model; not needed with --plan")
     merge.add_argument("--plan", action="store_true", help="check everything and show the plan, write nothing")
     merge.add_argument("--resume", action="store_true", help="continue an interrupted merge")
     merge.add_argument("--verify", action="store_true", help="recompute random slices of the result in float64")

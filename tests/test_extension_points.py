@@ -96,6 +96,20 @@ def test_an_operator_of_ones_own_merges(smoke_run, tmp_path):
         assert (merged - expected).abs().max() < 1e-6, name
 
 
+def test_the_recipe_of_the_readme_is_planned_without_a_folder_and_merges_with_one(smoke_run, tmp_path, capsys):
+    from c2f_utils.__main__ import main
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    recipe = re.search(r"<!-- tested: recipe -->\s*\n```yaml\n(.*?)```", text, flags=re.DOTALL)[1]
+    (tmp_path / "recipe.yaml").write_text(recipe.replace("outputs/demo", str(smoke_run)))
+    assert main(["merge", str(tmp_path / "recipe.yaml"), "--plan"]) == 0
+    assert "nothing was written" in capsys.readouterr().out
+    assert main(["merge", str(tmp_path / "recipe.yaml")]) == 2
+    assert "--out is missing" in capsys.readouterr().err
+    assert main(["merge", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "fine"), "--verify"]) == 0
+    assert "verified: " in capsys.readouterr().out and (tmp_path / "fine" / "model.safetensors").is_file()
+
+
 def test_own_laws_and_rewards_are_recorded_and_never_mixed(project):
     from c2f_utils import limits
     from c2f_utils.workflow import coarse

@@ -12,6 +12,7 @@ from pathlib import Path
 from c2f_utils import preferences
 from c2f_utils.config import PAIR_ANSWER_TOKENS, CriticFree, Settings
 from c2f_utils.errors import C2FError
+from c2f_utils.stage import root
 
 FEWEST_PROMPTS = 4  # one for validation, one for test, two to train on
 # An embedded question with n steps: begin-of-sequence, 7 words, 4 per step, 4 words; a forced beginning adds 6.
@@ -60,6 +61,17 @@ def check_folder(source: str, what: str) -> None:
                 pass
         except (SafetensorError, OSError) as error:
             raise C2FError(f"{said} {file.name} is damaged or half copied ({error}); copy it again") from None
+
+
+def not_found(source: str | Path) -> str:
+    """What to add to a failure to load where `source` is no folder: a path with one slash passes for a hub id."""
+    if Path(source).exists():
+        return ""
+    places = " or ".join(dict.fromkeys(map(str, (Path.cwd(), root()))))
+    return (
+        f"; there is no folder {str(source)!r} in {places}, and the hub has no such model or cannot be reached: "
+        "mend the path, or the hub id 'owner/name'"
+    )
 
 
 def _config(folder: Path) -> object:

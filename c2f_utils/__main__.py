@@ -41,8 +41,16 @@ def _table(options: argparse.Namespace) -> int:
     from c2f_utils import runs
 
     found = runs.table()
-    found = found if options.run_id is None else found[found["run"] == options.run_id]
-    print(found.fillna("").to_string(index=False) if len(found) else f"no runs in {runs.outputs()}")
+    if options.run_id is not None and len(found):
+        known = ", ".join(sorted(set(found["run"])))
+        found = found[found["run"] == options.run_id]
+        if found.empty:
+            raise C2FError(f"there is no run {options.run_id!r} in {runs.outputs()}; there are: {known}")
+    if found.empty:
+        print(f"no runs in {runs.outputs()}")
+        return 0
+    found = found.convert_dtypes().astype(object).where(found.notna(), "")  # a count beside gaps stays a whole number
+    print(found.loc[:, (found != "").any()].to_string(index=False))
     return 0
 
 

@@ -186,7 +186,7 @@ def _in_words(own: object) -> str:
     if own is None:
         return "that of the settings"
     name = own.__qualname__ if inspect.isroutine(own) else type(own).__qualname__
-    made = ", ".join(f"{key}={_plain(value)}" for key, value in _state(own).items())
+    made = ", ".join(f"{key}={_plain(value):.40}" for key, value in _state(own).items())
     code = provenance.fingerprint(_source(own))[:4]
     return f"{name}({made}), code {code}" if made else f"{name}, code {code}"
 

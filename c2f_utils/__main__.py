@@ -41,8 +41,16 @@ def _table(options: argparse.Namespace) -> int:
     from c2f_utils import runs
 
     found = runs.table()
-    found = found if options.run_id is None else found[found["run"] == options.run_id]
-    print(found.fillna("").to_string(index=False) if len(found) else f"no runs in {runs.outputs()}")
+    if options.run_id is not None and len(found):
+        known = ", ".join(sorted(set(found["run"])))
+        found = found[found["run"] == options.run_id]
+        if found.empty:
+            raise C2FError(f"there is no run {options.run_id!r} in {runs.outputs()}; there are: {known}")
+    if found.empty:
+        print(f"no runs in {runs.outputs()}")
+        return 0
+    found = found.convert_dtypes().astype(object).where(found.notna(), "")  # a count beside gaps stays a whole number
+    print(found.loc[:, (found != "").any()].to_string(index=False))
     return 0
 
 
@@ -50,6 +58,8 @@ def _merge(options: argparse.Namespace) -> int:
     from c2f_utils.merge import load_recipe, plan_merge, run_merge, verify_and_record
 
     recipe = load_recipe(options.recipe)
+    if not (options.out or options.plan):
+        raise C2FError("--out is missing; name the folder of the merged model (--out DIR), or ask for the --plan only")
     plan = plan_merge(recipe)
     if options.plan:
         print(plan.table().to_string(index=False))
@@ -74,7 +84,9 @@ def _parser() -> argparse.ArgumentParser:
         "run", help="run notebooks without a browser", description="Run notebooks headless, in order."
     )
     run.add_argument("notebook", nargs="+", metavar="NOTEBOOK", help="all, a number (03), a name, or a path")
-    run.add_argument("--profile", help="smoke, tiny, small_gpu or mistral_7b (default: smoke)")
+    run.add_argument("--profile", help=(
+        "smoke (a dry run of the code: nothing is learnt), tiny, small_gpu or mistral_7b (default: smoke)"
+    ))  # fmt: skip
     run.add_argument("--seed", type=int, help="default: 0")
     run.add_argument("--run-id", help="folder under outputs/ (default: lab)")
     run.add_argument("--overrides", metavar="FILE", help="YAML file with settings to change")
@@ -92,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
 
     merge = commands.add_parser("merge", help="merge models by a recipe", description="Merge models by a recipe file.")
     merge.add_argument("recipe", metavar="RECIPE.yaml")
-    merge.add_argument("--out", required=True, metavar="DIR", help="folder of the merged model")
+    merge.add_argument("--out", metavar="DIR", help="folder of the merged model; not needed with --plan")
     merge.add_argument("--plan", action="store_true", help="check everything and show the plan, write nothing")
     merge.add_argument("--resume", action="store_true", help="continue an interrupted merge")
     merge.add_argument("--verify", action="store_true", help="recompute random slices of the result in float64")

@@ -186,6 +186,8 @@ def _check_stages(jobs: Sequence[Job], run: runs.Run, overwrite: bool) -> None:
     for job in jobs:
         if job.stage not in runs.PARENTS:
             raise C2FError(f"{job.notebook} belongs to no stage; expected a file name among {', '.join(runs.PARENTS)}")
+        if not overwrite:
+            run.refuse_mixture(job.stage)
         # What an earlier job is about to make cannot be compared yet; the notebook itself does it.
         inputs, _ = run.inputs(job.stage, expected=planned)
         run.stage(job.stage).plan(inputs, overwrite)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from c2f_utils.config import Lora, Models
 from c2f_utils.errors import C2FError
 from c2f_utils.packing import Batch
-from c2f_utils.preflight import check_folder
+from c2f_utils.preflight import check_folder, not_found
 from c2f_utils.training_log import quiet
 
 CHUNKED_ABOVE = 4096  # vocabularies above this size never see full logits
@@ -60,7 +60,7 @@ def load_causal(source: str | Path, models: Models, revision: str | None = None)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise C2FError(
             f"model {source} cannot be loaded: {str(error).splitlines()[0]}; expected safetensors weights in "
-            "Hugging Face format"
+            f"Hugging Face format{not_found(source)}"
         ) from error
     disable_dropout(model)
     return fuse_norms(model.to(device(models)).eval())
@@ -77,7 +77,9 @@ def load_tokenizer(source: str | Path, revision: str | None = None):
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(source), revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise C2FError(f"tokenizer of {source} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise C2FError(
+            f"tokenizer of {source} cannot be loaded: {str(error).splitlines()[0]}{not_found(source)}"
+        ) from error
     if tokenizer.eos_token_id is None:
         raise C2FError(
             f"the tokenizer of {source} has no EOS token; answers could never end. Set eos_token in its "

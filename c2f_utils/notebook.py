@@ -43,6 +43,8 @@ def start(namespace: dict[str, object], stage: str) -> Run:
     here = run.stage(stage)
     if _here and _here.dir != here.dir:
         _here.stop()  # the first cell was run again with another run_id
+    if not values["overwrite"]:
+        run.refuse_mixture(stage)
     inputs, origins = run.inputs(stage)
     if here.plan(inputs, values["overwrite"]) in ("continue", "load"):
         count = here.config()["threads"]

@@ -4,23 +4,31 @@ Types and unknown keys are `config.py`'s; this room opens what the settings name
 the laws' limits beside the model's positions. Hub ids pass: what they hold is checked when they are loaded.
 """
 
+import difflib
 import json
+import sys
 from pathlib import Path
 
 from c2f_utils import preferences
 from c2f_utils.config import PAIR_ANSWER_TOKENS, CriticFree, Settings
 from c2f_utils.errors import C2FError
+from c2f_utils.stage import root
 
 FEWEST_PROMPTS = 4  # one for validation, one for test, two to train on
 # An embedded question with n steps: begin-of-sequence, 7 words, 4 per step, 4 words; a forced beginning adds 6.
 _SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size")
 _QUESTION, _STEP, _FORCED = 12, 4, 6
+# The operators that are there and their own keys; the registry itself (`merge/operators.py`) needs torch.
+OPERATORS = {
+    "residue": (), "lerp": (), "slerp": (), "trim": ("density", "scope"), "dare": ("density", "seed"),
+    "ties": ("density", "scope"), "orthogonal": (), "tsv": ("rank",),
+}  # fmt: skip
 
 
 def findings(settings: Settings) -> list[str]:
     """One line per impossibility: the setting, its value, what was expected, what to do; empty if there is none."""
     found: list[str] = []
-    for check in (_models, _compiled, _preferences, _laws, _baselines, _positions):
+    for check in (_models, _pretrain, _compiled, _preferences, _laws, _baselines, _operators, _positions):
         found += check(settings)
     return found
 
@@ -53,6 +61,17 @@ def check_folder(source: str, what: str) -> None:
                 pass
         except (SafetensorError, OSError) as error:
             raise C2FError(f"{said} {file.name} is damaged or half copied ({error}); copy it again") from None
+
+
+def not_found(source: str | Path) -> str:
+    """What to add to a failure to load where `source` is no folder: a path with one slash passes for a hub id."""
+    if Path(source).exists():
+        return ""
+    places = " or ".join(dict.fromkeys(map(str, (Path.cwd(), root()))))
+    return (
+        f"; there is no folder {str(source)!r} in {places}, and the hub has no such model or cannot be reached: "
+        "mend the path, or the hub id 'owner/name'"
+    )
 
 
 def _config(folder: Path) -> object:
@@ -115,7 +134,52 @@ def _used_laws(settings: Settings) -> dict[str, object]:
 def _laws(settings: Settings) -> list[str]:
     from c2f_utils.limits import make_law
 
-    return [f"{where}: {line}" for where, law in _used_laws(settings).items() for line in _said(make_law, law)]
+    found = []
+    for where, law in _used_laws(settings).items():
+        for line in _said(make_law, law):
+            whole = f"; a law is named whole, with all its keys: {where}={{'name': '{law.name}', 'KEY': VALUE, ...}}"
+            found.append(f"{where}: {line}" + whole * ("missing: " in line))
+    return found
+
+
+def _operators(settings: Settings) -> list[str]:
+    """Operators that notebook 06 would refuse; a name unlike all of ours may be registered in that notebook."""
+    merge, found = settings.merge, []
+    named = {"merge.operator": {"name": merge.operator}}
+    named |= {f"merge.other_operators.{number}": spec for number, spec in enumerate(merge.other_operators)}
+    loaded = sys.modules.get("c2f_utils.merge.operators")
+    own = set(loaded.known_operators()) - set(OPERATORS) if loaded else set()
+    for where, spec in named.items():
+        name = spec.get("name")
+        if not isinstance(name, str):
+            found.append(f"{where} = {spec!r} has no name; expected {{'name': 'trim', 'density': 0.3}} or the like")
+        elif name in OPERATORS:
+            keys = OPERATORS[name]
+            found += [
+                f"{where}: {name} has no key {key!r}; its own keys: {', '.join(keys) or 'none'}"
+                for key in spec
+                if key not in ("name", *keys)
+            ]
+        elif name not in own and (near := difflib.get_close_matches(name, OPERATORS, n=1, cutoff=0.85)):
+            found.append(
+                f"{where}: there is no operator {name!r}; did you mean {near[0]!r}? known: {', '.join(OPERATORS)} (one "
+                "of your own with so similar a name must be registered before the cell that starts notebook 06)"
+            )
+    return found
+
+
+def _pretrain(settings: Settings) -> list[str]:
+    if not settings.embedded:
+        return []
+    found, pretrain = [], settings.pretrain
+    for key, by in (("hidden_size", "heads"), ("heads", "key_value_heads")):
+        whole, part = getattr(pretrain, key), getattr(pretrain, by)
+        if whole % part:
+            found.append(
+                f"pretrain.{by} = {part} does not divide pretrain.{key} = {whole}; choose one that does, e.g. "
+                f"{max(n for n in range(1, part) if whole % n == 0)}"
+            )
+    return found
 
 
 def _baselines(settings: Settings) -> list[str]:

@@ -23,6 +23,7 @@ from c2f_utils.report_sources import (
     PAPER,
     STAGES,
     clip,
+    command,
     decodings,
     facts_table,
     find_stages,
@@ -75,7 +76,7 @@ class _Builder:
         candidates = [path for path in [run, *others] if find_stages(path)]
         if not candidates:
             names = ", ".join(str(path) for path in [run, *others])
-            raise C2FError(f"no results in {names}; run the notebooks first: c2f run all --run-id {run.name}")
+            raise C2FError(f"no results in {names}; run the notebooks first: {command(run, 'all')}")
         self.run, self.out = candidates[0], out
         self.runs = candidates
         self.empty = [path for path in others if path not in candidates]
@@ -159,9 +160,7 @@ class _Builder:
         doc.heading(f"{name[:2]} {title}")
         doc.text(question)
         if name not in self.results:
-            self.missing.append(
-                f"{name}: not run; notebooks/{name}.ipynb makes it (c2f run {name[:2]} --run-id {self.run.name})"
-            )
+            self.missing.append(f"{name}: not run; notebooks/{name}.ipynb makes it ({command(self.run, name[:2])})")
             doc.text(f"Not run yet: notebooks/{name}.ipynb makes this section.")
             return
         status = read(self.stages[name] / "status.json")
@@ -296,7 +295,8 @@ class _Builder:
         judged = {run.name: find_stages(run).get(name) for run in self.runs}
         for run, path in judged.items():
             if path is None:
-                self.missing.append(f"{name} of run {run}: not run; notebooks/{name}.ipynb makes it")
+                made_by = command(self.run.parent / run, name[:2])
+                self.missing.append(f"{name} of run {run}: not run; notebooks/{name}.ipynb makes it ({made_by})")
         names = [run for run, path in judged.items() if path is not None]
         found = [read_json(judged[run] / "results.json") for run in names]
         seeds = [read(judged[run] / "config.json").get("settings", {}).get("seed") for run in names]

@@ -93,6 +93,13 @@ def read(path: Path) -> dict:
     return found if isinstance(found, dict) else {}
 
 
+def command(run: Path, what: str) -> str:
+    """The command that makes a stage of this run (a number, or `all`), with the profile and seed of its stages."""
+    made = [read(path).get("settings", {}) for path in sorted(run.glob("0[1-7]_*/config.json"))]
+    flags = [f"--{key} {settings[key]}" for settings in made[-1:] for key in ("profile", "seed") if key in settings]
+    return " ".join(["c2f run", what, *flags, f"--run-id {run.name}"])
+
+
 def short(frame: pd.DataFrame) -> pd.DataFrame:
     """The columns a reader of the summary needs."""
     kept = ["model", "accuracy_last", "accuracy_first", "mean_tokens", "rep4", "eos_rate", "utility", "reward", "n"]

@@ -18,7 +18,7 @@ from c2f_utils.config import Reward, Settings
 from c2f_utils.errors import C2FError
 from c2f_utils.models import add_lora, device, disable_dropout, fuse_norms
 from c2f_utils.packing import collate, pack
-from c2f_utils.preflight import check_folder
+from c2f_utils.preflight import check_folder, not_found
 from c2f_utils.rollout import Sample
 
 Pair = tuple[list[int], list[int]]  # prompt + chosen answer, prompt + rejected answer
@@ -101,9 +101,14 @@ def load_reward_model(
     from transformers import AutoModelForSequenceClassification
 
     check_folder(str(source), "models.reward")
-    model = AutoModelForSequenceClassification.from_pretrained(
-        str(source), dtype=getattr(torch, settings.models.dtype), use_safetensors=True, trust_remote_code=False
-    )
+    try:
+        model = AutoModelForSequenceClassification.from_pretrained(
+            str(source), dtype=getattr(torch, settings.models.dtype), use_safetensors=True, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise C2FError(
+            f"reward model {source} cannot be loaded: {str(error).splitlines()[0]}{not_found(source)}"
+        ) from error
     if model.config.num_labels != 1 or not hasattr(model, "score"):
         raise C2FError(
             f"reward model {source} has {model.config.num_labels} outputs; expected one score per sequence "

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 from c2f_utils import provenance
 from c2f_utils.errors import C2FError, problems
 from c2f_utils.files import read_jsonl
-from c2f_utils.stage import Stage, age, outputs, root, run_folder
+from c2f_utils.stage import ALWAYS_REDONE, Stage, age, outputs, root, run_folder
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from c2f_utils.config import Settings
 
-__all__ = ["PARENTS", "Run", "Stage", "latest", "outputs", "root", "run_folder", "stages", "table"]
+__all__ = ["OF_SETTINGS", "PARENTS", "Run", "Stage", "latest", "outputs", "root", "run_folder", "stages", "table"]
 
 # What each stage is made from. A missing one is refused before work starts; a changed one makes the stage another
 # stage.
@@ -39,6 +39,8 @@ PARENTS: dict[str, tuple[str, ...]] = {
     ),
     "08_report": (),  # reports what is there and names what is missing
 }  # fmt: skip
+
+OF_SETTINGS = {"source": "the settings'"}  # what 03 records for a law or reward that is not an object of the user's
 
 
 @dataclass
@@ -101,6 +103,22 @@ class Run:
             raise problems(f"{stage} lacks earlier stages:", missing)
         return fingerprints, origins
 
+    def refuse_mixture(self, stage: str) -> None:
+        """Raise C2FError if the run already holds finished stages of another profile or seed.
+
+        00 is about the present and may be run anywhere.
+        """
+        asked = self.settings.profile, self.settings.seed
+        made = [_kind(item) for item in stages(run_id=self.id) if item.done and item.name not in ALWAYS_REDONE]
+        found = next((kind for kind in made if kind != asked), None)
+        if found and stage != ALWAYS_REDONE[0]:
+            flags = zip(("--profile", "--seed"), found, asked, strict=True)
+            advice = " ".join(f"{flag} {there}" for flag, there, here in flags if there != here)
+            raise C2FError(
+                f"run {self.id!r} holds profile {found[0]}, seed {found[1]}; {stage} asks for {asked[0]}, seed "
+                f"{asked[1]}: add {advice} (in a notebook: in its first cell) or choose another run_id (--run-id)"
+            )
+
     def _find(self, name: str, user: str | None) -> Stage:
         if name in self._found:
             return self._found[name]
@@ -131,9 +149,18 @@ def stages(name: str = "*", run_id: str = "*") -> Iterator[Stage]:
 
 
 def latest(stage: str, profile: str, seed: int, prefer: dict | None = None) -> Stage | None:
-    """The stage finished last with equal profile and seed, or None; those with exactly the settings `prefer` first."""
-    found = [item for item in stages(stage) if item.done and _kind(item) == (profile, seed)]
+    """The stage finished last with equal profile and seed, or None; those with exactly the settings `prefer` first.
+
+    An actor trained under a law or reward of the user's own serves its own run only: no setting would tell of it.
+    """
+    found = [item for item in stages(stage) if item.done and _kind(item) == (profile, seed) and not own_parts(item)]
     return max(found, key=lambda item: (item.config()["settings"] == prefer, item.status()["finished"]), default=None)
+
+
+def own_parts(stage: Stage) -> list[str]:
+    """Which of law and reward the stage was made with as an object of the user's own, not by its settings."""
+    inputs, usual = stage.provenance().get("inputs", {}), provenance.fingerprint(OF_SETTINGS)
+    return [name for name in ("law", "reward") if inputs.get(name, usual) != usual]
 
 
 def _kind(stage: Stage) -> tuple[str, int]:

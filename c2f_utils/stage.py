@@ -76,6 +76,8 @@ class Stage:
         self.threads: int | None = None
         self.loaded = False  # begin() found it done
         self._stopped = False
+        self._asked: dict[str, object] = {}  # what begin() was called with
+        self._met: dict[str, str] = {}  # inputs that were added since
         self._status: dict[str, object] = {}
         self._writing = threading.RLock()
         self._over: threading.Event | None = None
@@ -190,7 +192,7 @@ class Stage:
             return "fresh"
         state = self.status().get("status")
         changed = self._changed_settings(config)
-        if self.name in ALWAYS_REDONE and not changed:
+        if self.name in ALWAYS_REDONE:
             return "redo"
         changed += self._changed_inputs(inputs)
         if not changed:
@@ -221,8 +223,10 @@ class Stage:
         _check_room(self.dir.parent)
         if other := claims.take(self._claim, age(self.status().get("heartbeat"))):
             raise _busy(self, other)
+        self._asked = {"inputs": inputs or {}, "overwrite": overwrite, "threads": threads, "device": device}
+        self._asked["parents"] = parents or {}
         try:
-            return self._begin(inputs or {}, overwrite, threads, device, parents or {})
+            return self._begin(**self._asked)
         except BaseException:
             claims.release(self._claim)
             raise
@@ -251,7 +255,7 @@ class Stage:
         before = self.provenance() if action == "continue" else {}
         settings = self.settings.for_stage(self.name)
         record = {"stage": self.name, "seed": self.settings.seed, "settings": provenance.fingerprint(settings)}
-        record |= {"inputs": before.get("inputs", {}) | inputs, "parents": parents}
+        record |= {"inputs": before.get("inputs", {}) | inputs, "parents": parents, "words": before.get("words", {})}
         record["sessions"] = [*before.get("sessions", []), session]
         write_json(self.path("provenance.json"), record)
         self._status = {
@@ -269,17 +273,31 @@ class Stage:
         write_json(self.path("config.json"), {"stage": self.name, "settings": settings, "threads": self.threads})
         return action
 
-    def add_input(self, name: str, fingerprint: str) -> None:
-        """Record an input met on the way (a data file's SHA-256); raises C2FError if it was another one before."""
+    def add_input(self, name: str, fingerprint: str, words: str | None = None) -> None:
+        """Record an input met on the way (a data file's SHA-256), in `words` where a reader needs them.
+
+        If it was another one before, the stage is set aside and begun anew where `overwrite` was asked for, else
+        C2FError is raised.
+        """
         record = self.provenance()
         known = record.setdefault("inputs", {}).get(name)
         if known not in (None, fingerprint) and self.name not in ALWAYS_REDONE:
-            raise C2FError(
-                f"{self.name} in run {self.run_id!r} was begun with another {name} ({known[:16]} then, "
-                f"{fingerprint[:16]} now); choose another run_id, or remove the stage's folder"
-            )
-        if known != fingerprint and not self.loaded:
-            record["inputs"][name] = fingerprint
+            if not self._asked.get("overwrite"):
+                then, now = record.get("words", {}).get(name, known[:16]), words or fingerprint[:16]
+                raise C2FError(
+                    f"{self.name} in run {self.run_id!r} was begun with another {name} ({then} then, {now} now); "
+                    "choose another run_id, or set overwrite=True (--overwrite), which keeps the old one as "
+                    f"{self._archive().name}"
+                )
+            # begin() could not know of it: what a notebook makes, or a stage opens, is met only now.
+            print(f"{self.name}: starting with another {name}; the earlier one is kept as {self._archive().name}")
+            self.begin(**self._asked | {"inputs": self._asked["inputs"] | self._met | {name: fingerprint}})
+            record = self.provenance()
+        self._met[name] = fingerprint
+        if not self.loaded and (known != fingerprint or words not in (None, record.get("words", {}).get(name))):
+            record.setdefault("inputs", {})[name] = fingerprint
+            if words:
+                record.setdefault("words", {})[name] = words
             write_json(self.path("provenance.json"), record)
 
     def finish(self) -> str:

@@ -281,24 +281,25 @@ def law_against_law(results: dict, a: str, b: str) -> list[str]:
 
 
 def linear_against_logistic(results: dict) -> list[str]:
-    """Do the signals of the logistic law buy anything over a plain linear ramp?"""
+    """Do the signals of the law of 03, `logistic` unless set otherwise, buy anything over a plain linear ramp?"""
     words = law_against_law(results, "logistic", "clock_linear") + _limit_gap(results)
     utility = law_pairs(results, "logistic", "clock_linear", "utility")
     values = utility if utility[2] else law_pairs(results, "logistic", "clock_linear", "reward")
     if len(values[2]) < 2:
         return words
     gap = stats.seed_interval([x - y for x, y in zip(values[0], values[1], strict=True)])
+    law = _law_of_03(results)
     return words + [
         {
-            "better": "The signals of the logistic law buy quality here that a linear ramp does not.",
-            "worse": "A plain linear ramp, which reads no signal, does better here than the logistic law.",
+            "better": f"The signals of {law} buy quality here that a linear ramp does not.",
+            "worse": f"A plain linear ramp, which reads no signal, does better here than {law}.",
             "tie": "No advantage of the signals over a plain linear ramp can be measured here.",
         }[outcome(gap.value, gap.low, gap.high)]
     ]
 
 
 def _limit_gap(results: dict) -> list[str]:
-    """How far apart the limits of the logistic law and of the linear ramp ever were, over all seeds (tokens)."""
+    """How far apart the limits of the law of 03 and of the linear ramp ever were, over all seeds (tokens)."""
     laws = results.get("laws") or {}
     seeds = [(laws.get(name) or {}).get("seeds") or {} for name in ("logistic", "clock_linear")]
     paths = [(a.get("limits"), seeds[1][s].get("limits")) for s, a in seeds[0].items() if s in seeds[1]]
@@ -308,9 +309,13 @@ def _limit_gap(results: dict) -> list[str]:
     largest = max(limit for pair in paths for path in pair for limit in path or [])
     words = f"The limits of the two were never more than {max(gaps)} tokens apart, of at most {largest}"
     same = max(gaps) <= 0.1 * largest
-    return [
-        f"{words}: the logistic law behaved like a linear ramp." if same else f"{words}: the laws took different paths."
-    ]
+    alike = f"{words}: {_law_of_03(results)} behaved like a linear ramp."
+    return [alike if same else f"{words}: the laws took different paths."]
+
+
+def _law_of_03(results: dict) -> str:
+    entry = (results.get("laws") or {}).get("logistic") or {}
+    return f"the {(entry.get('law') or {}).get('name', 'logistic')} law"
 
 
 def schedules(results: dict) -> list[str]:

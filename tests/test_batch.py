@@ -160,7 +160,7 @@ def test_a_refusal_inside_the_kernel_does_not_replace_an_earlier_executed_notebo
         path.read_text().replace("notebook.start(globals()", "notebook.start({'profile': 'tiny', 'run_id': 'r'}")
     )
     assert main(["run", "01", "--run-id", "r"]) == batch.FAILED
-    assert "another configuration" in capsys.readouterr().err
+    assert "holds profile smoke, seed 0" in capsys.readouterr().err
     assert (stage().dir / "notebook.ipynb").read_bytes() == before and stage().done
 
 
@@ -270,7 +270,12 @@ def test_the_table_command_lists_runs(project, capsys):
     main(["run", "01", "--run-id", "r"])
     capsys.readouterr()
     assert main(["table", "--run-id", "r"]) == 0
-    assert BASE in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert BASE in shown and "minutes" in shown
+    assert "alarms" not in shown and "kl_per_token" not in shown, "columns without a value are left out"
+    assert main(["table", "--run-id", "nosuch"]) == batch.BAD_INPUT
+    message = capsys.readouterr().err
+    assert "there is no run 'nosuch'" in message and "there are: r" in message
 
 
 @pytest.mark.parametrize("flags", [[], ["--plan"], ["--resume"]])

@@ -105,6 +105,31 @@ def _die(seen: list, row: dict, log, moment: str) -> None:
         raise Killed
 
 
+def test_03_killed_between_a_checkpoint_and_its_snapshot_keeps_that_snapshot_too(smoke_run, tmp_path, monkeypatch):
+    parents(smoke_run, tmp_path)
+    monkeypatch.setenv("C2F_OUTPUTS", str(tmp_path))
+    run, seen = begin(STAGE), []
+    log = run.here.log
+
+    def dying(row: dict) -> None:
+        log(row)
+        seen.append(row)
+        if len(seen) == 2:  # checkpointed and evaluated, and no snapshot yet
+            raise Killed
+
+    run.here.log = dying
+    with pytest.raises(Killed):
+        list(coarse.train(run))
+    run.here.release()
+    run = begin(STAGE)
+    list(coarse.train(run))
+    run.here.finish()
+    whole = smoke_run / STAGE / "snapshots"
+    assert {path.name for path in whole.iterdir()} == {path.name for path in (run.here.dir / "snapshots").iterdir()}
+    for path in whole.iterdir():
+        assert (run.here.dir / "snapshots" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
 @pytest.mark.parametrize("laws", [1, 2])
 def test_04_keeps_finished_laws_and_logs_no_row_twice(smoke_run, tmp_path, monkeypatch, laws):
     parents(smoke_run, tmp_path, "01_base_model", "02_reward_model", STAGE)

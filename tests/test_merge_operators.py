@@ -524,3 +524,23 @@ def test_anatomy_describes_the_residue_the_same_from_folders_and_memory(tmp_path
     assert [row["tensor"] for row in again] == list(load(paths["instruct"]))
     assert next(r for r in again if r["tensor"] == other["tensor"]) == other
     assert anatomy(base, instruct, base)[0]["cosine"] is None
+
+
+def test_settings_know_the_operators_and_their_keys_without_torch():
+    from c2f_utils.merge import operators
+    from c2f_utils.preflight import OPERATORS
+
+    ours = {name: tuple(operator.options) for name, operator in operators._REGISTRY.items() if operator.builtin}
+    assert ours == OPERATORS
+
+
+def test_an_operator_of_ones_own_may_be_named_in_the_settings(monkeypatch):
+    from c2f_utils.config import load_settings
+    from c2f_utils.errors import C2FError
+    from c2f_utils.merge import operators
+
+    load_settings("smoke", overrides={"merge.operator": "clipped"})  # notebook 06 may register it later
+    with pytest.raises(C2FError, match="must be registered before"):
+        load_settings("smoke", overrides={"merge.operator": "trim2"})
+    monkeypatch.setitem(operators._REGISTRY, "trim2", operators._REGISTRY["trim"])
+    load_settings("smoke", overrides={"merge.operator": "trim2"})

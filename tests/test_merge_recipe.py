@@ -67,6 +67,12 @@ def test_numbers_without_a_point_are_numbers_in_yaml(tmp_path):
     assert load_recipe(tmp_path / "r.yaml").coefficient.default == 1e-6
 
 
+def test_a_bare_operator_and_a_bare_coefficient_are_the_usual_ones():
+    short = Recipe(**PATHS, operator="trim", coefficient=0.7)
+    assert short == Recipe(**PATHS, operator={"name": "trim"}, coefficient={"default": 0.7})
+    assert Recipe(**PATHS, coefficient=1).coefficient.default == 1.0
+
+
 def test_every_problem_of_a_recipe_is_reported_at_once():
     with pytest.raises(C2FError) as error:
         Recipe(base=3, instruct="i", cors="c", out_dtype="int8", seed=-1, coefficient={"default": float("nan"), "x": 1})
@@ -88,6 +94,8 @@ def test_every_problem_of_a_recipe_is_reported_at_once():
         ({"operator": {"name": "dare", "density": 0.0}}, "divides by it"),
         ({"operator": {"name": "dare", "seed": 0.5}}, "whole number"),
         ({"operator": {"name": "tsv", "rank": 2.0}}, "operator.rank"),
+        ({"operator": 3}, "operator: expected a name such as residue, or {name: trim"),
+        ({"coefficient": "half"}, "coefficient: expected a number such as 0.5, or {default: 0.5"),
         ({"coefficient": {"knots": []}}, "at least one depth"),
         ({"coefficient": {"knots": [[0.5, 1], [0.5, 2]]}}, "strictly increasing"),
         ({"coefficient": {"knots": [[0.0, 1], [1.5, 2]]}}, "within 0 and 1"),

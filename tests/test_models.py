@@ -6,6 +6,7 @@ import shutil
 import offline_mistral
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from tiny_models import TOKENIZER, causal, samples
 
@@ -215,3 +216,23 @@ def test_a_checkpoint_folder_survives_its_models_removal(base, tmp_path):
     shutil.rmtree(base)
     with pytest.raises(C2FError, match="does not exist"):
         models.load_actor(tmp_path / "adapter", CPU)
+
+
+@pytest.mark.parametrize("what", ["model", "tokenizer", "reward model"])
+def test_a_mistyped_path_that_looks_like_a_hub_id_is_said_to_be_no_folder(monkeypatch, tmp_path, what):
+    def unreachable(*_, **__):
+        raise OSError("We couldn't connect to the hub")
+
+    for kind in ("AutoModelForCausalLM", "AutoTokenizer", "AutoModelForSequenceClassification"):
+        monkeypatch.setattr(getattr(transformers, kind), "from_pretrained", unreachable)
+    monkeypatch.chdir(tmp_path)
+    settings = load_settings("smoke")
+    load = {
+        "model": lambda source: models.load_causal(source, settings.models),
+        "tokenizer": models.load_tokenizer,
+        "reward model": lambda source: rewards.load_reward_model(source, settings, 0),
+    }[what]
+    with pytest.raises(C2FError) as caught:
+        load("models/mybase")
+    assert f"there is no folder 'models/mybase' in {tmp_path} or " in str(caught.value)
+    assert "the hub has no such model or cannot be reached" in str(caught.value)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from c2f_utils import parameters
-from c2f_utils.config import STAGES
+from c2f_utils.config import PROFILES, STAGES
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -45,6 +45,12 @@ def test_one_parameters_cell_of_literals_with_the_standard_ones(path):
     declared = parameters.of_notebook(path)
     for name, standard in parameters.STANDARD.items():
         assert (declared[name].type, declared[name].default) == (standard.type, standard.default)
+
+
+def test_the_default_profile_is_said_to_be_a_dry_run(path):
+    source = next(cell["source"] for cell in cells(path) if "parameters" in tags(cell))
+    expected = f"# smoke (a dry run of the code: nothing is learnt), {PROFILES[1]}, {PROFILES[2]} or {PROFILES[3]}"
+    assert source.splitlines()[0].endswith(expected)
 
 
 def test_the_parameters_cell_is_readable_by_papermill(path):

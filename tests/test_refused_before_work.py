@@ -48,6 +48,13 @@ def refuse(capsys, monkeypatch, *arguments: str) -> str:
     [
         (["--profile", "huge"], ["unknown profile 'huge'", "expected one of smoke, tiny"]),
         (["-p", "sede=1"], ["there is no parameter 'sede'", "did you mean 'seed'", "known: profile"]),
+        (["-p", "coarse.law.name=useful"], ["missing: start, maximum", "a law is named whole", "{'name': 'useful', "]),
+        (["-p", "merge.operator=residu"], ["no operator 'residu'", "did you mean 'residue'"]),
+        (["-p", "merge.other_operators=[{'name': 'trimm'}]"], ["other_operators.0", "did you mean 'trim'"]),
+        (["-p", "merge.other_operators=[{'density': 1}]"], ["{'density': 1} has no name"]),
+        (["-p", "merge.other_operators=[{'name': 'trim', 'densty': 1}]"], ["trim has no key 'densty'", "density"]),
+        (["-p", "pretrain.heads=3"], ["pretrain.heads = 3 does not divide pretrain.hidden_size = 32", "e.g. 2"]),
+        (["-p", "iterations=5"], ["no parameter 'iterations'", "written with its section: coarse.iterations=5"]),
         (["-p", "seed='1'"], ["seed = '1' is text", "expected int", "write 1, without quotes"]),
         (["-p", "study='false'"], ["study = 'false' is text", "write False, without quotes"]),
         (["-p", "coarse.iteration=5"], ["coarse.iteration = 5", "no such setting", "iterations"]),
@@ -122,6 +129,15 @@ def test_a_stage_that_exists_with_another_configuration(smoke_run, monkeypatch, 
     ):
         assert part in message, message
     assert (smoke_run / "03_coarse_rlhf" / "results.json").stat().st_mtime_ns == before
+
+
+def test_a_stage_of_another_profile_or_seed_than_the_runs(smoke_run, monkeypatch, capsys):
+    monkeypatch.setenv("C2F_OUTPUTS", str(smoke_run.parent))
+    monkeypatch.setattr(batch, "_execute", lambda *_: pytest.fail("a kernel was started"))
+    for other, advice in ((["--seed", "1"], "add --seed 0 "), (["--profile", "tiny"], "add --profile smoke ")):
+        assert main(["run", "01", "--run-id", smoke_run.name, *other]) == batch.BAD_INPUT
+        message = capsys.readouterr().err
+        assert f"run '{smoke_run.name}' holds profile smoke, seed 0" in message and advice in message, message
 
 
 def test_a_stage_whose_inputs_have_changed(smoke_run, tmp_path, monkeypatch, capsys):

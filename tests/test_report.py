@@ -148,6 +148,9 @@ def test_what_is_missing_is_named_with_its_notebook(tmp_path, undrawn):
     assert [line.split(":")[0] for line in missing] == ["04_length_schedules", "07_evaluation"]
     assert all(f"notebooks/{line.split(':')[0]}.ipynb" in line for line in missing)
     assert text.count("Not run yet: notebooks/") == 2 and "## 07 Evaluation" in text
+    settings = json.loads((run / "03_coarse_rlhf" / "config.json").read_text())["settings"]
+    asked = f"c2f run 04 --profile {settings['profile']} --seed {settings['seed']} --run-id {run.name}"
+    assert asked in missing[0], "as it stands, it continues this run"
 
 
 def test_a_run_without_any_result_is_refused_with_the_next_step(tmp_path):

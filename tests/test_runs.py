@@ -211,6 +211,31 @@ def test_a_parent_of_another_run_must_match_profile_and_seed_and_is_printed(caps
     assert "01_base_model: from run 'old'" in capsys.readouterr().out
 
 
+def test_an_actor_of_the_users_own_law_is_lent_to_no_other_run():
+    from c2f_utils.provenance import fingerprint
+
+    name = "05_instruction_model"  # any stage will do; 03 is the one that records these inputs
+    for run_id, law in (("usual", runs.OF_SETTINGS), ("own", {"source": "class Doubling ..."})):
+        stage = open_run(run_id).stage(name)
+        stage.begin({"law": fingerprint(law), "reward": fingerprint(runs.OF_SETTINGS)})
+        stage.save_results({"loss": 1.0})
+        stage.finish()
+    assert open_run("third").parent(name).run_id == "usual", "though the other finished later"
+    assert open_run("own").parent(name).run_id == "own", "in its own run it is the one meant"
+    assert runs.own_parts(open_run("own").stage(name)) == ["law"]
+
+
+def test_a_run_keeps_to_one_profile_and_seed():
+    run = open_run("t1", profile="tiny")
+    make(run)
+    run.refuse_mixture("02_reward_model")
+    other = runs.Run(load_settings("smoke", run_id="t1", seed=3))
+    with pytest.raises(C2FError, match=r"run 't1' holds profile tiny, seed 0; 02_reward_model asks for smoke, seed 3: "
+                       r"add --profile tiny --seed 0 .* or choose another run_id"):  # fmt: skip
+        other.refuse_mixture("02_reward_model")
+    other.refuse_mixture("00_environment_and_data")
+
+
 def test_a_changed_parent_counts_as_another_input():
     run = open_run()
     make(run)
@@ -250,6 +275,15 @@ def test_the_report_is_redone_whenever_it_is_asked_for():
     stage = run.stage("08_report")
     assert stage.begin({"anything": "new"}) == "redo" and not stage.loaded
     stage.finish()
+
+
+def test_the_look_at_the_machine_is_never_in_the_way_of_another_profile():
+    make(open_run(), "00_environment_and_data")
+    for profile in ("tiny", "smoke"):
+        stage = open_run(profile=profile).stage("00_environment_and_data")
+        assert stage.begin() == "redo"
+        stage.finish()
+        assert stage.config()["settings"]["profile"] == profile
 
 
 @pytest.mark.parametrize("run_id", ["", "..", "a/b", "../x", ".hidden", "a b", "é", "a" * 65, "x\n"])

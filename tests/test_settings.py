@@ -75,13 +75,32 @@ def test_one_key_of_a_law_can_be_changed():
         ("merge.coefficients", [], "merge.coefficients"),
         ("merge.coefficients", ["0.5"], "write a number without quotes"),
         ("run_idd", 1, "run_idd = 1: there is no such setting"),
-        ("coarse.iteration", 1, "known here: law, iterations"),
+        ("coarse.iteration", 1, "no such setting; did you mean iterations? known here: law, iterations"),
+        ("iterations", 5, "a setting is written with its section: coarse.iterations=5"),
+        ("models.lora.rnk", 1, "did you mean rank? known here: rank, alpha, targets"),
+        ("schedules.laws.fixed_long.limt", 1, "did you mean limit?"),
+        ("coarse.law", "linear", "coarse.law = 'linear': expected a group of settings with keys among name, limit"),
+        ("coarse.lambda_policy", 3, "coarse.lambda_policy = 3: expected less than or equal to 1 or 'adaptive'"),
+        (
+            "schedules.critic_free",
+            {"a": {"trainer": "grpo"}},
+            "schedules.critic_free.a.law is missing; give",
+        ),
         ("coarse.law.lenght", 1, "known here: name, limit"),
     ],
 )
 def test_a_wrong_value_is_named_with_the_spelling_to_use(key, value, said):
     message = refused({key: value})
     assert said in message and key.split(".")[-1] in message
+
+
+def test_a_rule_of_a_section_is_said_without_the_section():
+    message = refused({"coarse.critic": "shared"})
+    assert message.endswith("coarse: critic 'shared' has a head on the actor's trunk: set critic_head to 'zero'")
+
+
+def test_rules_between_sections_get_a_line_each():
+    assert refused({"data.source": "preferences"}).count("\n  - ") == 3
 
 
 def test_all_problems_are_reported_at_once():
@@ -91,7 +110,7 @@ def test_all_problems_are_reported_at_once():
 
 @pytest.mark.parametrize("run_id", ["", "a/b", "..", ".hidden", "x" * 65, "a b"])
 def test_run_ids_are_safe_as_folder_names(run_id):
-    with pytest.raises(C2FError, match="run_id"):
+    with pytest.raises(C2FError, match="run_id = .*: expected 1 to 64 letters, digits"):
         load_settings("smoke", run_id=run_id)
 
 
@@ -125,6 +144,9 @@ def test_an_empty_overrides_file_changes_nothing_and_a_missing_one_is_refused(tm
 
 def test_the_embedded_domain_takes_no_foreign_models_and_preferences_need_them():
     assert "models.base" in refused({"models.base": "owner/name"})
+    for key, value in (("preferences", "/nope.jsonl"), ("preference_subsets", ["harmless-base"])):
+        message = refused({f"data.{key}": value})
+        assert f"data.{key} = {value!r} is not read" in message and "set data.source to 'preferences'" in message
     message = refused({"data.source": "preferences"})
     assert (
         "models.base is null" in message

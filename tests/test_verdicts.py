@@ -224,6 +224,16 @@ def test_one_seed_allows_no_verdict():
     assert "below" in v.linear_against_logistic(laws((1.0,), (2.0,)))[0]
 
 
+def test_the_law_of_03_is_called_by_its_name():
+    found = laws((3.0, 3.1, 3.2), (2.0, 2.2, 2.1))
+    found["laws"]["logistic"]["law"] = {"name": "useful"}
+    for entry in found["laws"].values():
+        for run in entry["seeds"].values():
+            run["limits"] = [8, 16]
+    said = " ".join(v.linear_against_logistic(found))
+    assert "the useful law behaved like" in said and "signals of the useful law" in said and "logistic" not in said
+
+
 def test_laws_that_were_not_run_or_not_checked_are_named():
     missing = laws((3.0,), (3.0,))
     del missing["laws"]["clock_linear"]

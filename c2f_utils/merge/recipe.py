@@ -24,6 +24,16 @@ def _tupled(value: object) -> object:
     return tuple(_tupled(item) for item in value) if isinstance(value, list | tuple) else value
 
 
+def _named(value: object) -> object:
+    """A bare name stands for an operator without keys of its own."""
+    return {"name": value} if isinstance(value, str) else value
+
+
+def _everywhere(value: object) -> object:
+    """A bare number stands for one coefficient for all tensors."""
+    return {"default": value} if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
@@ -95,16 +105,18 @@ class Recipe(_Frozen):
     """A merge of three models; raises C2FError listing every problem at once.
 
     `base`, `instruct`, `coarse` are folders or hub ids of safetensors checkpoints, or PEFT LoRA adapters trained on
-    `base`. `operator` is {"name": ..., own keys}. `vocab`: `equal`, or `common_prefix` to merge the rows all models
-    share and copy the others from instruct. `allow` names config keys that may differ; `ignore` are regular
-    expressions for tensors of base or coarse to leave out.
+    `base`. `operator` is {"name": ..., own keys} or a bare name, `coefficient` may be a bare number. `vocab`: `equal`,
+    or `common_prefix` to merge the rows all models share and copy the others from instruct. `allow` names config keys
+    that may differ; `ignore` are regular expressions for tensors of base or coarse to leave out.
     """
 
     base: str
     instruct: str
     coarse: Annotated[str | tuple[Weighted, ...], BeforeValidator(_tupled)]
-    operator: dict[str, str | float | int | bool] = Field(default_factory=lambda: {"name": "residue"})
-    coefficient: Coefficient = Coefficient()
+    operator: Annotated[dict[str, str | float | int | bool], BeforeValidator(_named)] = Field(
+        default_factory=lambda: {"name": "residue"}
+    )
+    coefficient: Annotated[Coefficient, BeforeValidator(_everywhere)] = Coefficient()
     out_dtype: OutDtype = "same"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     vocab: Literal["equal", "common_prefix"] = "equal"
@@ -202,6 +214,12 @@ class _Numbers:
         return Loader
 
 
+_FORMS = {
+    ("operator",): "a name such as residue, or {name: trim, density: 0.3}",
+    ("coefficient",): "a number such as 0.5, or {default: 0.5, knots: [[0.0, 0.2], [1.0, 0.6]], rules: [...]}",
+}
+
+
 def _line(item: dict) -> str:
     place = ".".join(
         str(part)
@@ -213,6 +231,8 @@ def _line(item: dict) -> str:
         text = "unknown key; remove it or mend its spelling"
     elif item["type"] == "missing":
         text = "missing; give a value"
+    elif item["loc"] in _FORMS and item["type"] in ("dict_type", "model_type"):
+        text = f"expected {_FORMS[item['loc']]}, got {item['input']!r:.80}"
     elif item["type"] != "value_error":
         text += f", got {item['input']!r:.80}"
     return f"{place}: {text}" if place else text

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from c2f_utils.files import read_jsonl, write_text
 from c2f_utils.ranks import Ranks
 from c2f_utils.rewards import RewardFunction
 from c2f_utils.rollout import KVDecoder, Prompt, Sample
-from c2f_utils.runs import Run
+from c2f_utils.runs import OF_SETTINGS, Run
 from c2f_utils.workflow.inputs import Inputs, keep_samples
 
 
@@ -94,7 +95,7 @@ def train(
             "set it to 1"
         )
     for name, own in (("law", law), ("reward", reward)):
-        here.add_input(name, provenance.fingerprint(_identity(own)))
+        here.add_input(name, provenance.fingerprint(_identity(own)), _in_words(own))
     if here.loaded:
         return
     inputs = Inputs(run)
@@ -104,11 +105,11 @@ def train(
     rule = law or limits.make_law(run.settings.coarse.law)
     process = trainer(inputs, rule, here.path("checkpoints"), reward=reward, ranks=ranks)
     restore_rows(run, process)
+    _snapshot(run, process)  # a kill may have fallen between the checkpoint continued from and its snapshot
     with here.timer("training"):
         for row in process:
             here.log(row)
-            if run.settings.coarse.snapshots and process.curve[-1]["iteration"] == row["iteration"]:
-                _snapshot(process.policy.actor, here.path("snapshots", f"iteration-{row['iteration']:05d}.safetensors"))
+            _snapshot(run, process)
             yield row
     with here.timer("evaluation"):
         finish(run, inputs, process)
@@ -123,10 +124,17 @@ def assist(run: Run, ranks: Ranks) -> None:
     ranks.plain(process.policy.actor, inputs.base)
 
 
-def _snapshot(actor: nn.Module, path: Path) -> None:
-    """Keep the actor's weights, written beside their name and renamed; equal bytes when a run is continued."""
+def _snapshot(run: Run, process: CoarseTrainer) -> None:
+    """Keep the actor of an iteration that was evaluated, if asked for, written beside its name and renamed."""
+    evaluated = process.iteration and process.curve[-1]["iteration"] == process.iteration
+    if not run.settings.coarse.snapshots or not evaluated:
+        return
+    path = run.here.path("snapshots", f"iteration-{process.iteration:05d}.safetensors")
+    if path.exists():
+        return
     partial = path.with_suffix(".partial")
-    save_file({name: value.detach().contiguous() for name, value in actor.state_dict().items()}, partial)
+    state = process.policy.actor.state_dict()
+    save_file({name: value.detach().contiguous() for name, value in state.items()}, partial)
     os.replace(partial, path)
 
 
@@ -169,14 +177,61 @@ def restore_rows(run: Run, process: CoarseTrainer, **labels: object) -> None:
 def _identity(own: object) -> dict[str, str]:
     """What tells one law or reward of the user's from another: its source, and for an object what it was made with."""
     if own is None:
-        return {"source": "the settings'"}
-    state = own.state_dict() if hasattr(own, "state_dict") and not isinstance(own, nn.Module) else {}
-    return {"source": _source(own), "state": repr(sorted(state.items()))}
+        return OF_SETTINGS
+    return {"source": _source(own), "state": _plain(sorted(_state(own).items()))}
+
+
+def _in_words(own: object) -> str:
+    """The object's name and what it was made with, for a message; two with the same words differ in their code."""
+    if own is None:
+        return "that of the settings"
+    name = own.__qualname__ if inspect.isroutine(own) else type(own).__qualname__
+    made = ", ".join(f"{key}={_plain(value):.40}" for key, value in _state(own).items())
+    code = provenance.fingerprint(_source(own))[:4]
+    return f"{name}({made}), code {code}" if made else f"{name}, code {code}"
+
+
+def _state(own: object) -> dict[str, object]:
+    """What an object was made with; weights are left out, they would cost more to read than they tell."""
+    if isinstance(own, nn.Module) or inspect.isroutine(own):
+        return {}
+    return own.state_dict() if hasattr(own, "state_dict") else dict(getattr(own, "__dict__", {}))
 
 
 def _source(thing: object) -> str:
-    """Source text of an object's class or function; its name when it was typed where no source is kept."""
+    """Source text of a function, or of an object's class: its methods and plain attributes, inherited ones too.
+
+    `inspect.getsource` finds functions typed in a notebook, but no class: a kernel's `__main__` has no file.
+    """
+    if inspect.isroutine(thing):
+        return _code(thing)
+    parts = []
+    for kind in type(thing).__mro__:
+        if kind in (object, limits.Law, nn.Module):
+            continue
+        parts.append(kind.__qualname__)
+        for name, value in vars(kind).items():
+            if isinstance(value, property):
+                parts += [_code(part) for part in (value.fget, value.fset) if part]
+            elif callable(found := getattr(value, "__func__", getattr(value, "func", value))):
+                parts.append(f"{name}: {_code(found)}")
+            elif not name.startswith("__") and isinstance(value, _PLAIN):
+                parts.append(f"{name} = {_plain(value)}")
+    return "\n".join(parts)
+
+
+_PLAIN = str | int | float | bool | None | tuple | list | dict
+
+
+def _code(function: object) -> str:
+    """Source text of a function; its instructions and constants where none is kept, else its name."""
     try:
-        return inspect.getsource(thing if inspect.isfunction(thing) else type(thing))
+        return inspect.getsource(function)
     except (OSError, TypeError):
-        return repr(type(thing))
+        code = getattr(function, "__code__", None)
+        return f"{code.co_code.hex()} {code.co_names} {_plain(code.co_consts)}" if code else _plain(function)
+
+
+def _plain(value: object) -> str:
+    """`repr` without the addresses and places that change from one session to the next."""
+    return re.sub(r" at 0x[0-9a-f]+|, file \".*?\", line \d+", "", repr(value))

@@ -3,7 +3,7 @@
 from c2f_utils import limits
 from c2f_utils.files import read_json, write_json
 from c2f_utils.models import save_model
-from c2f_utils.runs import Run
+from c2f_utils.runs import Run, own_parts
 from c2f_utils.stage import root
 from c2f_utils.workflow import coarse
 from c2f_utils.workflow.inputs import Inputs
@@ -27,14 +27,17 @@ def make(run: Run, on_start=lambda name, seed: None) -> dict:
     baselines = settings.schedules.critic_free if settings.study else {}
     seeds = sorted({settings.seed, *settings.schedules.study_seeds}) if settings.study else [settings.seed]
     results = {"laws": {}}
+    trained = run.parent("03_coarse_rlhf")
+    own = own_parts(trained)
     for name, law in {REUSED: settings.coarse.law, **laws}.items():
         by_seed = {}
-        for seed in seeds:
+        # What the notebook of 03 alone holds cannot be trained here under the study's other seeds.
+        for seed in [settings.seed] if name == REUSED and own else seeds:
             reuse = name == REUSED and seed == settings.seed
             if here.stop_requested() and not reuse:
                 break
             on_start(name, seed)
-            found = run.parent("03_coarse_rlhf").results() if reuse else _one(run, inputs, name, law, seed)
+            found = trained.results() if reuse else _one(run, inputs, name, law, seed)
             if found is not None:
                 by_seed[str(seed)] = found
         if by_seed:  # a stop leaves out the laws that were not reached
@@ -45,6 +48,8 @@ def make(run: Run, on_start=lambda name, seed: None) -> dict:
                 "credit": credit,
                 "seeds": by_seed,
             }
+            if name == REUSED and own:
+                entry |= _own_entry(trained.results()["law"], entry, own)
             results["laws"][name] = entry
     for name, entry in baselines.items():
         by_seed = {}
@@ -62,6 +67,13 @@ def make(run: Run, on_start=lambda name, seed: None) -> dict:
             }
     here.save_results(results)
     return results
+
+
+def _own_entry(name: str, entry: dict, own: list[str]) -> dict:
+    """Label and law of an actor that 03 trained with a law or reward of the user's own."""
+    label = f"own law {name}" if "law" in own else entry["label"]
+    changed = {"law": {"name": name}} if "law" in own else {}
+    return changed | {"label": f"{label}, own reward" if "reward" in own else label}
 
 
 def _one(run: Run, inputs: Inputs, name: str, law, seed: int) -> dict | None:

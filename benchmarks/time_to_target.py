@@ -86,8 +86,15 @@ def main() -> None:
         )
     seconds = {int(limit): value for limit, value in speed["ours_by_limit"].items()}
     trl = speed["trl"]["median"]
-    content = {"share": SHARE, "trl_seconds_per_iteration": trl, "ours_by_limit": seconds, "runs": {}}
+    content = {"share": SHARE, "trl_seconds_per_iteration": trl, "ours_by_limit": speed["ours_by_limit"], "runs": {}}
+    if (
+        options.out.exists()
+        and (before := read_json(options.out)).items() >= {**content, "runs": before["runs"]}.items()
+    ):
+        content["runs"] = before["runs"]  # made at the same prices: a stopped benchmark continues
     for run_id in options.runs:
+        if run_id in content["runs"]:
+            continue
         models = inputs(run_id)
         law, cut = ARMS["fixed_long"]
         long = law_runs.run_one(models, CONDITION, limits.make_law(law), FULL, every=EVERY, cut=cut)
@@ -101,6 +108,7 @@ def main() -> None:
                 row[name] = cost(found, target, seconds)
             row[name]["times_less"] = row["fixed_long"]["iterations"] * trl / row[name]["seconds"]
         content["runs"][run_id] = row
+        write_json(options.out, content)
         print(run_id, row, flush=True)
     for name in ARMS:
         ratios = [row[name]["times_less"] for row in content["runs"].values()]

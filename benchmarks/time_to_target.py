@@ -6,14 +6,15 @@ length as our fixed-long needs.
 Takes finished bases and reward models (`c2f run 00 01 02`), trains fixed-long and the laws on each with evaluations
 after every second iteration, and asks how many iterations each needs until two evaluations in a row reach 95 % of
 fixed-long's last utility. Seconds are those iterations' cost on an idle machine: benchmarks/results/coarse_speed.json
-holds one thread's seconds per iteration at several limits, TRL 1.10's beside them at full length, measured in one run;
-between those limits cost is linear. So it does not matter what else runs meanwhile, and an iteration whose answers end
+holds seconds per iteration at several limits on one and two threads, TRL 1.10's beside them at full length, measured in
+one run; between those limits cost is linear. So it does not matter what else runs meanwhile, and an iteration whose answers end
 early counts as if they were cut. TRL is not trained to the target: that its iterations teach as much as ours is
 assumed. A law that misses the target counts its whole run, and is counted. Writes
 benchmarks/results/time_to_target.json.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -54,20 +55,16 @@ def inputs(run_id: str) -> Inputs:
     return Inputs(run)
 
 
-def cost(run: dict, target: float, seconds: dict[int, float]) -> dict:
-    """Iterations and idle seconds of a run until two evaluations in a row reach `target`, or all of them.
-
-    `seconds`: of one iteration, by limit.
-    """
-    _, reached = law_study.cost_to(run, target, "tokens", FULL)
-    utility = run["curve"]["utility"]
+def used(run: dict, target: float) -> tuple[list[int], bool]:
+    """Limits of the iterations until two evaluations in a row reach `target`, or of all; and whether they did."""
+    utility, path = run["curve"]["utility"], run["limits"][:-1]  # the last limit was decided and not used
     pairs = [k for k in range(1, len(utility)) if min(utility[k - 1 : k + 1]) >= target]
-    path = run["limits"][:-1]  # the last one was decided and not used
-    used = path[: EVERY * pairs[0]] if reached else path
-    return {
-        "reached": reached, "iterations": len(used), "processor_seconds_here": run["curve"]["seconds"][-1],
-        "seconds": round(float(np.interp(used, list(seconds), list(seconds.values())).sum()), 2),
-    }  # fmt: skip
+    return (path[: EVERY * pairs[0]], True) if pairs else (path, False)
+
+
+def priced(path: list[int], by_limit: dict[str, float]) -> float:
+    """Seconds of iterations under these limits, linear between the limits that were timed."""
+    return round(float(np.interp(path, [int(k) for k in by_limit], list(by_limit.values())).sum()), 2)
 
 
 def main() -> None:
@@ -75,23 +72,16 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", help="run ids, one per seed")
-    parser.add_argument("--out", type=Path, default=RESULTS / "time_to_target.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "time_to_target.json", help="runs in it are kept")
     parser.add_argument("--speed", type=Path, default=RESULTS / "coarse_speed.json", help="what an iteration takes")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    speed = next(r for r in read_json(options.speed)["rows"] if r["threads"] == 1)
-    if "ours_by_limit" not in speed or "trl" not in speed:
+    prices = read_json(options.speed)["rows"]
+    if any(part not in row for row in prices for part in ("ours_by_limit", "trl")):
         raise C2FError(
             f"{options.speed} has no seconds by limit, or none of TRL's; run benchmarks/coarse_speed.py --trl PYTHON"
         )
-    seconds = {int(limit): value for limit, value in speed["ours_by_limit"].items()}
-    trl = speed["trl"]["median"]
-    content = {"share": SHARE, "trl_seconds_per_iteration": trl, "ours_by_limit": speed["ours_by_limit"], "runs": {}}
-    if (
-        options.out.exists()
-        and (before := read_json(options.out)).items() >= {**content, "runs": before["runs"]}.items()
-    ):
-        content["runs"] = before["runs"]  # made at the same prices: a stopped benchmark continues
+    content = {"share": SHARE, "runs": read_json(options.out)["runs"] if options.out.exists() else {}}
     for run_id in options.runs:
         if run_id in content["runs"]:
             continue
@@ -99,26 +89,36 @@ def main() -> None:
         law, cut = ARMS["fixed_long"]
         long = law_runs.run_one(models, CONDITION, limits.make_law(law), FULL, every=EVERY, cut=cut)
         target = SHARE * (long["curve"]["utility"][-1] + long["curve"]["utility"][-2]) / 2  # one alone is noisy
-        row = {"target": target, "fixed_long": cost(long, target, seconds)}
+        row = {"target": target}
         for name, (law, cut) in ARMS.items():
-            if name not in row:
-                found = law_runs.run_one(
-                    models, CONDITION, limits.make_law(law), FULL, every=EVERY, until=target, cut=cut
-                )
-                row[name] = cost(found, target, seconds)
-            row[name]["times_less"] = row["fixed_long"]["iterations"] * trl / row[name]["seconds"]
+            if name == "fixed_long":
+                found = long
+            else:
+                rule = limits.make_law(law)
+                found = law_runs.run_one(models, CONDITION, rule, FULL, every=EVERY, until=target, cut=cut)
+            path, reached = used(found, target)
+            row[name] = {"reached": reached, "limits": path}
         content["runs"][run_id] = row
         write_json(options.out, content)
-        print(run_id, row, flush=True)
-    for name in ARMS:
-        ratios = [row[name]["times_less"] for row in content["runs"].values()]
-        found = stats.log_ratio_interval(ratios, [1.0] * len(ratios))
-        missed = sum(not row[name]["reached"] for row in content["runs"].values())
-        content[name] = {
-            "times_less": found.value, "low": found.low, "high": found.high, "n": found.n, "missed": missed,
-        }  # fmt: skip
-        print(name, content[name])
+        print(run_id, {name: (len(row[name]["limits"]), row[name]["reached"]) for name in ARMS}, flush=True)
+    content["arms"] = {name: compared(content["runs"], name, prices) for name in ARMS}
     write_json(options.out, content)
+    print(json.dumps(content["arms"], indent=1))
+
+
+def compared(runs: dict, name: str, prices: list[dict]) -> dict:
+    """How many times less an arm takes than TRL for as many iterations as fixed-long needs, by number of threads.
+
+    Geometric mean over seeds with its t-interval; a seed that misses counts all its iterations, and is counted.
+    """
+    found = {"n": len(runs), "missed": sum(not row[name]["reached"] for row in runs.values())}
+    for price in prices:
+        theirs = [len(row["fixed_long"]["limits"]) * price["trl"]["median"] for row in runs.values()]
+        ours = [priced(row[name]["limits"], price["ours_by_limit"]) for row in runs.values()]
+        times = stats.log_ratio_interval(theirs, ours)
+        threads = f"{price['threads']} threads"
+        found[threads] = {"seconds": ours, "times_less": times.value, "low": times.low, "high": times.high}
+    return found
 
 
 if __name__ == "__main__":

@@ -6,10 +6,10 @@ length as our fixed-long needs.
 Takes finished bases and reward models (`c2f run 00 01 02`), trains fixed-long and the laws on each with evaluations
 after every second iteration, and asks how many iterations each needs until two evaluations in a row reach 95 % of
 fixed-long's last utility. Seconds are those iterations' cost on an idle machine: benchmarks/results/coarse_speed.json
-holds seconds per iteration at several limits on one and two threads, TRL 1.10's beside them at full length, measured in
-one run; between those limits cost is linear. So it does not matter what else runs meanwhile, and an iteration whose answers end
-early counts as if they were cut. TRL is not trained to the target: that its iterations teach as much as ours is
-assumed. A law that misses the target counts its whole run, and is counted. Writes
+holds seconds per iteration at several limits on one and two threads, TRL 1.10's beside them at full length, measured
+in one run; between those limits cost is linear. So it does not matter what else runs meanwhile, and an iteration whose
+answers end early counts as if they were cut. TRL is not trained to the target: that its iterations teach as much as
+ours is assumed. A law that misses the target counts its whole run, and is counted. Writes
 benchmarks/results/time_to_target.json.
 """
 

@@ -145,19 +145,22 @@ def regrets(laws: dict[str, dict], clocks: Sequence[str]) -> dict[str, dict]:
     """Per law of one condition: normalised regret of mean utility against the best of `clocks`, with its uncertainty.
 
     regret = mean over seeds of (best - law) / mean over seeds of (best - start), where best is the clock of the highest
-    mean over all seeds. The interval is Student's over seeds (paired), p is by sign flips; negative is better than
-    every clock. Raises C2FError (by `stats`) without a complete seed.
+    mean over the seeds that all clocks have; a law is compared on those of them that it has. The interval is Student's
+    over seeds (paired), p is by sign flips; negative is better than every clock. Laws without a seed are left out.
+    Raises C2FError (by `stats`) where the clocks have none in common.
     """
-    seeds = complete_seeds(laws)
-    area = {name: np.array([mean_utility(by_seed[s]) for s in seeds]) for name, by_seed in laws.items()}
-    best = max(clocks, key=lambda name: area[name].mean())
-    start = np.array([laws[best][s]["curve"]["utility"][0] for s in seeds])
-    scale = float((area[best] - start).mean())
+    seeds = complete_seeds({name: laws[name] for name in clocks})
+    area = {name: {s: mean_utility(run) for s, run in by_seed.items()} for name, by_seed in laws.items()}
+    best = max(clocks, key=lambda name: np.mean([area[name][s] for s in seeds]))
+    start = [laws[best][s]["curve"]["utility"][0] for s in seeds]
+    scale = float(np.mean([area[best][s] for s in seeds]) - np.mean(start))
     found = {}
     for name, values in area.items():
-        lost = stats.seed_interval(((area[best] - values) / scale).tolist())
-        p = stats.sign_flip((area[best] - values).tolist()) if name != best else 1.0
-        found[name] = {"regret": lost.value, "low": lost.low, "high": lost.high, "p": p, "n": lost.n, "best": best}
+        gaps = [area[best][s] - values[s] for s in seeds if s in values]
+        if gaps:
+            lost = stats.seed_interval([gap / scale for gap in gaps])
+            p = stats.sign_flip(gaps) if name != best else 1.0
+            found[name] = {"regret": lost.value, "low": lost.low, "high": lost.high, "p": p, "n": lost.n, "best": best}
     return found
 
 

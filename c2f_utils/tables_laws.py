@@ -105,11 +105,12 @@ def regret_table(study: dict) -> pd.DataFrame:
     rows = []
     for condition, laws in study["runs"].items():
         tied, free = clocks_of(laws, condition)
-        if condition not in law_study.CONDITIONS or not law_study.complete_seeds(laws) or not tied:
+        clocks = {name: laws[name] for name in (*tied, *free)}
+        if condition not in law_study.CONDITIONS or not law_study.complete_seeds(clocks) or not tied:
             continue
         kind = dict.fromkeys(tied, "clock") | dict.fromkeys(free, "agnostic clock")
         kind |= {name: "averaged cut" for name in laws if name.endswith(law_study.AVERAGED)}
-        for name, found in law_study.regrets(laws, [*tied, *free]).items():
+        for name, found in law_study.regrets(laws, list(clocks)).items():
             rows.append({"condition": condition, "law": name, "kind": kind.get(name, "law"), **found})
     return pd.DataFrame(rows, columns=["condition", "law", "kind", "regret", "low", "high", "p", "n", "best"])
 
@@ -143,7 +144,7 @@ def savings_table(study: dict, law: str, share: float = 0.95) -> pd.DataFrame:
     """
     rows = []
     for condition, laws in study["runs"].items():
-        if condition not in law_study.CONDITIONS or law not in laws or not law_study.complete_seeds(laws):
+        if condition not in law_study.CONDITIONS or law not in laws:
             continue
         tied, free = clocks_of(laws, condition)
         roomy = law_study.LONG if condition in law_study.ROOMY else law_study.BUDGET
@@ -152,7 +153,8 @@ def savings_table(study: dict, law: str, share: float = 0.95) -> pd.DataFrame:
             twin = [f"{name}{law_study.AVERAGED}" for name in free if f"{name}{law_study.AVERAGED}" in laws]
             families["agnostic, averaged cut"] = ([name for name in twin if name != law], roomy)
         for family, (names, budget) in families.items():
-            for unit in ("tokens", "seconds") if names else ():
+            common = names and law_study.complete_seeds({name: laws[name] for name in (law, *names)})
+            for unit in ("tokens", "seconds") if common else ():
                 found = law_study.savings(laws, law, names, share, unit, budget)
                 rows.append({"condition": condition, "against": family, "unit": unit, "budget": budget, **found})
     return pd.DataFrame(rows)

@@ -65,10 +65,12 @@ def test_regret_is_the_share_of_the_best_clocks_gain_and_negative_when_no_clock_
     assert found["law"]["low"] == pytest.approx(found["law"]["high"])  # equal on both seeds
 
 
-def test_only_seeds_that_every_law_has_are_compared():
-    laws = {"a": seeds(1.0, 2.0), "b": seeds(1.0)}
-    assert law_study.complete_seeds(laws) == ["0"]
-    assert law_study.regrets(laws, ["a"])["b"]["regret"] == pytest.approx(0.0)
+def test_a_law_is_compared_on_the_seeds_that_it_shares_with_all_clocks():
+    laws = {"a": seeds(1.0, 2.0, 9.0), "b": seeds(1.0, 1.0), "law": seeds(0.5), "none": {}}
+    assert law_study.complete_seeds({name: laws[name] for name in "ab"}) == ["0", "1"]
+    found = law_study.regrets(laws, ["a", "b"])
+    assert found["a"]["n"] == 2 and found["law"]["n"] == 1 and "none" not in found
+    assert found["a"]["best"] == "a" and found["law"]["regret"] == pytest.approx(0.5 / 1.5)  # of the clocks' mean gain
 
 
 def test_savings_compare_with_the_cheapest_clock_seed_by_seed():

@@ -36,13 +36,14 @@ def regret_map(study: dict) -> Figure:
     kinds = dict(zip(worst["law"], worst["kind"], strict=True))
     for label in ax.get_yticklabels():
         kind = kinds[label.get_text()]
-        label.set_color(ROLE_COLOURS["fine"] if kind == "law" else INK if kind == "clock" else MUTED)
-        label.set_fontweight("bold" if kind == "law" else "normal")
+        colours = {"law": ROLE_COLOURS["fine"], "averaged cut": ROLE_COLOURS["coarse"], "clock": INK}
+        label.set_color(colours.get(kind, MUTED))
+        label.set_fontweight("bold" if kind in ("law", "averaged cut") else "normal")
     count = sorted(set(frame["n"]))
     seeds = "one seed" if count == [1] else f"{'-'.join(map(str, dict.fromkeys((count[0], count[-1]))))} seeds"
     ax.set_xlabel(
-        f"regret of mean utility, % of the best clock's gain; {seeds}. Green: laws; grey: clocks blind to l_max and "
-        "arms with averaged cuts"
+        f"regret of mean utility, % of the best clock's gain (black and grey clocks); {seeds}\n"
+        "green: a law; orange: with averaged cuts; grey: clocks blind to l_max"
     )
     return fig
 

@@ -14,6 +14,7 @@ lane. Conditions, clocks and measures: `c2f_utils/law_study.py`.
 """
 
 import argparse
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -22,13 +23,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from c2f_utils import law_study, limits  # noqa: E402
 from c2f_utils.config import Law, load_settings  # noqa: E402
-from c2f_utils.files import read_json, write_json  # noqa: E402
+from c2f_utils.files import read_json, write_json, write_text  # noqa: E402
 from c2f_utils.runs import Run  # noqa: E402
 from c2f_utils.stage import Stage, run_folder  # noqa: E402
 from c2f_utils.workflow import law_runs  # noqa: E402
 from c2f_utils.workflow.inputs import Inputs  # noqa: E402
 
 HACKED_BUDGET = 200_000  # rollout tokens; enough for the logistic law to reach its maximum
+KEPT = ("tokens", "seconds", "utility", "eos_rate")  # of each curve, in the results
 RESULTS = Path(__file__).parent / "results" / "laws.json"
 
 
@@ -98,13 +100,15 @@ def gather(options: argparse.Namespace) -> None:
         for file in sorted((run_folder(run_id(seed)) / "study").glob("*.json")):
             row = read_json(file)
             by_law = runs.setdefault(row["condition"], {}).setdefault(row["law"], {})
-            by_law[str(seed)] = {key: row[key] for key in ("budget", "curve", "limits")}
+            curve = {key: row["curve"][key] for key in KEPT}
+            by_law[str(seed)] = {"budget": row["budget"], "curve": curve, "limits": row["limits"]}
     order = [name for name in law_study.ALL if name in runs]
     content = {
-        "what": "utility on 256 validation problems over rollout tokens, by condition, law and seed",
+        "what": "utility on 256 validation problems over rollout tokens, by condition, law and seed; processor seconds "
+        "with other work on the machine",
         "budget": law_study.BUDGET, "versions": provenance.versions(), "runs": {name: runs[name] for name in order},
     }  # fmt: skip
-    write_json(options.out, content)
+    write_text(options.out, json.dumps(content) + "\n")  # indented it would be three times as large
     print(f"{sum(len(s) for laws in runs.values() for s in laws.values())} runs written to {options.out.name}")
 
 

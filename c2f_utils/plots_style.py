@@ -37,7 +37,8 @@ LAW_COLOURS = {
     "clock_linear": "#4c9ed9",
     "logistic": "#e07b00",
 }
-_MORE_COLOURS = ("#009e73", "#cc79a7", "#0072b2", "#d55e00", "#56b4e9", "#b8a000", "#7a3e9d")  # after Okabe and Ito
+# After Okabe and Ito; vermilion comes last, it is close to the logistic law's orange.
+_MORE_COLOURS = ("#009e73", "#cc79a7", "#0072b2", "#7a3e9d", "#56b4e9", "#b8a000", "#d55e00")
 INK, MUTED = "#222222", "#6b6b6b"
 DECODINGS = {"sampled_t1": "sampled at T = 1", "sampled_t07": "sampled at T = 0.7", "greedy": "greedy decoding"}
 NO_CHECKER = "not available here:\nthe exact checker knows only\nthe embedded domain"

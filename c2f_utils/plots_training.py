@@ -326,7 +326,8 @@ def target_tokens(laws: dict, metric: str, share: float, reference: str = "fixed
 
 @styled
 def tokens_to_target(source: object, metric: str = "utility", shares: tuple[float, ...] = (0.85, 0.95)) -> Figure:
-    """Rollout tokens each law needs to reach shares of fixed-long's gain in `metric`; small dots are seeds."""
+    """Rollout tokens each law needs to reach shares of fixed-long's gain in `metric`; small dots are seeds, and seeds
+    that never get there are counted as missed."""
     results, place = load(source, "04_length_schedules")
     laws = laws_of(results)
     curves = [row for law in laws.values() for run in law["seeds"].values() for row in run["curve"]]
@@ -350,7 +351,7 @@ def tokens_to_target(source: object, metric: str = "utility", shares: tuple[floa
             if missed:
                 low = len(found) and found.max() > 0.45 * reach
                 at, side = (found.min(), "right") if low else (found.max() if len(found) else 0, "left")
-                words = f"not reached by {missed} of {len(mine)} seeds" if len(mine) > 1 else "not reached"
+                words = f"{missed} of {len(mine)} missed" if len(mine) > 1 else "missed"
                 gap = {"xytext": (-6 if low else 6, 0), "textcoords": "offset points"}
                 ax.annotate(words, (at, row), ha=side, va="center", fontsize=6, color=MUTED, **gap)
         ax.set(xlabel="rollout tokens (thousands)", ylim=(len(laws) - 0.5, -0.5))

@@ -5,15 +5,14 @@ reported at once, before any work starts. Values are strict: `'1e-6'` is text, n
 not a flag, because papermill hands exactly such strings on when it reads YAML itself.
 """
 
-import difflib
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Literal, Union, get_args, get_origin
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from c2f_utils.errors import C2FError, problems
 from c2f_utils.files import read_yaml
+from c2f_utils.settings_errors import explained
 
 PROFILES = ("smoke", "tiny", "small_gpu", "mistral_7b")
 STAGES = (
@@ -382,7 +381,7 @@ def load_settings(
     try:
         settings = Settings.model_validate(values)
     except ValidationError as error:
-        raise problems("the settings cannot be used:", _explained(error)) from None
+        raise problems("the settings cannot be used:", explained(Settings, error)) from None
     if found := preflight.findings(settings):
         raise problems("the settings cannot be used:", found)
     return settings
@@ -413,75 +412,3 @@ def _merge(into: dict, update: dict) -> None:
             _merge(into[key], value)
         else:
             into[key] = value
-
-
-def _explained(error: ValidationError) -> list[str]:
-    """One line per problem; what every type of a setting that takes several has to say is one problem."""
-    lines, choices = [], {}
-    for item in error.errors():
-        loc, _ = _place(item["loc"])
-        if loc == item["loc"]:
-            lines += _explain(loc, item)
-        else:  # the rest names one of the types
-            choices.setdefault((loc, repr(item["input"])), []).append(item["msg"].removeprefix("Input should be "))
-    return lines + [
-        f"{'.'.join(map(str, loc))} = {value}: expected {' or '.join(said)}" for (loc, value), said in choices.items()
-    ]
-
-
-def _explain(loc: tuple, item: dict) -> list[str]:
-    where, value, kind = ".".join(map(str, loc)), item["input"], item["type"]
-    if kind == "value_error":  # a rule of ours: its text says it all, the whole section would not help
-        rules = item["msg"].removeprefix("Value error, ").splitlines()
-        return [f"{where}: {line}" if where else line for line in rules]
-    if kind == "extra_forbidden":
-        return [f"{where} = {value!r}: there is no such setting; {_neighbours(loc, value)}"]
-    if kind == "missing":
-        return [f"{where} is missing; give it a value"]
-    if kind == "string_pattern_mismatch":  # `run_id` is the only one that has a pattern
-        return [f"{where} = {value!r}: expected 1 to 64 letters, digits, '.', '_', '-', the first a letter or digit"]
-    if kind in {"model_type", "dict_type"}:
-        model = _model(_place(loc)[1])
-        keys = f" with keys among {', '.join(model.model_fields)}" if model else ""
-        return [f"{where} = {value!r}: expected a group of settings{keys}; write {where}={{'KEY': VALUE, ...}}"]
-    if isinstance(value, str) and kind in {"bool_type", "bool_parsing"}:
-        return [f"{where} = {value!r} is text; write True or False (YAML: true or false), without quotes"]
-    if isinstance(value, str) and kind in {"int_type", "float_type", "int_parsing", "float_parsing"}:
-        advice = "write a number without quotes (papermill's own YAML needs 1.0e-6, not 1e-6)"
-        return [f"{where} = {value!r} is text; {advice}"]
-    return [f"{where} = {value!r}: {item['msg'].replace('Input should be', 'expected')}"]
-
-
-def places(name: str) -> list[str]:
-    """Settings of this name with their sections, e.g. `coarse.iterations`."""
-    sections = {section: _model(field.annotation) for section, field in Settings.model_fields.items()}
-    return [f"{section}.{name}" for section, model in sections.items() if model and name in model.model_fields]
-
-
-def _neighbours(loc: tuple, value: object) -> str:
-    model, name = _model(_place(loc[:-1])[1]), str(loc[-1])
-    if len(loc) == 1 and (found := places(name)):
-        return f"a setting is written with its section: {' or '.join(f'{place}={value!r}' for place in found)}"
-    if not model:
-        return "see c2f_utils/config.py"
-    near = difflib.get_close_matches(name, model.model_fields, n=1)
-    return "".join(f"did you mean {key}? " for key in near) + f"known here: {', '.join(model.model_fields)}"
-
-
-def _place(loc: tuple) -> tuple[tuple, object]:
-    """The part of an error's place that names settings, and the type expected there."""
-    kind: object = Settings
-    for depth, part in enumerate(loc):
-        if model := _model(kind):
-            kind = model.model_fields[part].annotation if part in model.model_fields else None
-        elif inner := next((each for each in (kind, *get_args(kind)) if get_origin(each) in (dict, list, tuple)), None):
-            kind = get_args(inner)[-1]
-        else:
-            return loc[:depth], kind
-    return loc, kind
-
-
-def _model(kind: object) -> type[BaseModel] | None:
-    """The section that a type is, also where it may be null."""
-    kinds = (kind, *(get_args(kind) if get_origin(kind) in (Union, UnionType) else ()))
-    return next((each for each in kinds if isinstance(each, type) and issubclass(each, BaseModel)), None)

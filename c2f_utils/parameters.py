@@ -12,8 +12,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from c2f_utils.config import places
+from c2f_utils.config import Settings
 from c2f_utils.errors import C2FError
+from c2f_utils.settings_errors import places
 
 _TYPES = {"str": str, "int": int, "float": (int, float), "bool": bool, "dict": dict, "list": list}
 
@@ -125,7 +126,7 @@ def check(known: dict[str, Parameter], values: dict[str, object]) -> list[str]:
         else:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
-            if settings := places(name):
+            if settings := places(Settings, name):
                 written = " or ".join(f"{place}={value}" for place in settings)
                 hint = f"a setting is written with its section: {written}; "
             found.append(f"there is no parameter {name!r}; {hint}known: {', '.join(known)}")

@@ -10,11 +10,12 @@ READY := .venv/.c2f-installed
 demo: $(READY)
 	$(BIN)/c2f run all --profile tiny --run-id demo
 
+# One test process per core, one torch thread in each: two threads on a busy machine can be ten times slower than one.
 test: $(READY)
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -q -m "slow or browser or slurm"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m "slow or browser or slurm"
 
 test-all: test test-slow
 

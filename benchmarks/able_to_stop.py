@@ -11,13 +11,15 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from c2f_utils import evaluate, limits, stats
-from c2f_utils.config import load_settings
+from c2f_utils import stats
 from c2f_utils.files import read_json, write_json
-from c2f_utils.runs import Run
-from c2f_utils.stage import Stage, run_folder
-from c2f_utils.workflow import coarse
-from c2f_utils.workflow.inputs import Inputs
+from c2f_utils.measure import answers
+from c2f_utils.runs.run import Run
+from c2f_utils.runs.stage import Stage, run_folder
+from c2f_utils.settings.laws import make_law
+from c2f_utils.settings.load import load_settings
+from c2f_utils.stages import coarse_rlhf
+from c2f_utils.stages.inputs import Inputs
 
 ARMS = ("stop_fixed", "stop_logistic")
 BESIDE = ("logistic", "fixed_long")
@@ -38,11 +40,11 @@ def arms(run_id: str) -> dict[str, dict]:
         law, credit = run.settings.schedules.study_laws[name], run.settings.schedules.credit[name]
         config = run.settings.coarse.model_copy(update=credit.model_dump(exclude_none=True))
         with tempfile.TemporaryDirectory() as folder:
-            process = coarse.trainer(inputs, limits.make_law(law), Path(folder), config=config, evaluated=False)
+            process = coarse_rlhf.trainer(inputs, make_law(law), Path(folder), config=config, evaluated=False)
             for row in process:
                 print(f"{run_id} {name} {row['iteration']}/{config.iterations}", end="\r")
         samples = inputs.answers(process.policy.actor, inputs.prompts("test"))
-        found[name] = {"rollout_tokens": process.rollout_tokens, **evaluate.measure(samples, inputs.reward)}
+        found[name] = {"rollout_tokens": process.rollout_tokens, **answers.measure(samples, inputs.reward)}
         print(f"{run_id} {name}: {found[name]}")
     return found
 

@@ -105,29 +105,33 @@ def build(options: argparse.Namespace, device):
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, MistralConfig
 
-    from c2f_utils import models, rewards, rollout
-    from c2f_utils.config import load_settings
+    from c2f_utils.coarse import actor_critic
+    from c2f_utils.domain.samples import Prompt
+    from c2f_utils.models import loading, rewards
+    from c2f_utils.settings.load import load_settings
 
     settings = load_settings("mistral_7b")
-    models.device(settings.models)  # products of float32 matrices as in a run
+    loading.device(settings.models)  # products of float32 matrices as in a run
     shape = MistralConfig(**options.shape, num_labels=1, pad_token_id=0, eos_token_id=None)
     torch.manual_seed(0)
     with torch.device(device):
         actor = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16).eval()
         scored = AutoModelForSequenceClassification.from_config(shape, dtype=torch.bfloat16).eval()
-        actor, scored = models.fuse_norms(actor), models.fuse_norms(scored)
-        actor = models.add_lora(actor, settings.models.lora, alike=device.type == "cuda")
-    policy = models.ActorCritic(actor, models.Critic(shape.hidden_size).to(device))
+        actor, scored = loading.fuse_norms(actor), loading.fuse_norms(scored)
+        actor = loading.add_lora(actor, settings.models.lora, alike=device.type == "cuda")
+    policy = actor_critic.ActorCritic(actor, actor_critic.Critic(shape.hidden_size).to(device))
     drawn = torch.randint(3, shape.vocab_size, (options.prompts, options.prompt)).tolist()
-    prompts = [rollout.Prompt(tuple(ids), "") for ids in drawn]
+    prompts = [Prompt(tuple(ids), "") for ids in drawn]
     return policy, rewards.RewardModel(scored, 0, tokens_per_batch=2 * options.budget), prompts
 
 
 def make_trainer(options: argparse.Namespace, parts, limit: int):
     """A trainer with the profile's settings under a fixed limit, without warm-up, so that every iteration is whole."""
-    from c2f_utils import limits, rollout
-    from c2f_utils.coarse import CoarseTrainer
-    from c2f_utils.config import Law, load_settings
+    from c2f_utils import limits
+    from c2f_utils.coarse.trainer import CoarseTrainer
+    from c2f_utils.rollout.decoder import KVDecoder
+    from c2f_utils.settings.config import Law
+    from c2f_utils.settings.load import load_settings
 
     policy, reward, prompts = parts
     changes = {
@@ -135,13 +139,13 @@ def make_trainer(options: argparse.Namespace, parts, limit: int):
         "tokens_in_cache": options.cache, "critic_warmup": 0, "iterations": options.iterations,
     }  # fmt: skip
     config = load_settings("mistral_7b").coarse.model_copy(update=changes)
-    decoder = rollout.KVDecoder(policy.actor, Tokenizer(), options.cache)
+    decoder = KVDecoder(policy.actor, Tokenizer(), options.cache)
     return CoarseTrainer(policy, reward, decoder, prompts, limits.Fixed(limit), config, seed=0, pad_id=0)
 
 
 def iterate(trainer, device) -> dict:
     """One iteration: {verb: {seconds, tokens_per_second, peak_gib}} and its metrics row."""
-    found, e, stats, began = {}, None, None, perf_counter()
+    found, e, stats = {}, None, None
     for verb in VERBS:
         call = getattr(trainer, verb)
         with Clock(device) as clock:
@@ -150,7 +154,7 @@ def iterate(trainer, device) -> dict:
             elif verb == "improve":
                 stats = call(e)
             elif verb == "advance":
-                row = call(e, stats, began)
+                row = call(e, stats)
             else:
                 e = call(e)
         found[verb] = {"seconds": round(clock.seconds, 3), "peak_gib": clock.peak}
@@ -178,7 +182,7 @@ def summary(rows: list[dict]) -> dict:
 
 def weights(options: argparse.Namespace) -> dict[str, int]:
     """Weights of the trunk's linear maps, of the adapters on them, and of the head."""
-    from c2f_utils.config import load_settings
+    from c2f_utils.settings.load import load_settings
 
     s = options.shape
     h, i, layers = s["hidden_size"], s["intermediate_size"], s["num_hidden_layers"]
@@ -263,13 +267,13 @@ def without_recomputing(options: argparse.Namespace, parts, device) -> dict:
 
 def engines(options: argparse.Namespace, parts, limit: int, device) -> dict:
     """Tokens/s of both samplers on the same prompts; an engine that fails is named with its error."""
-    from c2f_utils import rollout
-    from c2f_utils.continuous import ContinuousBatching
+    from c2f_utils.rollout.continuous import ContinuousBatching
+    from c2f_utils.rollout.decoder import KVDecoder
 
     policy, _, prompts = parts
     policy.eval()
     found: dict[str, object] = {"limit": limit, "prompts": len(prompts)}
-    for name, kind in (("kv", rollout.KVDecoder), ("continuous", ContinuousBatching)):
+    for name, kind in (("kv", KVDecoder), ("continuous", ContinuousBatching)):
         sampler = kind(policy.actor, Tokenizer(), options.cache)
         try:
             sampler(prompts, min(8, limit), seed=1)  # warm-up
@@ -290,7 +294,7 @@ def run(options: argparse.Namespace, keep) -> dict:
     """All sections in order; `keep(result)` is called after each."""
     import torch
 
-    from c2f_utils import provenance
+    from c2f_utils.runs import provenance
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     result = {

@@ -51,9 +51,13 @@ def measure(options: argparse.Namespace) -> dict:
     import trl.kernels  # noqa: F401  imported late by the trainer: code, not data
     from transformers import AutoModelForSequenceClassification, MistralConfig, MistralForCausalLM
 
-    from c2f_utils import limits, models, rewards, rollout
-    from c2f_utils.coarse import CoarseTrainer
-    from c2f_utils.config import Coarse, Law
+    from c2f_utils import limits
+    from c2f_utils.coarse import actor_critic
+    from c2f_utils.coarse.trainer import CoarseTrainer
+    from c2f_utils.domain import samples
+    from c2f_utils.models import rewards
+    from c2f_utils.rollout.decoder import KVDecoder
+    from c2f_utils.settings.config import Coarse, Law
 
     torch.manual_seed(0)
     shape = MistralConfig(
@@ -69,11 +73,11 @@ def measure(options: argparse.Namespace) -> dict:
         MistralConfig(**shape.to_diff_dict() | {"num_labels": 1})
     ).eval()
     reward = rewards.RewardModel(scored, 0, tokens_per_batch=options.budget)
-    policy = models.ActorCritic(actor, models.Critic(options.width, copy.deepcopy(scored.model)))
-    decoder = rollout.KVDecoder(actor, Tokenizer(), options.cache)
+    policy = actor_critic.ActorCritic(actor, actor_critic.Critic(options.width, copy.deepcopy(scored.model)))
+    decoder = KVDecoder(actor, Tokenizer(), options.cache)
     decoder.eos = frozenset({-1})  # no answer ends early
     prompts = [
-        rollout.Prompt(tuple(int(t) for t in torch.randint(3, options.vocabulary, (PROMPT,))), "")
+        samples.Prompt(tuple(int(t) for t in torch.randint(3, options.vocabulary, (PROMPT,))), "")
         for _ in range(options.prompts)
     ]
     config = Coarse(
@@ -125,7 +129,8 @@ def main() -> None:
     if options.limit:
         print(json.dumps(measure(options)))
         return
-    from c2f_utils import files, provenance
+    from c2f_utils import files
+    from c2f_utils.runs import provenance
 
     rows = run(options)
     result = {

@@ -34,30 +34,34 @@ def parts():
     import torch
     from transformers import AutoModelForSequenceClassification, MistralConfig
 
-    from c2f_utils import tasks
-    from c2f_utils.config import Pretrain
-    from c2f_utils.pretrain import new_model
+    from c2f_utils.domain import stories
+    from c2f_utils.models.pretrain import new_model
+    from c2f_utils.settings.config import Pretrain
 
     actor = new_model(Pretrain(), 0).eval()
     torch.manual_seed(0)
     scored = AutoModelForSequenceClassification.from_config(
         MistralConfig(**actor.config.to_diff_dict() | {"num_labels": 1})
     )
-    return actor, scored.eval(), tasks.make_tokenizer(), tasks.problems("train", 1000, 0)
+    return actor, scored.eval(), stories.make_tokenizer(), stories.problems("train", 1000, 0)
 
 
 def ours(iterations: int, threads: int, budget: int, length: int = LENGTH) -> dict:
     """Seconds of each iteration and of each verb with answers of `length` tokens."""
     import torch
 
-    from c2f_utils import limits, models, rewards, rollout
-    from c2f_utils.coarse import CoarseTrainer
-    from c2f_utils.config import Coarse, Law
+    from c2f_utils import limits
+    from c2f_utils.coarse import actor_critic
+    from c2f_utils.coarse.trainer import CoarseTrainer
+    from c2f_utils.domain import samples
+    from c2f_utils.models import rewards
+    from c2f_utils.rollout.decoder import KVDecoder
+    from c2f_utils.settings.config import Coarse, Law
 
     torch.set_num_threads(threads)
     actor, scored, tokenizer, problems = parts()
-    policy = models.ActorCritic(actor, models.Critic.from_reward(scored, 0.0, 1.0))
-    decoder = rollout.KVDecoder(actor, tokenizer)
+    policy = actor_critic.ActorCritic(actor, actor_critic.Critic.from_reward(scored, 0.0, 1.0))
+    decoder = KVDecoder(actor, tokenizer)
     decoder.eos = frozenset({-1})  # no answer ends early
     config = Coarse(
         law=Law(name="fixed", limit=length), prompts=BATCH, epochs=EPOCHS, minibatches=MINIBATCHES,
@@ -67,7 +71,7 @@ def ours(iterations: int, threads: int, budget: int, length: int = LENGTH) -> di
         policy,
         rewards.RewardModel(scored, 0),
         decoder,
-        rollout.make_prompts(problems),
+        samples.make_prompts(problems),
         limits.Fixed(length),
         config,
         seed=0,
@@ -172,7 +176,8 @@ def main() -> None:
         side = {"ours": lambda n, t: ours(n, t, options.budget, options.length), "trl": trl}[options.side]
         print(json.dumps(side(options.iterations, options.threads[0])))
         return
-    from c2f_utils import files, provenance
+    from c2f_utils import files
+    from c2f_utils.runs import provenance
 
     rows = []
     for threads in options.threads:

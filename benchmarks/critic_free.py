@@ -20,16 +20,17 @@ from pathlib import Path
 from time import perf_counter
 
 from c2f_utils import stats
-from c2f_utils.config import CriticFree, Law, load_settings
 from c2f_utils.errors import C2FError
 from c2f_utils.files import read_json, write_json
-from c2f_utils.limits import make_law
-from c2f_utils.runs import Run
-from c2f_utils.stage import Stage, run_folder
-from c2f_utils.workflow import coarse
-from c2f_utils.workflow.critic_free import Baseline, Verifiable
-from c2f_utils.workflow.inputs import Inputs
-from c2f_utils.workflow.schedules import baseline_label, label
+from c2f_utils.runs.run import Run
+from c2f_utils.runs.stage import Stage, run_folder
+from c2f_utils.settings.config import CriticFree, Law
+from c2f_utils.settings.laws import make_law
+from c2f_utils.settings.load import load_settings
+from c2f_utils.stages import coarse_rlhf
+from c2f_utils.stages.baselines import Baseline, Verifiable
+from c2f_utils.stages.inputs import Inputs
+from c2f_utils.stages.length_schedules import baseline_label, label
 
 PPO = ("logistic", "fixed_long", "clock_linear")  # of 04, all with the reward model
 TRAINERS, REWARDS = ("grpo", "rloo"), ("model", "verifiable")
@@ -67,7 +68,7 @@ def with_critic(inputs: Inputs, law: Law, reward: str, name: str, taught: bool =
     config = inputs.settings.coarse.model_copy(update={} if taught else untaught)
     with tempfile.TemporaryDirectory() as folder:
         began = perf_counter()
-        process = coarse.trainer(
+        process = coarse_rlhf.trainer(
             inputs, make_law(law), Path(folder), reward=Verifiable() if reward != "model" else None, config=config
         )
         for row in process:
@@ -78,7 +79,7 @@ def with_critic(inputs: Inputs, law: Law, reward: str, name: str, taught: bool =
 
 def finished(inputs: Inputs, process, actor, name: str, seconds: float) -> dict:
     samples = inputs.answers(actor, inputs.prompts("test"))
-    found = kept(coarse.summary(process, samples, inputs)) | {"seconds": seconds}
+    found = kept(coarse_rlhf.summary(process, samples, inputs)) | {"seconds": seconds}
     print(f"{name}: utility {found['final']['utility']:.2f}, {found['rollout_tokens']} tokens, {found['seconds']} s")
     return found
 

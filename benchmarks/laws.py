@@ -21,13 +21,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from c2f_utils import law_study, limits  # noqa: E402
-from c2f_utils.config import Law, load_settings  # noqa: E402
 from c2f_utils.files import read_json, write_json, write_text  # noqa: E402
-from c2f_utils.runs import Run  # noqa: E402
-from c2f_utils.stage import Stage, run_folder  # noqa: E402
-from c2f_utils.workflow import law_runs  # noqa: E402
-from c2f_utils.workflow.inputs import Inputs  # noqa: E402
+from c2f_utils.report import law_study  # noqa: E402
+from c2f_utils.runs.run import Run  # noqa: E402
+from c2f_utils.runs.stage import Stage, run_folder  # noqa: E402
+from c2f_utils.settings.config import Law  # noqa: E402
+from c2f_utils.settings.laws import make_law
+from c2f_utils.settings.load import load_settings  # noqa: E402
+from c2f_utils.stages import law_runs  # noqa: E402
+from c2f_utils.stages.inputs import Inputs  # noqa: E402
 
 HACKED_BUDGET = 200_000  # rollout tokens; enough for the logistic law to reach its maximum
 KEPT = ("tokens", "seconds", "utility", "eos_rate")  # of each curve, in the results
@@ -83,7 +85,7 @@ def study(options: argparse.Namespace) -> None:
                 continue
             models = models or inputs(seed)
             start = starts.get(condition)
-            law = limits.make_law(settings)
+            law = make_law(settings)
             cut = "average" if name.endswith(law_study.AVERAGED) else "score"
             found = law_runs.run_one(models, law_study.ALL[condition], law, budget, start=start, cut=cut)
             starts[condition] = {key: values[0] for key, values in found["curve"].items()}
@@ -93,7 +95,7 @@ def study(options: argparse.Namespace) -> None:
 
 
 def gather(options: argparse.Namespace) -> None:
-    from c2f_utils import provenance
+    from c2f_utils.runs import provenance
 
     runs: dict = {}
     for seed in options.seeds:

@@ -13,20 +13,23 @@ import argparse
 import copy
 from collections.abc import Iterator
 from pathlib import Path
-from time import perf_counter
 
 import torch
 
-from c2f_utils import data, evaluate, limits, overoptimisation, ppo, rewards
-from c2f_utils.coarse import CoarseTrainer
-from c2f_utils.config import load_settings
+from c2f_utils.coarse import ppo
+from c2f_utils.coarse.experience import Experience
+from c2f_utils.coarse.trainer import CoarseTrainer
 from c2f_utils.errors import C2FError
-from c2f_utils.experience import Experience
 from c2f_utils.files import read_json, write_json
-from c2f_utils.runs import Run
-from c2f_utils.stage import Stage, run_folder
-from c2f_utils.workflow import coarse, reward
-from c2f_utils.workflow.inputs import Inputs
+from c2f_utils.measure import answers
+from c2f_utils.models import rewards
+from c2f_utils.report import overoptimisation
+from c2f_utils.runs.run import Run
+from c2f_utils.runs.stage import Stage, run_folder
+from c2f_utils.settings.laws import make_law
+from c2f_utils.settings.load import load_settings
+from c2f_utils.stages import coarse_rlhf, data, reward_model
+from c2f_utils.stages.inputs import Inputs
 
 MEMBERS = 3
 ARMS = ("single", "warm")
@@ -47,10 +50,9 @@ def train(process: CoarseTrainer, held_out: rewards.RewardFunction) -> Iterator[
     A row is that of the policy before the iteration's update, so that the first one is the base model's.
     """
     while process.iteration < process.config.iterations:
-        began = perf_counter()
         experience = process.credit(process.judge(process.collect()))
         row = measure(experience, held_out)
-        process.advance(experience, process.improve(experience), began)
+        process.advance(experience, process.improve(experience))
         yield {"iteration": process.iteration, **row}
 
 
@@ -80,7 +82,7 @@ class Study:
         self.inputs = Inputs(self.run)
         self.base = self.inputs.base()
         self.samples = self.inputs.answers(
-            self.base, self.inputs.prompts("train", reward.NORMALISING_PROMPTS), limit=144
+            self.base, self.inputs.prompts("train", reward_model.NORMALISING_PROMPTS), limit=144
         )
 
     def normalised(self, model: torch.nn.Module) -> rewards.RewardModel:
@@ -88,8 +90,8 @@ class Study:
 
     def proxies(self) -> tuple[dict[str, rewards.RewardModel], list[dict]]:
         """The reward model of each arm, and accuracy and length bias of every model on held-out pairs."""
-        training, held_out, _ = reward.pairs(self.inputs, self.base)
-        members = reward.members(self.inputs, training)
+        training, held_out, _ = reward_model.pairs(self.inputs, self.base)
+        members = reward_model.members(self.inputs, training)
         rows = [describe(f"member {i}", self.normalised(member), held_out) for i, member in enumerate(members, 1)]
         warm = self.normalised(rewards.average([copy.deepcopy(members[0]), *members[1:]]))
         proxies = {"single": self.normalised(members[0]), "warm": warm}
@@ -105,19 +107,19 @@ class Study:
     def arm(self, proxy: rewards.RewardModel, held_out: rewards.RewardModel, config) -> dict:
         """Curve of one coarse actor trained against `proxy`, and its metrics on the test problems at the end."""
         self.inputs.reward = proxy  # the critic starts from the model that pays
-        law = limits.make_law(self.run.settings.schedules.laws["fixed_long"])
-        process = coarse.trainer(self.inputs, law, None, config=config, evaluated=False)
+        law = make_law(self.run.settings.schedules.laws["fixed_long"])
+        process = coarse_rlhf.trainer(self.inputs, law, None, config=config, evaluated=False)
         rows = []
         for row in train(process, held_out):
             rows.append(row)
             print(f"{row['iteration']}/{config.iterations}", row, end="\r")
         samples = self.inputs.answers(process.policy.actor, self.inputs.prompts("test"), limit=law.limit)
-        final = evaluate.measure(samples, held_out)
+        final = answers.measure(samples, held_out)
         final |= {"held_out": final.pop("reward"), "training": round(float(proxy(samples).mean()), 6)}
         return {"curve": overoptimisation.columns(rows), "final": final}
 
 
-def describe(name: str, model: rewards.RewardModel, held_out: reward.HeldOut) -> dict:
+def describe(name: str, model: rewards.RewardModel, held_out: reward_model.HeldOut) -> dict:
     """Length-bias row of a model with its accuracy on held-out labels and on true utility."""
     scores = held_out.scores(model)
     margin, truth = scores[:, 0] - scores[:, 1], torch.tensor(held_out.utilities).diff(dim=1)[:, 0].neg()

@@ -22,14 +22,17 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from c2f_utils import law_study, limits, stats  # noqa: E402
-from c2f_utils.config import Law, load_settings  # noqa: E402
+from c2f_utils import stats  # noqa: E402
 from c2f_utils.errors import C2FError  # noqa: E402
 from c2f_utils.files import read_json, write_json  # noqa: E402
-from c2f_utils.runs import Run  # noqa: E402
-from c2f_utils.stage import Stage, run_folder  # noqa: E402
-from c2f_utils.workflow import law_runs  # noqa: E402
-from c2f_utils.workflow.inputs import Inputs  # noqa: E402
+from c2f_utils.report import law_study  # noqa: E402
+from c2f_utils.runs.run import Run  # noqa: E402
+from c2f_utils.runs.stage import Stage, run_folder  # noqa: E402
+from c2f_utils.settings.config import Law  # noqa: E402
+from c2f_utils.settings.laws import make_law
+from c2f_utils.settings.load import load_settings  # noqa: E402
+from c2f_utils.stages import law_runs  # noqa: E402
+from c2f_utils.stages.inputs import Inputs  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 PROMPTS, LENGTH, SHARE = 64, 144, 0.95
@@ -87,14 +90,14 @@ def main() -> None:
             continue
         models = inputs(run_id)
         law, cut = ARMS["fixed_long"]
-        long = law_runs.run_one(models, CONDITION, limits.make_law(law), FULL, every=EVERY, cut=cut)
+        long = law_runs.run_one(models, CONDITION, make_law(law), FULL, every=EVERY, cut=cut)
         target = SHARE * (long["curve"]["utility"][-1] + long["curve"]["utility"][-2]) / 2  # one alone is noisy
         row = {"target": target}
         for name, (law, cut) in ARMS.items():
             if name == "fixed_long":
                 found = long
             else:
-                rule = limits.make_law(law)
+                rule = make_law(law)
                 found = law_runs.run_one(models, CONDITION, rule, FULL, every=EVERY, until=target, cut=cut)
             path, reached = used(found, target)
             row[name] = {"reached": reached, "limits": path}

@@ -15,11 +15,11 @@ from pathlib import Path
 import pandas as pd
 
 from c2f_utils import stats
-from c2f_utils.config import STAGES
 from c2f_utils.errors import C2FError
 from c2f_utils.files import write_json
-from c2f_utils.stage import Stage, run_folder
-from c2f_utils.tables import markdown
+from c2f_utils.report.tables import markdown
+from c2f_utils.runs.stage import Stage, run_folder
+from c2f_utils.settings.config import STAGES
 
 DECODING = "sampled_t1"
 COLUMNS = ("accuracy_last", "accuracy_first", "correct_steps", "mean_tokens", "rep4", "eos_rate", "utility")

@@ -22,8 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from c2f_utils import batch
     from c2f_utils.files import read_yaml
+    from c2f_utils.headless import jobs as batch
 
     overrides = read_yaml(options.overrides) if options.overrides else {}
     names = ("profile", "seed", "run_id", "study", "overwrite")
@@ -38,16 +38,17 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _table(options: argparse.Namespace) -> int:
-    from c2f_utils import runs
+    from c2f_utils.files import outputs
+    from c2f_utils.runs import registry
 
-    found = runs.table()
+    found = registry.table()
     if options.run_id is not None and len(found):
         known = ", ".join(sorted(set(found["run"])))
         found = found[found["run"] == options.run_id]
         if found.empty:
-            raise C2FError(f"there is no run {options.run_id!r} in {runs.outputs()}; there are: {known}")
+            raise C2FError(f"there is no run {options.run_id!r} in {outputs()}; there are: {known}")
     if found.empty:
-        print(f"no runs in {runs.outputs()}")
+        print(f"no runs in {outputs()}")
         return 0
     found = found.convert_dtypes().astype(object).where(found.notna(), "")  # a count beside gaps stays a whole number
     print(found.loc[:, (found != "").any()].to_string(index=False))

@@ -1,5 +1,5 @@
-"""Small files: written so that a kill or a full disk never leaves half of one under its final name, read with errors
-that say what was expected."""
+"""Where the project and its runs are, and small files: written so that a kill or a full disk never leaves half of one
+under its final name, read with errors that say what was expected."""
 
 import hashlib
 import json
@@ -11,6 +11,20 @@ from pathlib import Path
 import yaml
 
 from c2f_utils.errors import C2FError
+
+
+def root() -> Path:
+    """The project folder: the nearest above the working directory that holds `c2f_utils/`, else the installed one."""
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / "c2f_utils" / "__init__.py").is_file():
+            return folder
+    return Path(__file__).resolve().parent.parent
+
+
+def outputs() -> Path:
+    """Folder of all runs: `C2F_OUTPUTS`, else `outputs/` of the project."""
+    return Path(os.environ.get("C2F_OUTPUTS") or root() / "outputs").absolute()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -14,7 +14,6 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from c2f_utils.config import Law as LawSettings
 from c2f_utils.errors import C2FError
 
 
@@ -390,54 +389,7 @@ def refuse_another(law: Law, name: str, began: dict[str, object] | None, where: 
         )
 
 
-_KEYS = {
-    "fixed": (("limit",), ()),
-    "clock": (("start", "maximum", "duration", "shape"), ("steps",)),
-    "logistic": (("start", "maximum", "step"), ("weights",)),
-    "tail": (("start", "maximum"), ("growth",)),
-    "useful": (("start", "maximum"), ("growth",)),
-    "gated": (("start", "maximum"), ("growth",)),
-    "probe": (("start", "maximum"), ("growth",)),
-}
-_WEIGHTS = {
-    "w0": "w0",
-    "reward": "w_reward",
-    "value_loss": "w_value",
-    "truncation": "w_truncation",
-    "truncation_target": "truncation_target",
-}
-
-
-def make_law(settings: LawSettings) -> Law:
-    """A law in its first state; raises C2FError for keys that are missing or that this law does not use."""
-    given = settings.model_dump(exclude_none=True)
-    name = given.pop("name")
-    needed, optional = _KEYS[name]
-    missing, extra = [k for k in needed if k not in given], [k for k in given if k not in (*needed, *optional)]
-    if missing or extra:
-        wrong = [f"missing: {', '.join(missing)}"] * bool(missing) + [f"not used by it: {', '.join(extra)}"] * bool(
-            extra
-        )
-        raise C2FError(f"law {name!r}: {'; '.join(wrong)}; it takes {', '.join((*needed, *optional))}")
-    start, maximum = given.get("start", given.get("limit")), given.get("maximum", given.get("limit"))
-    if start > maximum:
-        raise C2FError(f"law {name!r}: start {start} is above maximum {maximum}; expected start <= maximum (tokens)")
-    growth = {"growth": given["growth"]} if "growth" in given else {}
-    if name == "fixed":
-        return Fixed(start)
-    if name == "clock":
-        stages = given.get("steps", [])
-        if (given["shape"] == "steps") != bool(stages):
-            raise C2FError("law 'clock': shape 'steps' and the list `steps` belong together; give both or neither")
-        if stages and (stages[0] != start or not 1 <= min(stages) <= max(stages) <= maximum):
-            raise C2FError(
-                f"law 'clock': steps {stages} with start {start} and maximum {maximum}; expected the first step to be "
-                "the start and none above the maximum (tokens)"
-            )
-        return Clock(stages[0] if stages else start, maximum, given["duration"], given["shape"], stages)
-    if name == "logistic":
-        weights = given.get("weights", {})
-        if unknown := [k for k in weights if k not in _WEIGHTS]:
-            raise C2FError(f"law 'logistic': unknown weights {', '.join(unknown)}; expected {', '.join(_WEIGHTS)}")
-        return Logistic(start, maximum, given["step"], **{_WEIGHTS[k]: float(v) for k, v in weights.items()})
-    return {"tail": Tail, "useful": Useful, "gated": Gated, "probe": Probe}[name](start, maximum, **growth)
+def positions_of(model_config) -> int:
+    """How many positions a model may use at once: its position limit or its sliding window, whichever is smaller."""
+    positions = model_config.max_position_embeddings
+    return min(positions, getattr(model_config, "sliding_window", None) or positions)

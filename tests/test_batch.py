@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from notebooks_for_tests import PARAMETERS, RESULT, write
 
-from c2f_utils import batch, runs
 from c2f_utils.__main__ import main
 from c2f_utils.files import read_json
+from c2f_utils.headless import jobs
+from c2f_utils.runs.stage import Stage, run_folder
 
 BASE, REWARD, EVALUATION, REPORT = "01_base_model", "02_reward_model", "07_evaluation", "08_report"
 # Works until it is stopped, as a trainer does.
@@ -31,18 +32,18 @@ def project(tmp_path, outputs, monkeypatch):
     """Small notebooks in place of the real ones; kernels find the package by PYTHONPATH as well as when installed."""
     folder = tmp_path / "notebooks"
     folder.mkdir()
-    monkeypatch.setattr(batch, "notebooks_folder", lambda: folder)
-    monkeypatch.setenv("PYTHONPATH", str(Path(batch.__file__).parent.parent))
+    monkeypatch.setattr(jobs, "notebooks_folder", lambda: folder)
+    monkeypatch.setenv("PYTHONPATH", str(Path(jobs.__file__).parent.parent))
     return folder
 
 
-def stage(name: str = BASE, run_id: str = "r") -> runs.Stage:
-    return runs.Stage(runs.run_folder(run_id) / name)
+def stage(name: str = BASE, run_id: str = "r") -> Stage:
+    return Stage(run_folder(run_id) / name)
 
 
 def test_a_run_leaves_an_executed_notebook_a_log_and_one_line(project, capsys):
     write(project, BASE, RESULT, "print('spoken')")
-    assert main(["run", "01", "--run-id", "r", "--seed", "1"]) == batch.DONE
+    assert main(["run", "01", "--run-id", "r", "--seed", "1"]) == jobs.DONE
     printed = capsys.readouterr()
     assert [line.split()[:2] for line in printed.out.splitlines()[1:]] == [[BASE, "done"]]
     assert float(printed.out.split()[-2]) > 50, "peak memory of the kernel, MB"
@@ -53,7 +54,7 @@ def test_a_run_leaves_an_executed_notebook_a_log_and_one_line(project, capsys):
     assert "spoken" in log and "TCP without encryption" not in log
     assert read_json(stage().dir / "config.json")["settings"]["seed"] == 1
     assert not list(stage().dir.parent.glob("*.running.*"))
-    assert main(["run", BASE, "--run-id", "r", "--seed", "1"]) == batch.DONE, "a second run loads"
+    assert main(["run", BASE, "--run-id", "r", "--seed", "1"]) == jobs.DONE, "a second run loads"
     assert "results are loaded" in (stage().dir / "notebook.ipynb").read_text()
 
 
@@ -80,8 +81,8 @@ def test_a_run_leaves_an_executed_notebook_a_log_and_one_line(project, capsys):
 def test_bad_input_is_refused_before_any_kernel_starts(project, capsys, monkeypatch, arguments, said):
     write(project, BASE)
     write(project, REWARD)
-    monkeypatch.setattr(batch, "_execute", lambda *_: pytest.fail("a kernel was started"))
-    assert main(["run", *arguments]) == batch.BAD_INPUT
+    monkeypatch.setattr(jobs, "_execute", lambda *_: pytest.fail("a kernel was started"))
+    assert main(["run", *arguments]) == jobs.BAD_INPUT
     message = capsys.readouterr().err
     assert said in message and "Traceback" not in message
 
@@ -90,17 +91,17 @@ def test_an_unwritable_outputs_folder_is_refused_before_any_kernel_starts(projec
     write(project, BASE)
     (tmp_path / "file").touch()
     monkeypatch.setenv("C2F_OUTPUTS", str(tmp_path / "file"))
-    monkeypatch.setattr(batch, "_execute", lambda *_: pytest.fail("a kernel was started"))
-    assert main(["run", "01"]) == batch.BAD_INPUT
+    monkeypatch.setattr(jobs, "_execute", lambda *_: pytest.fail("a kernel was started"))
+    assert main(["run", "01"]) == jobs.BAD_INPUT
     assert "cannot be written" in capsys.readouterr().err
 
 
 def test_a_stage_with_another_configuration_is_refused_or_set_aside(project, capsys):
     write(project, BASE, RESULT)
-    assert main(["run", "01", "--run-id", "r"]) == batch.DONE
-    assert main(["run", "01", "--run-id", "r", "-p", "pretrain.tokens=9"]) == batch.BAD_INPUT
+    assert main(["run", "01", "--run-id", "r"]) == jobs.DONE
+    assert main(["run", "01", "--run-id", "r", "-p", "pretrain.tokens=9"]) == jobs.BAD_INPUT
     assert "pretrain.tokens" in capsys.readouterr().err
-    assert main(["run", "01", "--run-id", "r", "-p", "pretrain.tokens=9", "--overwrite"]) == batch.DONE
+    assert main(["run", "01", "--run-id", "r", "-p", "pretrain.tokens=9", "--overwrite"]) == jobs.DONE
     assert stage(f"{BASE}.old-1").results() == {"value": 1}
     assert (stage().dir / "notebook.ipynb").exists() and (stage(f"{BASE}.old-1").dir / "notebook.ipynb").exists()
 
@@ -109,7 +110,7 @@ def test_overrides_from_a_file_and_by_dotted_name_reach_the_notebook(project, tm
     write(project, BASE, "run.here.save_results({'rate': run.settings.reward.learning_rate})")
     (tmp_path / "o.yaml").write_text("reward: {learning_rate: 1e-6}\npretrain: {tokens: 5}\n")
     arguments = ["--overrides", str(tmp_path / "o.yaml"), "-p", "pretrain.tokens=7"]
-    assert main(["run", "01", "--run-id", "r", *arguments]) == batch.DONE
+    assert main(["run", "01", "--run-id", "r", *arguments]) == jobs.DONE
     assert stage().results() == {"rate": 1e-6}
     assert stage().config()["settings"]["pretrain"]["tokens"] == 7, "-p comes after the file"
 
@@ -117,13 +118,13 @@ def test_overrides_from_a_file_and_by_dotted_name_reach_the_notebook(project, tm
 def test_a_failing_cell_ends_the_sequence_with_its_error(project, capsys):
     write(project, BASE, RESULT, "raise ValueError('the reason')")
     write(project, REWARD, RESULT)
-    assert main(["run", "01", "02", "--run-id", "r"]) == batch.FAILED
+    assert main(["run", "01", "02", "--run-id", "r"]) == jobs.FAILED
     printed = capsys.readouterr()
     assert "ValueError: the reason" in printed.err and REWARD not in printed.out
     assert stage().status()["status"] == "failed" and "the reason" in stage().status()["error"]
     assert "the reason" in (stage().dir / "notebook.ipynb").read_text()
     write(project, BASE, RESULT)
-    assert main(["run", "01", "02", "--run-id", "r"]) == batch.DONE, "the same command continues"
+    assert main(["run", "01", "02", "--run-id", "r"]) == jobs.DONE, "the same command continues"
     assert len(stage().provenance()["sessions"]) == 2
 
 
@@ -134,32 +135,32 @@ def test_a_dead_kernel_is_said_to_be_dead_and_leaves_the_stage_to_be_continued(p
         "run.here.path('checkpoints', 'one').touch()",
         "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
     )
-    assert main(["run", "01", "--run-id", "r"]) == batch.FAILED
+    assert main(["run", "01", "--run-id", "r"]) == jobs.FAILED
     assert "kernel died (out of memory?)" in capsys.readouterr().err
     assert stage().state() == "failed" and (stage().dir / "checkpoints" / "one").exists()
 
 
 def test_a_notebook_that_leaves_early_is_not_taken_for_done(project, capsys):
     write(project, BASE, RESULT, "import sys; sys.exit(0)")
-    assert main(["run", "01", "--run-id", "r"]) == batch.FAILED
+    assert main(["run", "01", "--run-id", "r"]) == jobs.FAILED
     path = write(project, REWARD, RESULT)
     cells = json.loads(path.read_text())
     cells["cells"].pop()
     write(project, BASE, RESULT)
     path.write_text(json.dumps(cells))
-    assert main(["run", "01", "02", "--run-id", "r"]) == batch.FAILED
+    assert main(["run", "01", "02", "--run-id", "r"]) == jobs.FAILED
     assert "02_reward_model ended without finish()" in capsys.readouterr().err
 
 
 def test_a_refusal_inside_the_kernel_does_not_replace_an_earlier_executed_notebook(project, capsys):
     write(project, BASE, RESULT)
-    assert main(["run", "01", "--run-id", "r"]) == batch.DONE
+    assert main(["run", "01", "--run-id", "r"]) == jobs.DONE
     before = (stage().dir / "notebook.ipynb").read_bytes()
     path = write(project, BASE, RESULT)
     path.write_text(
         path.read_text().replace("notebook.start(globals()", "notebook.start({'profile': 'tiny', 'run_id': 'r'}")
     )
-    assert main(["run", "01", "--run-id", "r"]) == batch.FAILED
+    assert main(["run", "01", "--run-id", "r"]) == jobs.FAILED
     assert "holds profile smoke, seed 0" in capsys.readouterr().err
     assert (stage().dir / "notebook.ipynb").read_bytes() == before and stage().done
 
@@ -167,8 +168,8 @@ def test_a_refusal_inside_the_kernel_does_not_replace_an_earlier_executed_notebo
 def start_command(*arguments: str, wait_for: Path) -> subprocess.Popen:
     """The command in a process of its own, once `wait_for` exists."""
     code = (
-        "import sys; from pathlib import Path; from c2f_utils import batch, __main__; "
-        f"batch.notebooks_folder = lambda: Path({str(NOTEBOOKS[0])!r}); sys.exit(__main__.main(sys.argv[1:]))"
+        "import sys; from pathlib import Path; from c2f_utils import __main__; from c2f_utils.headless import jobs; "
+        f"jobs.notebooks_folder = lambda: Path({str(NOTEBOOKS[0])!r}); sys.exit(__main__.main(sys.argv[1:]))"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -196,7 +197,7 @@ def test_a_signal_stops_gently_and_later_cells_still_run(project, command, numbe
     process = command("run", "01", "02", "--run-id", "r", wait_for=stage().dir / "checkpoints" / "2")
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == batch.STOPPED, (out, err)
+    assert process.returncode == jobs.STOPPED, (out, err)
     assert "the same command continues" in out and "Traceback" not in err
     assert stage().state() == "stopped" and (stage().dir / "figures" / "after").exists()
     assert not stage(REWARD).config(), "the next notebook is not started"
@@ -211,7 +212,7 @@ def test_a_second_interrupt_kills_the_kernel(project, command):
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == batch.KILLED, err
+    assert process.returncode == jobs.KILLED, err
     time.sleep(0.5)
     with pytest.raises(ProcessLookupError):
         os.kill(kernel, 0)
@@ -227,7 +228,7 @@ def test_killing_the_command_leaves_the_stage_to_be_continued(project, command):
     time.sleep(0.3)
     assert stage().state() == "lost"
     write(project, BASE, "assert run.here.path('checkpoints', '2').exists()", RESULT)
-    assert main(["run", "01", "--run-id", "r"]) == batch.DONE
+    assert main(["run", "01", "--run-id", "r"]) == jobs.DONE
 
 
 def test_the_thread_count_is_recorded_and_kept_when_continued(project, monkeypatch):
@@ -238,17 +239,17 @@ def test_the_thread_count_is_recorded_and_kept_when_continued(project, monkeypat
         "import os, torch\nrun.here.save_results({'n': torch.get_num_threads(), 'omp': os.environ['OMP_NUM_THREADS']})",
     )
     write(project, REWARD, "raise ValueError")
-    assert main(["run", "01", "02", "--run-id", "r", "--threads", "2"]) == batch.FAILED
+    assert main(["run", "01", "02", "--run-id", "r", "--threads", "2"]) == jobs.FAILED
     assert stage().results() == {"n": 2, "omp": "2"}
     write(project, REWARD, RESULT)
-    assert main(["run", "02", "--run-id", "r", "--threads", "1"]) == batch.DONE
+    assert main(["run", "02", "--run-id", "r", "--threads", "1"]) == jobs.DONE
     assert stage(REWARD).config()["threads"] == 2
 
 
 def test_a_stage_with_another_parameter_takes_it_and_others_do_not(project):
     write(project, BASE, RESULT, parameters=PARAMETERS)
     write(project, REPORT, "run.here.save_results({'runs': runs})", parameters=PARAMETERS + "runs: list = []\n")
-    assert main(["run", "01", "08", "--run-id", "r", "-p", "runs=['a', 'b']"]) == batch.DONE
+    assert main(["run", "01", "08", "--run-id", "r", "-p", "runs=['a', 'b']"]) == jobs.DONE
     assert stage(REPORT).results() == {"runs": ["a", "b"]}
 
 
@@ -258,7 +259,7 @@ def test_the_summary_shows_every_model_and_the_report(project, outputs):
     evaluation.save_results({"models": {"base": {"sampled_t1": row}, "fine": {"greedy": row}}})
     (outputs / "r" / "report").mkdir()
     (outputs / "r" / "report" / "report.md").touch()
-    text = batch.summary("r")
+    text = jobs.summary("r")
     assert text.split("\n")[2].split() == ["base", "0.710", "-", "123.4", "0.050", "1.000"]
     assert text.split("\n")[3].split() == ["fine", "-", "-", "-", "-", "-"]
     assert text.endswith("r/report/report.md")
@@ -273,7 +274,7 @@ def test_the_table_command_lists_runs(project, capsys):
     shown = capsys.readouterr().out
     assert BASE in shown and "minutes" in shown
     assert "alarms" not in shown and "kl_per_token" not in shown, "columns without a value are left out"
-    assert main(["table", "--run-id", "nosuch"]) == batch.BAD_INPUT
+    assert main(["table", "--run-id", "nosuch"]) == jobs.BAD_INPUT
     message = capsys.readouterr().err
     assert "there is no run 'nosuch'" in message and "there are: r" in message
 
@@ -281,5 +282,5 @@ def test_the_table_command_lists_runs(project, capsys):
 @pytest.mark.parametrize("flags", [[], ["--plan"], ["--resume"]])
 def test_a_bad_recipe_is_refused_in_words(tmp_path, capsys, flags):
     (tmp_path / "recipe.yaml").write_text("base: nowhere\n")
-    assert main(["merge", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "out"), *flags]) == batch.BAD_INPUT
+    assert main(["merge", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "out"), *flags]) == jobs.BAD_INPUT
     assert capsys.readouterr().err.startswith("c2f: ") and not (tmp_path / "out").exists()

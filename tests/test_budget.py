@@ -9,9 +9,10 @@ import pytest
 import torch
 from tiny_models import trainer, weights
 
-from c2f_utils import budget, limits
+from c2f_utils import limits
+from c2f_utils.coarse import budget
+from c2f_utils.coarse.ranks import Ranks
 from c2f_utils.errors import C2FError
-from c2f_utils.ranks import Ranks
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
@@ -31,8 +32,8 @@ class Scarce:
         return self.forward(batch, *arguments, **named)
 
 
-def step_gradient(process, e, chosen) -> torch.Tensor:
-    """The gradient that `_update` would step with, and no step."""
+def step_gradient(process, e) -> torch.Tensor:
+    """The gradient that `improve` would step with, and no step."""
     kept = {}
 
     def keep():
@@ -40,7 +41,7 @@ def step_gradient(process, e, chosen) -> torch.Tensor:
         return []
 
     process.updates.step = keep
-    process._update(e, chosen, warming=False)
+    process.improve(e)
     return kept["g"]
 
 
@@ -50,20 +51,20 @@ def step_gradient(process, e, chosen) -> torch.Tensor:
 def test_out_of_memory_halves_the_budget_and_leaves_the_gradient_as_it_was(error, capsys):
     gradients = []
     for scarce in (False, True):
-        process = trainer("fixed", tokens_per_micro_batch=1000)
+        process = trainer("fixed", tokens_per_micro_batch=1000, minibatches=1, epochs=1)
         e = process.credit(process.judge(process.collect()))
         if scarce:
             short_of = Scarce(process.policy, 300, error)
-        gradients.append(step_gradient(process, e, list(range(len(e.samples)))))
+        gradients.append(step_gradient(process, e))
     assert short_of.refused and process.budget.tokens == 250 and "now hold 250" in capsys.readouterr().out
     assert (gradients[0] - gradients[1]).norm() / gradients[0].norm() < 1e-5
 
 
 def test_a_pass_that_fails_halfway_leaves_nothing_of_itself_in_the_gradient():
-    process = trainer("fixed", tokens_per_micro_batch=150)
+    process = trainer("fixed", tokens_per_micro_batch=150, minibatches=1, epochs=1)
     e = process.credit(process.judge(process.collect()))
-    expected = step_gradient(process, e, list(range(len(e.samples))))
-    process = trainer("fixed", tokens_per_micro_batch=150)
+    expected = step_gradient(process, e)
+    process = trainer("fixed", tokens_per_micro_batch=150, minibatches=1, epochs=1)
     e = process.credit(process.judge(process.collect()))
     whole, calls = process.policy.forward, []
 
@@ -74,7 +75,7 @@ def test_a_pass_that_fails_halfway_leaves_nothing_of_itself_in_the_gradient():
         return whole(*arguments, **named)
 
     process.policy.forward = third_time_unlucky
-    found = step_gradient(process, e, list(range(len(e.samples))))
+    found = step_gradient(process, e)
     assert len(calls) > 6 and process.budget.tokens == 75
     assert (found - expected).norm() / expected.norm() < 1e-5
 
@@ -99,11 +100,10 @@ def test_a_single_sequence_that_does_not_fit_is_an_error_that_says_what_to_lower
 def test_other_errors_are_not_taken_for_a_lack_of_memory():
     spender = budget.TokenBudget(100, Ranks())
 
-    def broken(tokens):
-        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
-
     with pytest.raises(RuntimeError, match="mat1"):
-        spender.spend(broken, 10)
+        for attempt in spender.attempts(10):
+            with attempt:
+                raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
     assert spender.tokens == 100
 
 

@@ -6,11 +6,15 @@ import pytest
 import torch
 from tiny_models import LAWS, PrefixReward, causal, distinct_tokens, prompts, trainer, weights
 
-from c2f_utils import checkpoints, limits, packing, tasks
-from c2f_utils.config import Law
+from c2f_utils import limits
+from c2f_utils.coarse import checkpoints
+from c2f_utils.coarse.actor_critic import token_logps
+from c2f_utils.coarse.experience import signals, tail_return, useful_length
+from c2f_utils.domain import stories
 from c2f_utils.errors import C2FError
-from c2f_utils.experience import signals, tail_return, useful_length
-from c2f_utils.models import token_logps
+from c2f_utils.models import packing
+from c2f_utils.settings.config import Law
+from c2f_utils.settings.laws import make_law
 
 
 def run(process, steps: int) -> list[dict]:
@@ -35,7 +39,7 @@ def test_the_ratio_is_exactly_one_when_recomputed_with_the_same_packing():
     process = trainer(minibatches=1)
     e = process.credit(process.judge(process.collect()))
     for group in groups(process, e):
-        batch = process._collate([e.samples[i] for i in group])
+        batch = packing.collate([e.samples[i] for i in group], stories.PAD)
         with torch.no_grad():
             first, second = (process.policy(batch)[0] for _ in range(2))
         assert torch.equal((first - second).exp(), torch.ones_like(first))
@@ -55,7 +59,7 @@ def test_packing_changes_no_gradient():
         e = process.credit(process.judge(process.collect()))
         tokens = sum(s.tokens for s in e.samples)
         for group in groups(process, e):
-            process._backward(e, group, tokens, warming=False)
+            process.loss(e, group, tokens)[0].backward()
         gradients.append(
             torch.cat([p.grad.flatten() for p in process.policy.trainable().values() if p.grad is not None])
         )
@@ -68,8 +72,8 @@ def test_padding_changes_no_logp_and_no_value():
     batch = process.collect().samples
     short = min(batch, key=lambda s: len(s.prompt.ids) + s.tokens)
     with torch.no_grad():
-        alone = process.policy(packing.collate([short], tasks.PAD))
-        together = process.policy(packing.collate([short, *batch], tasks.PAD))
+        alone = process.policy(packing.collate([short], stories.PAD))
+        together = process.policy(packing.collate([short, *batch], stories.PAD))
     for a, b in zip(alone, together, strict=True):
         assert torch.allclose(a, b[: short.tokens], atol=1e-6)
 
@@ -79,7 +83,7 @@ def test_the_reference_is_the_base_and_stays_it(lora):
     process = trainer(lora=lora, actor_learning_rate=1e-2)
     base = causal()
     run(process, 2)
-    batch = packing.collate(process.collect().samples, tasks.PAD)
+    batch = packing.collate(process.collect().samples, stories.PAD)
     reference = process.policy.reference_logps(batch)
     with torch.no_grad():
         hidden = base.model(input_ids=batch.ids).last_hidden_state[batch.rows, batch.columns]
@@ -120,7 +124,7 @@ def test_a_checkpoint_of_the_same_law_with_another_maximum_is_refused(tmp_path):
     trainer("useful", tmp_path, reward=PrefixReward()).step()
     trainer("useful", tmp_path, reward=PrefixReward())
     with pytest.raises(C2FError, match="maximum: 24 then, 25 now"):
-        trainer(limits.make_law(Law(name="useful", start=8, maximum=25, growth=0.2)), tmp_path, reward=PrefixReward())
+        trainer(make_law(Law(name="useful", start=8, maximum=25, growth=0.2)), tmp_path, reward=PrefixReward())
 
 
 def test_a_law_that_passes_what_was_checked_is_stopped_and_a_prefix_without_a_number_too():
@@ -220,7 +224,7 @@ def test_during_critic_warmup_only_the_critic_moves_and_its_tokens_count(critic)
 
 def test_training_raises_a_reward_that_can_be_raised():
     def mentions(batch):
-        return torch.tensor([s.ids.count(tasks.IDS["coins"]) / 4 for s in batch])
+        return torch.tensor([s.ids.count(stories.IDS["coins"]) / 4 for s in batch])
 
     process = trainer(
         "fixed",

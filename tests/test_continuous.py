@@ -6,13 +6,15 @@ import pytest
 import torch
 from tiny_models import SHAPE, TOKENIZER, causal, prompts, trainer
 
-from c2f_utils import tasks
-from c2f_utils.config import Lora
-from c2f_utils.continuous import ContinuousBatching
+from c2f_utils.coarse.actor_critic import ActorCritic, Critic
+from c2f_utils.domain import stories
+from c2f_utils.domain.samples import Prompt
 from c2f_utils.errors import C2FError
-from c2f_utils.models import ActorCritic, Critic, add_lora
-from c2f_utils.packing import collate
-from c2f_utils.rollout import KVDecoder, Prompt
+from c2f_utils.models.loading import add_lora
+from c2f_utils.models.packing import collate
+from c2f_utils.rollout.continuous import ContinuousBatching
+from c2f_utils.rollout.decoder import KVDecoder
+from c2f_utils.settings.config import Lora
 
 CACHE = 1024
 
@@ -40,7 +42,7 @@ def test_a_small_cache_queues_requests_and_changes_no_greedy_answer(model):
 def test_sampled_logps_are_those_of_the_tempered_policy(model):
     drawn = ContinuousBatching(model, TOKENIZER, CACHE)(prompts(6), 20, temperature=0.7, seed=4)
     with torch.no_grad():
-        flat = ActorCritic(model, Critic(SHAPE.hidden_size))(collate(drawn, tasks.PAD), 0.7)[0]
+        flat = ActorCritic(model, Critic(SHAPE.hidden_size))(collate(drawn, stories.PAD), 0.7)[0]
     assert (flat - torch.cat([s.logps for s in drawn])).abs().max() < 1e-4
 
 
@@ -65,7 +67,7 @@ def test_new_weights_are_seen_at_the_next_call():
 
 def test_stop_strings_are_cut_where_our_decoder_stops(model):
     free = KVDecoder(model, TOKENIZER)(prompts(6), 24, temperature=0.0)
-    word = tasks.VOCABULARY[free[0].ids[2]]
+    word = stories.VOCABULARY[free[0].ids[2]]
     ours = KVDecoder(model, TOKENIZER, stop_strings=[word])(prompts(6), 24, temperature=0.0)
     theirs = ContinuousBatching(model, TOKENIZER, CACHE, stop_strings=[word])(prompts(6), 24, temperature=0.0)
     assert any(s.stop == "string" for s in theirs)

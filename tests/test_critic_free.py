@@ -16,13 +16,18 @@ from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.rewards import get_soft_overlong_punishment
 
-from c2f_utils import critic_free, limits, plots, runs, tables, tasks
-from c2f_utils.config import load_settings
-from c2f_utils.critic_free import LimitCallback
+from c2f_utils import limits
+from c2f_utils.coarse import trl_limit
+from c2f_utils.coarse.trl_limit import LimitCallback
+from c2f_utils.domain import stories
 from c2f_utils.errors import C2FError
 from c2f_utils.files import read_jsonl
-from c2f_utils.workflow import critic_free as critic_free_runs
-from c2f_utils.workflow import schedules
+from c2f_utils.report import figures, results, tables
+from c2f_utils.runs.run import Run
+from c2f_utils.settings.laws import make_law
+from c2f_utils.settings.load import load_settings
+from c2f_utils.stages import baselines as critic_free_runs
+from c2f_utils.stages import length_schedules
 
 TRAINERS = {"grpo": (GRPOTrainer, GRPOConfig), "rloo": (RLOOTrainer, RLOOConfig)}
 PROMPTS = tiny_models.prompts(16)
@@ -54,7 +59,7 @@ def endless() -> torch.nn.Module:
     """A model that hardly ever ends an answer, so that the limit is what ends it."""
     model = tiny_models.causal()
     with torch.no_grad():
-        model.lm_head.weight[tasks.EOS] = 0
+        model.lm_head.weight[stories.EOS] = 0
     return model
 
 
@@ -68,7 +73,7 @@ def build(kind, folder, law, reward=None, others=(), generations=4, connect=True
     limit = LimitCallback(law)
     rewards = [limit.watch(reward or Distinct()), *others]
     data = Dataset.from_dict({"prompt": [p.text for p in PROMPTS]})
-    tokenizer = tasks.make_tokenizer()
+    tokenizer = stories.make_tokenizer()
     model = model or endless()
     trainer = make(model, rewards, configure(**settings), data, processing_class=tokenizer, callbacks=[limit])
     limit.trainer = trainer if connect else None
@@ -111,13 +116,13 @@ def test_the_limits_are_reached_in_continuous_batching(kind, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_move_the_limit_alike_by_the_answers_of_both(tmp_path):
-    here, package = Path(__file__).parent, Path(critic_free.__file__).parent
+    here, package = Path(__file__).parent, Path(trl_limit.__file__).parent
     command = [
         sys.executable,
         "-m",
         "accelerate.commands.launch",
         "--config_file",
-        str(package / "launch" / "ddp.yaml"),
+        str(package / "coarse" / "launch" / "ddp.yaml"),
     ]
     command += ["--num_processes", "2", "--main_process_port", "0", str(here / "two_limits.py"), str(tmp_path)]
     paths = os.pathsep.join([str(package.parent), str(here)])
@@ -183,7 +188,7 @@ def test_a_checkpoint_without_a_limit_and_one_of_another_law_are_refused(tmp_pat
 @pytest.mark.parametrize("name, why", [("logistic", "value_error"), ("gated", "value_slope"), ("probe", "limits")])
 def test_laws_that_need_a_critic_or_a_limit_per_request_are_refused_at_once(name, why):
     with pytest.raises(C2FError, match=why):
-        LimitCallback(limits.make_law(tiny_models.LAWS[name]))
+        LimitCallback(make_law(tiny_models.LAWS[name]))
 
 
 def test_a_law_that_draws_limits_is_refused_even_if_it_needs_nothing():
@@ -244,7 +249,7 @@ def test_what_would_ignore_or_distort_the_limit_is_refused_before_training(tmp_p
 
 
 def test_an_answer_longer_than_the_limit_stops_the_training(tmp_path, monkeypatch):
-    monkeypatch.setattr(critic_free, "set_limit", lambda trainer, limit: None)  # a trainer that reads it elsewhere
+    monkeypatch.setattr(trl_limit, "set_limit", lambda trainer, limit: None)  # a trainer that reads it elsewhere
     trainer, _ = build("grpo", tmp_path, clock())
     with pytest.raises(C2FError, match="6 tokens under a limit of 4"):
         trainer.train()
@@ -252,7 +257,7 @@ def test_an_answer_longer_than_the_limit_stops_the_training(tmp_path, monkeypatc
 
 def test_vllm_gets_its_limit_where_it_reads_it():
     trainer = SimpleNamespace(vllm_generation=SimpleNamespace(max_completion_length=4), max_completion_length=4)
-    critic_free.set_limit(trainer, 12)
+    trl_limit.set_limit(trainer, 12)
     assert trainer.vllm_generation.max_completion_length == trainer.max_completion_length == 12
 
 
@@ -275,7 +280,7 @@ def test_state_is_plain_json(tmp_path):
     trainer, limit = build("grpo", tmp_path, clock(), generations=1)
     trainer.train()
     limit.save(tmp_path)
-    state = json.loads((tmp_path / critic_free.STATE).read_text())
+    state = json.loads((tmp_path / trl_limit.STATE).read_text())
     assert state["law"]["limit"] == 4 and state["pending"]["iteration"] == 0 and len(state["history"]) == 1
 
 
@@ -294,7 +299,7 @@ def study(folder, entries, **overrides):
     only = {"laws": {}, "study_seeds": [0], "critic_free": entries}
     overrides = {f"schedules.{key}": value for key, value in only.items()} | overrides
     settings = load_settings("smoke", run_id="r", overrides=overrides, study=True)
-    run = runs.Run(settings.model_copy(update={"schedules": settings.schedules.model_copy(update={"laws": {}})}))
+    run = Run(settings.model_copy(update={"schedules": settings.schedules.model_copy(update={"laws": {}})}))
     run.here = run.stage("04_length_schedules")
     run.here.begin(run.inputs("04_length_schedules")[0])
     return run
@@ -313,7 +318,7 @@ class Killed(BaseException):
 
 def test_04_keeps_finished_baselines_and_a_killed_one_continues_as_if_nothing_had_happened(parents, monkeypatch):
     run = study(parents, ENTRIES)
-    whole = schedules.make(run)
+    whole = length_schedules.make(run)
     run.here.finish()
     assert list(whole["critic_free"]) == list(ENTRIES)
     for name, entry in whole["critic_free"].items():
@@ -335,16 +340,16 @@ def test_04_keeps_finished_baselines_and_a_killed_one_continues_as_if_nothing_ha
 
     run.here.log = dying
     with pytest.raises(Killed):
-        schedules.make(run)
+        length_schedules.make(run)
     run.here.release()
     assert critic_free_runs.latest(parents / "checkpoints" / "grpo_model-s0").name == "checkpoint-4"
     run = study(parents, ENTRIES)
-    assert json.loads(json.dumps(schedules.make(run))) == json.loads(json.dumps(whole))
+    assert json.loads(json.dumps(length_schedules.make(run))) == json.loads(json.dumps(whole))
     run.here.finish()
     assert read_jsonl(parents / "metrics.jsonl") == rows and len(rows) == 5
-    names = list(schedules.with_baselines(whole)["laws"])
-    assert len(tables.law_table(schedules.with_baselines(whole))) == len(names) and "rloo_exact" in names
-    plots.tokens_to_target(schedules.with_baselines(whole))
+    names = list(results.with_baselines(whole)["laws"])
+    assert len(tables.law_table(results.with_baselines(whole))) == len(names) and "rloo_exact" in names
+    figures.tokens_to_target(results.with_baselines(whole))
 
 
 def test_what_no_baseline_can_do_is_refused_with_the_settings_all_at_once():
@@ -370,14 +375,14 @@ def test_what_no_baseline_can_do_is_refused_with_the_settings_all_at_once():
 
 def test_the_exact_reward_of_a_prefix_is_the_reward_of_the_answer_cut_there():
     sample = tiny_models.samples(tiny_models.causal(), 1, 12)[0]
-    sample.ids = tasks.encode(["answer", ":", str(sample.prompt.problem.answer), "."])
+    sample.ids = stories.encode(["answer", ":", str(sample.prompt.problem.answer), "."])
     reward = critic_free_runs.Verifiable()
     assert reward.prefix_scores([sample])[0].tolist() == [-0.5, -0.5, 1.5, 1.5]
     assert reward([sample]).tolist() == [1.5]
 
 
 def test_what_is_committed_was_not_measured_on_the_seeds_it_was_tuned_on():
-    found = schedules.committed_baselines()
+    found = results.committed("critic_free")
     tuned = {str(row["seed"]) for row in found["tuning"]}
     measured = [set(law["seeds"]) for law in found["laws"].values()]
     assert len(measured) == 22 and all(seeds == measured[0] for seeds in measured) and not tuned & measured[0]

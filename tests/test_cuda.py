@@ -7,10 +7,14 @@ import torch
 from tiny_models import SHAPE, TOKENIZER, PrefixReward, causal, prompts
 from torch import nn
 
-from c2f_utils import limits, models, rollout, rollout_gpu, tasks
-from c2f_utils.coarse import CoarseTrainer
-from c2f_utils.config import Coarse, Law, Lora
-from c2f_utils.continuous import ContinuousBatching
+from c2f_utils import limits
+from c2f_utils.coarse import actor_critic
+from c2f_utils.coarse.trainer import CoarseTrainer
+from c2f_utils.domain import stories
+from c2f_utils.models import loading
+from c2f_utils.rollout import decoder, decoder_gpu
+from c2f_utils.rollout.continuous import ContinuousBatching
+from c2f_utils.settings.config import Coarse, Law, Lora
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch can use")
 
@@ -18,7 +22,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 def adapted(dtype=torch.float32) -> nn.Module:
     """A tiny model on the GPU whose adapters have moved."""
     torch.manual_seed(0)
-    model = models.add_lora(causal().to(dtype), Lora(rank=4, alpha=8), alike=True)
+    model = loading.add_lora(causal().to(dtype), Lora(rank=4, alpha=8), alike=True)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -26,10 +30,10 @@ def adapted(dtype=torch.float32) -> nn.Module:
     return model.cuda().eval()
 
 
-def made(dtype, shared: bool, sampler=rollout.KVDecoder) -> CoarseTrainer:
+def made(dtype, shared: bool, sampler=decoder.KVDecoder) -> CoarseTrainer:
     actor = adapted(dtype) if shared else causal().to(dtype).cuda()
-    critic = models.Critic(SHAPE.hidden_size, None if shared else copy.deepcopy(causal(1).model).to(dtype))
-    policy = models.ActorCritic(actor, critic.cuda())
+    critic = actor_critic.Critic(SHAPE.hidden_size, None if shared else copy.deepcopy(causal(1).model).to(dtype))
+    policy = actor_critic.ActorCritic(actor, critic.cuda())
     if shared:
         policy.recompute_activations()
     config = Coarse(
@@ -38,7 +42,7 @@ def made(dtype, shared: bool, sampler=rollout.KVDecoder) -> CoarseTrainer:
     )  # fmt: skip
     return CoarseTrainer(
         policy, PrefixReward(), sampler(actor, TOKENIZER, 1024), prompts(), limits.Fixed(24), config, seed=0,
-        pad_id=tasks.PAD,
+        pad_id=stories.PAD,
     )  # fmt: skip
 
 
@@ -54,11 +58,11 @@ def test_two_iterations_change_what_is_trained_and_the_first_ratio_is_one(dtype,
 
 
 def test_compiled_layers_give_nearly_the_same_log_probabilities_and_train():
-    from c2f_utils.packing import collate
+    from c2f_utils.models.packing import collate
 
     process = made(torch.float32, True)
     drawn = process.collect().samples
-    batches = [collate(drawn[:n], tasks.PAD, "cuda") for n in (8, 3, 5)]  # another shape each time
+    batches = [collate(drawn[:n], stories.PAD, "cuda") for n in (8, 3, 5)]  # another shape each time
     with torch.no_grad():
         plain = [process.policy(batch)[0] for batch in batches]
         process.policy.compile_layers()
@@ -71,33 +75,33 @@ def test_compiled_layers_give_nearly_the_same_log_probabilities_and_train():
 
 def test_captured_steps_give_the_librarys_greedy_answers():
     model = causal().cuda()
-    for sample in rollout.KVDecoder(model, TOKENIZER)(prompts(6), 40, temperature=0.0):
+    for sample in decoder.KVDecoder(model, TOKENIZER)(prompts(6), 40, temperature=0.0):
         ids = torch.tensor([sample.prompt.ids], device="cuda")
         theirs = model.generate(
-            ids, max_new_tokens=40, do_sample=False, pad_token_id=tasks.PAD, attention_mask=torch.ones_like(ids)
+            ids, max_new_tokens=40, do_sample=False, pad_token_id=stories.PAD, attention_mask=torch.ones_like(ids)
         )
         assert sample.ids == theirs[0, ids.shape[1] :].tolist()
 
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_captured_steps_equal_the_cpus_when_rows_end_and_the_attended_width_grows(lora, monkeypatch):
-    monkeypatch.setattr(rollout_gpu, "BUCKET", 16)
+    monkeypatch.setattr(decoder_gpu, "BUCKET", 16)
     model = adapted() if lora else causal().cuda()
     allowed = [1, 3, 30, 5, 30, 2, 16, 60, 8]
-    there = rollout.KVDecoder(model, TOKENIZER)(prompts(9), allowed, temperature=0.0)
-    here = rollout.KVDecoder(model.cpu(), TOKENIZER)(prompts(9), allowed, temperature=0.0)
+    there = decoder.KVDecoder(model, TOKENIZER)(prompts(9), allowed, temperature=0.0)
+    here = decoder.KVDecoder(model.cpu(), TOKENIZER)(prompts(9), allowed, temperature=0.0)
     assert [(s.ids, s.stop, s.text) for s in there] == [(s.ids, s.stop, s.text) for s in here]
     assert all(torch.allclose(a.logps, b.logps, atol=1e-3) for a, b in zip(there, here, strict=True))
 
 
 def test_recorded_logps_are_those_of_the_training_forward_with_adapters():
-    from c2f_utils.packing import collate
+    from c2f_utils.models.packing import collate
 
     model = adapted()
-    drawn = rollout.KVDecoder(model, TOKENIZER)(prompts(8), 30, seed=1)
-    policy = models.ActorCritic(model, models.Critic(SHAPE.hidden_size).cuda())
+    drawn = decoder.KVDecoder(model, TOKENIZER)(prompts(8), 30, seed=1)
+    policy = actor_critic.ActorCritic(model, actor_critic.Critic(SHAPE.hidden_size).cuda())
     with torch.no_grad():
-        flat = policy(collate(drawn, tasks.PAD, "cuda"))[0].cpu()
+        flat = policy(collate(drawn, stories.PAD, "cuda"))[0].cpu()
     assert (flat - torch.cat([s.logps for s in drawn])).abs().max() < 1e-3
 
 
@@ -109,14 +113,14 @@ def test_the_chunked_head_on_tensor_cores_is_as_exact_as_float32():
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("high")
-        assert (models.token_logps(hidden, weight, targets, 1.0)[0] - exact).abs().max() < 1e-4
+        assert (actor_critic.token_logps(hidden, weight, targets, 1.0)[0] - exact).abs().max() < 1e-4
     finally:
         torch.set_float32_matmul_precision(before)
 
 
 def test_continuous_batching_gives_the_same_greedy_answers():
     model = causal().cuda()
-    ours = rollout.KVDecoder(model, TOKENIZER)(prompts(6), 24, temperature=0.0)
+    ours = decoder.KVDecoder(model, TOKENIZER)(prompts(6), 24, temperature=0.0)
     theirs = ContinuousBatching(model, TOKENIZER, 1024)(prompts(6), 24, temperature=0.0)
     assert [(s.ids, s.stop) for s in ours] == [(s.ids, s.stop) for s in theirs]
 

@@ -8,11 +8,13 @@ import offline_mistral
 import pytest
 from tiny_models import TOKENIZER
 
-from c2f_utils import data, models, preferences, tasks
-from c2f_utils.config import load_settings
+from c2f_utils.domain import preferences, stories
 from c2f_utils.errors import C2FError
 from c2f_utils.files import sha256
-from c2f_utils.pretrain import new_model
+from c2f_utils.models import loading
+from c2f_utils.models.pretrain import new_model
+from c2f_utils.settings.load import load_settings
+from c2f_utils.stages import data
 
 TURN = "\n\nHuman: why?\n\nAssistant:"
 
@@ -155,7 +157,7 @@ def hub(tmp_path_factory):
     def settings(**changes):
         return load_settings("mistral_7b", overrides=overrides | changes)
 
-    return settings, models.load_tokenizer(folder / "base")
+    return settings, loading.load_tokenizer(folder / "base")
 
 
 def test_prompts_of_a_file_are_split_without_overlap(hub):
@@ -245,7 +247,7 @@ def test_pairs_are_made_of_training_problems_only_and_follow_the_seed():
     assert pairs == embedded() and pairs != embedded(seed=1)
     for pair in pairs:
         assert pair.tokens[0] == pair.problem.prompt_ids + pair.first
-        assert pair.utilities == tuple(tasks.check(pair.problem, ids).utility for ids in (pair.first, pair.second))
+        assert pair.utilities == tuple(stories.check(pair.problem, ids).utility for ids in (pair.first, pair.second))
 
 
 def test_without_noise_the_winner_is_the_better_answer_and_with_it_not_always():
@@ -267,7 +269,9 @@ def test_answers_are_cut_as_often_as_asked():
         return sum(len(pair.first) + len(pair.second) for pair in pairs) / len(pairs)
 
     assert mean(cut) < 0.75 * mean(whole)
-    ends = [sum(ids[-1] == tasks.EOS for pair in pairs for ids in (pair.first, pair.second)) for pairs in (whole, cut)]
+    ends = [
+        sum(ids[-1] == stories.EOS for pair in pairs for ids in (pair.first, pair.second)) for pairs in (whole, cut)
+    ]
     assert ends[0] > 3 * ends[1]
 
 
@@ -278,14 +282,14 @@ def test_base_answers_come_from_the_base(monkeypatch):
     )
     pairs = embedded(40, **{"reward.base_share": 0.5, "reward.cut_share": 0.0})
     assert len(asked) == 40, "two answers to each of twenty problems"
-    coins = tasks.IDS["coins"]
+    coins = stories.IDS["coins"]
     assert sum(pair.first == pair.second == [coins] * 6 for pair in pairs) == 20
 
 
 def _said(word: str):
-    from c2f_utils.rollout import Prompt, Sample
+    from c2f_utils.domain.samples import Prompt, Sample
 
-    return Sample(Prompt((1,), ""), [tasks.IDS[word]] * 6, "limit", 6)
+    return Sample(Prompt((1,), ""), [stories.IDS[word]] * 6, "limit", 6)
 
 
 def test_cuts_leave_at_least_four_tokens_and_never_add_any():

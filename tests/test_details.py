@@ -1,4 +1,4 @@
-"""The details that break PPO when they are wrong (the list in `c2f_utils/coarse.py`), those that no other file holds
+"""The details that break PPO when they are wrong (the table in `docs/ppo_details.md`), those that no other file holds
 to their word.
 """
 
@@ -10,12 +10,16 @@ from test_ranks import Two
 from tiny_models import SHAPE, TOKENIZER, causal, samples, trainer
 from transformers import MistralConfig, MistralForCausalLM, MistralForSequenceClassification
 
-from c2f_utils import coarse, models, packing, ppo, rewards, tasks
-from c2f_utils.config import load_settings
+from c2f_utils import files
+from c2f_utils.coarse import ppo
+from c2f_utils.domain import stories
+from c2f_utils.models import loading, packing, rewards
+from c2f_utils.settings.load import load_settings
 
 
 def test_every_one_of_the_22_details_is_listed():
-    listed = [int(line.split()[0]) for line in coarse.__doc__.splitlines() if line[:2].strip().isdigit()]
+    text = (files.root() / "docs" / "ppo_details.md").read_text(encoding="utf-8")
+    listed = [int(line.split()[1]) for line in text.splitlines() if line[:3].strip("| ").isdigit()]
     assert listed == list(range(1, 23))
 
 
@@ -27,7 +31,7 @@ def test_dropout_is_off_even_in_training_mode():
     model = MistralForCausalLM(shape).train()
     ids = torch.arange(30)[None]
     assert not torch.equal(model(ids).logits, model(ids).logits)
-    models.disable_dropout(model)
+    loading.disable_dropout(model)
     assert torch.equal(model(ids).logits, model(ids).logits)
 
 
@@ -35,7 +39,7 @@ def test_a_tokenizer_that_pads_with_eos_gets_another_pad(tmp_path):
     sloppy = copy.deepcopy(TOKENIZER)
     sloppy.pad_token = sloppy.eos_token
     sloppy.save_pretrained(tmp_path)
-    mended = models.load_tokenizer(tmp_path)
+    mended = loading.load_tokenizer(tmp_path)
     assert mended.pad_token_id != mended.eos_token_id and len(mended) == len(TOKENIZER)
 
 
@@ -53,16 +57,16 @@ def test_policy_and_reference_share_one_temperature(temperature):
 
 
 def test_the_reward_is_the_score_at_the_last_real_token_whatever_is_padded_behind():
-    shape = MistralConfig(**causal().config.to_diff_dict() | {"num_labels": 1, "pad_token_id": tasks.PAD})
+    shape = MistralConfig(**causal().config.to_diff_dict() | {"num_labels": 1, "pad_token_id": stories.PAD})
     torch.manual_seed(0)
     model = MistralForSequenceClassification(shape).eval()
     batch = samples(causal(), 6, [2, 20, 7, 20, 11, 3])
-    found = rewards.RewardModel(model, tasks.PAD)(batch)
+    found = rewards.RewardModel(model, stories.PAD)(batch)
     for value, sample in zip(found, batch, strict=True):
         with torch.no_grad():
             alone = model.score(model.model(torch.tensor([[*sample.prompt.ids, *sample.ids]])).last_hidden_state[0, -1])
         assert float(value) == pytest.approx(float(alone), abs=1e-5)
-    normal = rewards.RewardModel(model, tasks.PAD).normalised_on(batch)(batch)
+    normal = rewards.RewardModel(model, stories.PAD).normalised_on(batch)(batch)
     assert normal.mean().abs() < 1e-5 and normal.std() == pytest.approx(1.0, abs=1e-4)
 
 
@@ -75,12 +79,12 @@ def test_a_new_reward_head_is_small(tmp_path):
 def test_every_epoch_visits_every_answer_once_in_a_new_order():
     process = trainer("fixed", epochs=3, minibatches=2)
     e = process.credit(process.judge(process.collect()))
-    visits, update = [], process._update
-    process._update = lambda e, chosen, warming: visits.append(list(chosen)) or update(e, chosen, warming)
+    visits, loss = [], process.loss
+    process.loss = lambda e, group, tokens: visits.append(group) or loss(e, group, tokens)
     process.improve(e)
-    epochs = [visits[i] + visits[i + 1] for i in (0, 2, 4)]
-    assert all(sorted(order) == list(range(8)) for order in epochs)
-    assert len({tuple(order) for order in epochs}) == 3
+    epochs = [visits[i] + visits[i + 1] for i in (0, 2, 4)]  # a budget for whole minibatches: one group each
+    assert len(visits) == 6 and all(sorted(order) == list(range(8)) for order in epochs)
+    assert len({tuple(sorted(visits[i])) for i in (0, 2, 4)}) > 1
 
 
 def test_the_optimiser_has_the_known_epsilon_no_decay_and_a_rate_for_each_part():
@@ -111,7 +115,7 @@ def test_processes_share_the_order_of_prompts_and_not_the_sampling_seed():
 def test_a_micro_batch_of_weight_zero_adds_nothing_and_reaches_every_parameter():
     process = trainer("fixed")
     e = process.credit(process.judge(process.collect()))
-    process._backward(e, [0], 100, warming=False, weight=0.0)
+    process.updates.backward(process.loss(e, [0], 100)[0], weight=0.0)
     gradients = [p.grad for p in process.policy.trainable().values()]
     assert all(g is not None for g in gradients) and not any(g.any() for g in gradients)
 
@@ -120,7 +124,7 @@ def test_an_answer_without_tokens_is_refused():
     sample = samples(causal(), 1)[0]
     sample.ids = []
     with pytest.raises(ValueError, match="no answer tokens"):
-        packing.collate([sample], tasks.PAD)
+        packing.collate([sample], stories.PAD)
 
 
 def test_the_running_scale_is_the_root_mean_square_of_all_rewards_so_far_and_shifts_nothing():

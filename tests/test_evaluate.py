@@ -4,15 +4,16 @@ import pytest
 import torch
 from tiny_models import TOKENIZER, causal, prompts
 
-from c2f_utils import evaluate, tasks
-from c2f_utils.rollout import Prompt, Sample, make_prompts
+from c2f_utils.domain import stories
+from c2f_utils.domain.samples import Prompt, Sample, make_prompts
+from c2f_utils.measure import answers
 
-PROBLEM = tasks.Problem("anna", "coins", 3, (("finds", 2), ("loses", 1)))
+PROBLEM = stories.Problem("anna", "coins", 3, (("finds", 2), ("loses", 1)))
 WORKED = "first finds 2 so 3 + 2 = 5 . second loses 1 so 5 - 1 = 4 . answer : 4 ."
 
 
 def sample(words: str, stop: str = "eos", prompt: Prompt | None = None) -> Sample:
-    ids = tasks.encode(words.split()) + ([tasks.EOS] if stop == "eos" else [])
+    ids = stories.encode(words.split()) + ([stories.EOS] if stop == "eos" else [])
     return Sample(prompt or make_prompts([PROBLEM])[0], ids, stop, 99)
 
 
@@ -27,7 +28,7 @@ def test_each_metric_counts_what_its_name_says():
         sample("answer : 4 . answer : 4 . answer : 9 .", "string"),  # right at first, not at last; says one thing twice
         sample("so it goes on .", "limit"),  # no answer
     ]
-    found = evaluate.measure(batch, lambda samples: torch.tensor([1.0, 2.0, 3.0, 6.0]))
+    found = answers.measure(batch, lambda samples: torch.tensor([1.0, 2.0, 3.0, 6.0]))
     assert found["n"] == 4
     assert found["accuracy_last"] == 0.5 and found["accuracy_first"] == 0.5
     assert found["correct_steps"] == 0.5, "two steps in four answers"
@@ -41,38 +42,38 @@ def test_each_metric_counts_what_its_name_says():
 
 def test_repeating_four_words_is_measured():
     once, again = "maybe it is more .", "maybe it is more . maybe it is more . maybe it is more ."
-    values = [evaluate.measure([sample(words, "limit")])["rep4"] for words in (once, again)]
+    values = [answers.measure([sample(words, "limit")])["rep4"] for words in (once, again)]
     assert values[0] == 0 and values[1] > 0.4
 
 
 def test_a_forced_beginning_counts_as_part_of_the_answer():
     prompt = make_prompts([PROBLEM], "answer :")[0]
-    found = evaluate.measure([sample("4 .", "eos", prompt)])
+    found = answers.measure([sample("4 .", "eos", prompt)])
     assert found["accuracy_first"] == 1 and found["mean_tokens"] == 5
 
 
 def test_without_a_checker_its_metrics_are_null_and_the_rest_is_known():
     batch = [foreign("One. One. Two.", "string"), foreign("Three.", count=8)]
-    found = evaluate.measure(batch)
-    assert [found[name] for name in evaluate.CHECKER_METRICS] == [None] * 4 and found["reward"] is None
+    found = answers.measure(batch)
+    assert [found[name] for name in answers.CHECKER_METRICS] == [None] * 4 and found["reward"] is None
     assert found["duplicate_sentences"] == pytest.approx((1 / 3 + 0) / 2, abs=1e-6)
     assert found["eos_rate"] == 0.5 and found["mean_tokens"] == 6 and found["rep4"] == 0
 
 
 def test_values_per_answer_average_to_the_metrics():
-    batch = evaluate.answers(causal(), TOKENIZER, prompts(8), "sampled_t1", 30, 0)
-    single, found = evaluate.per_answer(batch), evaluate.measure(batch)
+    batch = answers.answers(causal(), TOKENIZER, prompts(8), "sampled_t1", 30, 0)
+    single, found = answers.per_answer(batch), answers.measure(batch)
     for name in ("accuracy_last", "accuracy_first", "utility", "rep4"):
         assert sum(single[name]) / 8 == pytest.approx(found[name], abs=1e-5)
     assert sum(single["tokens"]) / 8 == pytest.approx(found["mean_tokens"])
-    assert set(evaluate.per_answer([foreign("a.")])) == {"tokens", "rep4"}
+    assert set(answers.per_answer([foreign("a.")])) == {"tokens", "rep4"}
 
 
 def test_the_same_seed_gives_the_same_answers_and_decodings_share_no_random_numbers():
     model = causal()
 
     def texts(decoding: str, seed: int) -> list[list[int]]:
-        return [s.ids for s in evaluate.answers(model, TOKENIZER, prompts(6), decoding, 20, seed)]
+        return [s.ids for s in answers.answers(model, TOKENIZER, prompts(6), decoding, 20, seed)]
 
     assert texts("sampled_t1", 0) == texts("sampled_t1", 0) != texts("sampled_t1", 1)
     assert texts("greedy", 0) == texts("greedy", 1)
@@ -82,7 +83,7 @@ def test_the_same_seed_gives_the_same_answers_and_decodings_share_no_random_numb
 def test_a_lower_temperature_is_closer_to_greedy():
     model = causal(scale=2.0)
     greedy, warm, hot = (
-        evaluate.answers(model, TOKENIZER, prompts(12), decoding, 1, 0)
+        answers.answers(model, TOKENIZER, prompts(12), decoding, 1, 0)
         for decoding in ("greedy", "sampled_t07", "sampled_t1")
     )
     score = [sum(s.logps.sum().item() for s in batch) for batch in (greedy, warm, hot)]
@@ -91,7 +92,7 @@ def test_a_lower_temperature_is_closer_to_greedy():
 
 def test_rows_say_everything_about_one_answer():
     batch = [sample(WORKED), sample("so it goes on .", "limit")]
-    table = evaluate.rows(batch, "fine", "greedy", lambda samples: torch.tensor([0.12345678, 1.0]))
+    table = answers.rows(batch, "fine", "greedy", lambda samples: torch.tensor([0.12345678, 1.0]))
     first, second = table
     assert (
         first["model"] == "fine" and first["decoding"] == "greedy" and first["tokens"] == 25 and first["stop"] == "eos"
@@ -102,14 +103,14 @@ def test_rows_say_everything_about_one_answer():
 
 
 def test_rows_of_foreign_data_have_null_for_what_nobody_knows():
-    row = evaluate.rows([foreign("hello")], "base", "sampled_t1")[0]
+    row = answers.rows([foreign("hello")], "base", "sampled_t1")[0]
     assert row["text"] == "hello" and row["prompt"] == "a question"
     unknown = ("reward", "utility", "correct_steps", "first_answer", "last_answer", "gold")
     assert [row[name] for name in unknown] == [None] * 6
 
 
 def test_a_prompt_without_answers_right_by_chance_is_not_right():
-    assert evaluate.measure([sample("4 .")])["accuracy_first"] == 0, "a number alone is no answer"
+    assert answers.measure([sample("4 .")])["accuracy_first"] == 0, "a number alone is no answer"
 
 
 def test_rewards_of_prefixes_are_read_at_equal_length_and_held_after_the_end():
@@ -118,5 +119,5 @@ def test_rewards_of_prefixes_are_read_at_equal_length_and_held_after_the_end():
             return [torch.arange(1.0, s.tokens + 1) for s in samples]
 
     batch = [foreign("", count=10), foreign("", count=4)]
-    assert evaluate.prefix_rewards(batch, Counting(), [2, 8]) == {"2": 2.0, "8": 6.0}
-    assert evaluate.prefix_rewards(batch, lambda samples: torch.zeros(2), [2]) is None
+    assert answers.prefix_rewards(batch, Counting(), [2, 8]) == {"2": 2.0, "8": 6.0}
+    assert answers.prefix_rewards(batch, lambda samples: torch.zeros(2), [2]) is None

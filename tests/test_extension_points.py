@@ -8,9 +8,10 @@ import shutil
 import pytest
 from finished_runs import ROOT, check_metrics
 
-from c2f_utils import notebook, runs
-from c2f_utils.config import load_settings
+from c2f_utils import notebook
 from c2f_utils.errors import C2FError
+from c2f_utils.runs.run import Run
+from c2f_utils.settings.load import load_settings
 
 STAGE = "03_coarse_rlhf"
 
@@ -32,8 +33,8 @@ def project(smoke_run, tmp_path, monkeypatch):
     monkeypatch.setenv("C2F_OUTPUTS", str(tmp_path))
 
 
-def begin(run_id: str = "r", overwrite: bool = False) -> runs.Run:
-    run = runs.Run(load_settings("smoke", run_id=run_id))
+def begin(run_id: str = "r", overwrite: bool = False) -> Run:
+    run = Run(load_settings("smoke", run_id=run_id))
     run.here = run.stage(STAGE)
     run.here.begin(run.inputs(STAGE)[0], overwrite)
     notebook.seed_everything(0)
@@ -41,10 +42,10 @@ def begin(run_id: str = "r", overwrite: bool = False) -> runs.Run:
 
 
 def usual(run_id: str = "usual") -> list[dict]:
-    from c2f_utils.workflow import coarse
+    from c2f_utils.stages import coarse_rlhf
 
     run = begin(run_id)
-    rows = list(coarse.train(run))
+    rows = list(coarse_rlhf.train(run))
     run.here.finish()
     return rows
 
@@ -112,59 +113,59 @@ def test_the_recipe_of_the_readme_is_planned_without_a_folder_and_merges_with_on
 
 def test_own_laws_and_rewards_are_recorded_and_never_mixed(project):
     from c2f_utils import limits
-    from c2f_utils.workflow import coarse
+    from c2f_utils.stages import coarse_rlhf
 
     usual("r")
     for own in ({"law": limits.Fixed(9)}, {"reward": lambda samples: [0.0] * len(samples)}):
         with pytest.raises(C2FError, match=f"begun with another {next(iter(own))}"):
-            list(coarse.train(begin(), **own))
-    assert list(coarse.train(begin())) == [], "the same again is loaded"
+            list(coarse_rlhf.train(begin(), **own))
+    assert list(coarse_rlhf.train(begin())) == [], "the same again is loaded"
     run = begin("other")
-    list(coarse.train(run, law=limits.Fixed(9)))
+    list(coarse_rlhf.train(run, law=limits.Fixed(9)))
     run.here.finish()
     inputs = json.loads((run.here.dir / "provenance.json").read_text())["inputs"]
     assert {"law", "reward"} <= set(inputs)
     with pytest.raises(C2FError, match="begun with another law") as caught:
-        list(coarse.train(begin("other"), law=limits.Fixed(10)))
+        list(coarse_rlhf.train(begin("other"), law=limits.Fixed(10)))
     for part in ("Fixed(limit=9", "then, Fixed(limit=10", "overwrite=True", "03_coarse_rlhf.old-1"):
         assert part in str(caught.value), caught.value
-    assert list(coarse.train(begin("other"), law=limits.Fixed(9))) == []
+    assert list(coarse_rlhf.train(begin("other"), law=limits.Fixed(9))) == []
 
 
 def test_overwrite_sets_a_run_under_another_law_aside_whether_done_or_not(project, tmp_path):
     from c2f_utils import limits
-    from c2f_utils.workflow import coarse
+    from c2f_utils.stages import coarse_rlhf
 
     def paid(samples):
         return [0.0] * len(samples)
 
     for limit, reward in ((9, None), (10, None), (10, paid), (11, paid)):
         run = begin(overwrite=True)
-        assert [row["limit"] for row in coarse.train(run, law=limits.Fixed(limit), reward=reward)] == [limit] * 3
+        assert [row["limit"] for row in coarse_rlhf.train(run, law=limits.Fixed(limit), reward=reward)] == [limit] * 3
         if limit != 10 or reward:  # the second is left unfinished
             run.here.finish()
         else:
             run.here.release()
         inputs = run.here.provenance()["inputs"]
         assert {"01_base_model", "02_reward_model", "law", "reward"} <= set(inputs)
-    assert list(coarse.train(begin(overwrite=True), law=limits.Fixed(11), reward=paid)) == [], "the same is loaded"
+    assert list(coarse_rlhf.train(begin(overwrite=True), law=limits.Fixed(11), reward=paid)) == [], "the same is loaded"
     kept = [json.loads((tmp_path / "r" / f"{STAGE}.old-{k}" / "results.json").read_text())["limits"] for k in (1, 2, 3)]
     assert kept == [[9] * 3, [10] * 3, [10] * 3]
     assert run.here.results()["limits"] == [11] * 3
 
 
 def test_04_calls_an_actor_of_03_by_the_law_it_was_trained_under(project, monkeypatch):
-    from c2f_utils.workflow import coarse, schedules
+    from c2f_utils.stages import coarse_rlhf, length_schedules
 
     run = begin()
-    list(coarse.train(run, law=typed(LAW, "Mine")(8)))
+    list(coarse_rlhf.train(run, law=typed(LAW, "Mine")(8)))
     run.here.finish()
-    later = runs.Run(load_settings("smoke", run_id="r", study=True))
+    later = Run(load_settings("smoke", run_id="r", study=True))
     later.here = later.stage("04_length_schedules")
     later.here.begin(later.inputs("04_length_schedules")[0])
-    monkeypatch.setattr(schedules, "_one", lambda *_: run.here.results())
-    monkeypatch.setattr(schedules, "_baseline", lambda *_: None)
-    laws = schedules.make(later)["laws"]
+    monkeypatch.setattr(length_schedules, "_one", lambda *_: run.here.results())
+    monkeypatch.setattr(length_schedules, "_baseline", lambda *_: None)
+    laws = length_schedules.make(later)["laws"]
     assert laws["logistic"]["label"] == "own law mine" and laws["logistic"]["law"] == {"name": "mine"}
     assert list(laws["logistic"]["seeds"]) == ["0"], "the settings' law under other seeds is another law"
     assert list(laws["fixed_long"]["seeds"]) == ["0", "1", "2"] and laws["fixed_long"]["label"] == "fixed 32"
@@ -207,7 +208,7 @@ class Mine:
     ],
 )
 def test_an_edited_class_typed_in_a_notebook_is_another_one(cell, change):
-    from c2f_utils.workflow.coarse import _identity
+    from c2f_utils.stages.coarse_rlhf import _identity
 
     made = [typed(text, "Mine")(8) for text in (cell, cell, cell.replace(*change))]
     first, again, edited = (_identity(own) for own in made)
@@ -215,7 +216,7 @@ def test_an_edited_class_typed_in_a_notebook_is_another_one(cell, change):
 
 
 def test_what_an_object_was_made_with_and_what_its_class_inherits_belong_to_it():
-    from c2f_utils.workflow.coarse import _identity
+    from c2f_utils.stages.coarse_rlhf import _identity
 
     assert _identity(typed(REWARD, "Mine")(1)) != _identity(typed(REWARD, "Mine")(2))
     below = "\nclass Below(Mine):\n    pass\n"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from c2f_utils.budget import _batch
+from c2f_utils.coarse.budget import _batch
 
 FILE = Path(__file__).parent.parent / "benchmarks" / "coarse_gpu.py"
 

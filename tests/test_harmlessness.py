@@ -4,11 +4,12 @@ import offline_mistral
 import pytest
 import torch
 
-from c2f_utils import data, models, preferences
-from c2f_utils.config import load_settings
-from c2f_utils.length_bias import tokens_of
-from c2f_utils.runs import Run
-from c2f_utils.workflow import reward
+from c2f_utils.domain import preferences
+from c2f_utils.measure.length_bias import tokens_of
+from c2f_utils.models import loading
+from c2f_utils.runs.run import Run
+from c2f_utils.settings.load import load_settings
+from c2f_utils.stages import data, reward_model
 
 TRAINED, HELD_OUT, LONGEST = 64, 60, 320
 
@@ -33,7 +34,7 @@ def trained(real_data, tmp_path_factory):
         patch.setenv("C2F_OUTPUTS", str(folder / "outputs"))
         run.here = run.stage("02_reward_model")
         run.here.begin()
-        results = reward.make(run)
+        results = reward_model.make(run)
         run.here.finish()
         yield run, results
 
@@ -49,7 +50,7 @@ def test_held_out_accuracy_is_that_of_the_saved_model_on_pairs_it_never_saw(trai
     from transformers import AutoModelForSequenceClassification
 
     run, results = trained
-    tokenizer = models.load_tokenizer(run.settings.models.base)
+    tokenizer = loading.load_tokenizer(run.settings.models.base)
     training, held_out, _ = data.hub_pairs(run.settings, tokenizer)
     assert not {pair.prompt for pair in training} & {pair.prompt for pair in held_out}
     model = AutoModelForSequenceClassification.from_pretrained(run.here.path("model")).eval()
@@ -66,7 +67,7 @@ def test_length_bias_is_reported_for_every_model_on_the_real_pairs(trained):
     run, results = trained
     rows = results["length_bias_models"]
     assert [row["model"] for row in rows] == ["member 1", "member 2", "average of 2"]
-    tokenizer = models.load_tokenizer(run.settings.models.base)
+    tokenizer = loading.load_tokenizer(run.settings.models.base)
     _, held_out, _ = data.hub_pairs(run.settings, tokenizer)
     lengths = tokens_of([p.tokens for p in held_out], [p.prompt_tokens(tokenizer) for p in held_out])
     assert (lengths > 0).all()

@@ -4,15 +4,17 @@ import pytest
 import torch
 from tiny_models import TOKENIZER, causal
 
-from c2f_utils import evaluate, instruct, models, tasks
-from c2f_utils.config import load_settings
-from c2f_utils.rollout import make_prompts
+from c2f_utils.domain import stories
+from c2f_utils.domain.samples import make_prompts
+from c2f_utils.measure import answers
+from c2f_utils.models import instruct, loading
+from c2f_utils.settings.load import load_settings
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base") / "model"
-    models.save_model(causal(scale=1.0), TOKENIZER, folder)
+    loading.save_model(causal(scale=1.0), TOKENIZER, folder)
     return folder
 
 
@@ -32,7 +34,7 @@ def test_the_loss_counts_answer_tokens_only(base, monkeypatch):
 
     monkeypatch.setattr(trl, "SFTTrainer", Spy)
     _, count = instruct.train(base, TOKENIZER, settings(3000))
-    examples = {tuple(p + a): len(p) for p, a in tasks.instructions(3000, 0.35, 0, (3, 5))}
+    examples = {tuple(p + a): len(p) for p, a in stories.instructions(3000, 0.35, 0, (3, 5))}
     seen = set()
     for batch in batches:
         for ids, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True):
@@ -41,7 +43,7 @@ def test_the_loss_counts_answer_tokens_only(base, monkeypatch):
             seen.add(real)
             assert (labels[:prompt] == -100).all(), "the question is masked"
             assert labels[prompt : len(real)].tolist() == list(real[prompt:]), "the answer with its end is not"
-            assert real[-1] == tasks.EOS and (labels[len(real) :] == -100).all()
+            assert real[-1] == stories.EOS and (labels[len(real) :] == -100).all()
     assert seen == set(examples) and count == len(examples)
 
 
@@ -50,10 +52,10 @@ def test_it_learns_to_end_its_answers(base):
     losses: list[dict] = []
     model, _ = instruct.train(base, TOKENIZER, settings(60_000, **bare), losses.append)
     assert losses[-1]["loss"] < 0.6 * losses[0]["loss"] and not model.training
-    prompts = make_prompts(tasks.problems("validation", 16, 0))
+    prompts = make_prompts(stories.problems("validation", 16, 0))
     ends = [
-        evaluate.measure(evaluate.answers(m, TOKENIZER, prompts, "sampled_t1", 40, 0))["eos_rate"]
-        for m in (models.load_causal(base, settings().models), model)
+        answers.measure(answers.answers(m, TOKENIZER, prompts, "sampled_t1", 40, 0))["eos_rate"]
+        for m in (loading.load_causal(base, settings().models), model)
     ]
     assert ends[1] > 0.9 > ends[0]
 

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 from finished_runs import ROOT, finished, rows, surroundings
 
-from c2f_utils import notebook, runs
-from c2f_utils.config import load_settings
-from c2f_utils.workflow import coarse, merging, schedules
+from c2f_utils import notebook
+from c2f_utils.runs.run import Run
+from c2f_utils.settings.load import load_settings
+from c2f_utils.stages import coarse_rlhf, length_schedules, residue_merging
 
 STAGE = "03_coarse_rlhf"
 LONG = ("-p", "coarse.iterations=60", "-p", "coarse.prompts=24", "-p", "coarse.checkpoint_every=4")
@@ -67,10 +68,8 @@ class Killed(BaseException):
     """Stands for SIGKILL in this process: nothing may catch it."""
 
 
-def begin(name: str, **overrides: object) -> runs.Run:
-    run = runs.Run(
-        load_settings("smoke", run_id="r", overrides={key.replace("__", "."): v for key, v in overrides.items()})
-    )
+def begin(name: str, **overrides: object) -> Run:
+    run = Run(load_settings("smoke", run_id="r", overrides={key.replace("__", "."): v for key, v in overrides.items()}))
     run.here = run.stage(name)
     run.here.begin(run.inputs(name)[0])
     notebook.seed_everything(0)
@@ -88,10 +87,10 @@ def test_03_continues_from_its_checkpoint_wherever_it_was_killed(smoke_run, tmp_
             log = run.here.log
             run.here.log = lambda row: _die(seen, row, log, moment)  # noqa: B023
             with pytest.raises(Killed):
-                list(coarse.train(run))
+                list(coarse_rlhf.train(run))
             run.here.release()
         run = begin(STAGE, coarse__iterations=5, coarse__checkpoint_every=every)
-        list(coarse.train(run))
+        list(coarse_rlhf.train(run))
         run.here.finish()
     same_outcome(tmp_path / "broken" / "r" / STAGE, tmp_path / "whole" / "r" / STAGE)
 
@@ -119,10 +118,10 @@ def test_03_killed_between_a_checkpoint_and_its_snapshot_keeps_that_snapshot_too
 
     run.here.log = dying
     with pytest.raises(Killed):
-        list(coarse.train(run))
+        list(coarse_rlhf.train(run))
     run.here.release()
     run = begin(STAGE)
-    list(coarse.train(run))
+    list(coarse_rlhf.train(run))
     run.here.finish()
     whole = smoke_run / STAGE / "snapshots"
     assert {path.name for path in whole.iterdir()} == {path.name for path in (run.here.dir / "snapshots").iterdir()}
@@ -145,10 +144,10 @@ def test_04_keeps_finished_laws_and_logs_no_row_twice(smoke_run, tmp_path, monke
 
     run.here.log = dying
     with pytest.raises(Killed):
-        schedules.make(run)
+        length_schedules.make(run)
     run.here.release()
     run = begin("04_length_schedules")
-    found = schedules.make(run)
+    found = length_schedules.make(run)
     run.here.finish()
     logged = rows(run.here.dir / "metrics.jsonl")
     assert len({(row["law"], row["iteration"]) for row in logged}) == len(logged) == 9
@@ -162,11 +161,11 @@ def test_06_killed_in_its_last_control_ends_as_an_unbroken_run(smoke_run, tmp_pa
     run = begin("06_residue_merging")
     run.here.log = lambda row: (_ for _ in ()).throw(Killed)
     with pytest.raises(Killed):
-        merging.make(run)
+        residue_merging.make(run)
     run.here.release()
     assert not (run.here.dir / "results.json").exists()
     run = begin("06_residue_merging")
-    merging.make(run)
+    residue_merging.make(run)
     run.here.finish()
     whole = smoke_run / "06_residue_merging"
     for file in ("results.json", "model/model.safetensors", "controls/ppo_instruct/model.safetensors"):
@@ -178,19 +177,19 @@ def test_a_stop_file_ends_03_with_a_model_and_the_same_notebook_continues(smoke_
     parents(smoke_run, tmp_path)
     monkeypatch.setenv("C2F_OUTPUTS", str(tmp_path))
     run = begin(STAGE)
-    for row in coarse.train(run):
+    for row in coarse_rlhf.train(run):
         if row["iteration"] == 1:
             (run.here.dir / "STOP").touch()
     assert run.here.finish() == "stopped" and run.here.results()["iterations"] == 1
     assert not run.stage(STAGE).done
     run = begin(STAGE)
-    assert [row["iteration"] for row in coarse.train(run)] == [2, 3]
+    assert [row["iteration"] for row in coarse_rlhf.train(run)] == [2, 3]
     run.here.finish()
     same_outcome(run.here.dir, smoke_run / STAGE)
 
 
 def test_a_stop_file_in_04_leaves_results_that_figures_and_tables_can_show(smoke_run, tmp_path, monkeypatch):
-    from c2f_utils import plots, tables, verdicts
+    from c2f_utils.report import figures, tables, verdicts_laws
 
     parents(smoke_run, tmp_path, "01_base_model", "02_reward_model", STAGE)
     monkeypatch.setenv("C2F_OUTPUTS", str(tmp_path))
@@ -200,14 +199,14 @@ def test_a_stop_file_in_04_leaves_results_that_figures_and_tables_can_show(smoke
         if name == "fixed_long":
             (run.here.dir / "STOP").touch()
 
-    found = schedules.make(run, on_start)
-    plots.schedule_comparison(run.here)
-    plots.tokens_to_target(run.here)
+    found = length_schedules.make(run, on_start)
+    figures.schedule_comparison(run.here)
+    figures.tokens_to_target(run.here)
     tables.law_table(found)
-    verdicts.schedules(found)
+    verdicts_laws.schedules(found)
     assert run.here.finish() == "stopped"
     run = begin("04_length_schedules")
-    schedules.make(run)
+    length_schedules.make(run)
     run.here.finish()
     whole = smoke_run / "04_length_schedules" / "results.json"
     assert (run.here.dir / "results.json").read_bytes() == whole.read_bytes()

@@ -6,11 +6,15 @@ import pytest
 import torch
 from tiny_models import TOKENIZER, PrefixReward, causal
 
-from c2f_utils import law_study, limits, tasks
-from c2f_utils.config import Law, load_settings
-from c2f_utils.rollout import Sample, make_prompts
-from c2f_utils.workflow import law_runs
-from c2f_utils.workflow.inputs import Inputs
+from c2f_utils import limits
+from c2f_utils.domain import stories
+from c2f_utils.domain.samples import Sample, make_prompts
+from c2f_utils.report import law_study
+from c2f_utils.settings.config import Law
+from c2f_utils.settings.laws import make_law
+from c2f_utils.settings.load import load_settings
+from c2f_utils.stages import law_runs
+from c2f_utils.stages.inputs import Inputs
 
 
 def scored() -> torch.nn.Module:
@@ -104,7 +108,7 @@ def test_every_clock_of_the_grid_ends_at_the_conditions_maximum(condition):
     clocks = law_study.grid(condition.maximum)
     assert len(clocks) >= 8
     for settings in {**clocks, **law_study.agnostic(condition.maximum)}.values():
-        law = limits.make_law(settings)
+        law = make_law(settings)
         for iteration in range(60):
             limit = law.update(limits.Signals(iteration=iteration))
         assert limit == condition.maximum
@@ -114,7 +118,7 @@ def test_an_agnostic_clock_grows_alike_whatever_the_maximum():
     for name in law_study.agnostic(96):
         paths = []
         for maximum in (288, 576):
-            law = limits.make_law(law_study.agnostic(maximum)[name])
+            law = make_law(law_study.agnostic(maximum)[name])
             paths.append([law.update(limits.Signals(iteration=i)) for i in range(10)])
         assert all(math.isclose(a, b, rel_tol=0.05) for a, b in zip(*paths, strict=True))
 
@@ -134,18 +138,18 @@ def test_law_settings_of_the_grid_are_ordinary_laws():
 
 
 def test_the_reward_up_to_the_first_result_rises_with_it_and_not_after():
-    problem = tasks.Problem("anna", "coins", 3, (("finds", 2), ("loses", 1)))
+    problem = stories.Problem("anna", "coins", 3, (("finds", 2), ("loses", 1)))
     worked = "let us think . start with 3 . first finds 2 so 3 + 2 = 5 . second loses 1 so 5 - 1 = 4 . answer : 4 ."
     after = " let us check . answer : 9 . answer : 4 ."
     answers = [
-        Sample(make_prompts([problem])[0], tasks.encode((worked + more).split()), "limit", 99) for more in ("", after)
+        Sample(make_prompts([problem])[0], stories.encode((worked + more).split()), "limit", 99) for more in ("", after)
     ]
     reward = law_runs.FirstAnswer()
     short, long = reward.prefix_scores(answers)
     right = law_study.Condition(288, (2, 2), known=True).right_length
     assert right == len(worked.split()) == len(short)
     assert long[right - 1] == short[-1] == long[-1] and long[right - 2] < long[right - 1]
-    assert reward(answers).tolist() == [tasks.check(problem, answers[0].ids).utility] * 2
+    assert reward(answers).tolist() == [stories.check(problem, answers[0].ids).utility] * 2
 
 
 def test_a_toy_run_spends_its_budget_and_measures_on_the_way(monkeypatch):
@@ -165,12 +169,12 @@ def test_a_toy_run_spends_its_budget_and_measures_on_the_way(monkeypatch):
 
     monkeypatch.setattr(law_runs, "EVALUATED", 4)
     monkeypatch.setattr(law_runs, "TRAIN_PROMPTS", 16)
-    law = limits.make_law(Law(name="useful", start=8, maximum=32))
+    law = make_law(Law(name="useful", start=8, maximum=32))
     found = law_runs.run_one(Toy(), law_study.Condition(32), law, budget=400, every=2)
     tokens = found["curve"]["tokens"]
     assert tokens[0] == 0 and tokens[-1] >= 400 > tokens[-2] and len(tokens) == len(found["curve"]["utility"])
     assert found["limits"][0] == 8 and found["limits"][-1] == law.limit
     again = law_runs.run_one(
-        Toy(), law_study.Condition(32), limits.make_law(Law(name="useful", start=8, maximum=32)), budget=400, every=2
+        Toy(), law_study.Condition(32), make_law(Law(name="useful", start=8, maximum=32)), budget=400, every=2
     )
     assert again["limits"] == found["limits"] and again["curve"]["utility"] == found["curve"]["utility"]

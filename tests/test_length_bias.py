@@ -6,7 +6,7 @@ from scipy import stats as scipy_stats
 
 from c2f_utils import stats
 from c2f_utils.errors import C2FError
-from c2f_utils.length_bias import ScoredPairs, report, tokens_of
+from c2f_utils.measure.length_bias import ScoredPairs, report, tokens_of
 
 FIGURES = (
     "pearson", "spearman", "slope_per_10_tokens", "slope_given_utility", "longer_preferred", "longer_labelled",

@@ -7,8 +7,9 @@ import random
 import pytest
 
 from c2f_utils import limits
-from c2f_utils.config import Law as LawSettings
 from c2f_utils.errors import C2FError
+from c2f_utils.settings.config import Law as LawSettings
+from c2f_utils.settings.laws import make_law
 
 ALL = {
     "fixed": {"limit": 40},
@@ -22,7 +23,7 @@ ALL = {
 
 
 def make(name: str, **changes) -> limits.Law:
-    return limits.make_law(LawSettings(name=name, **(ALL[name] | changes)))
+    return make_law(LawSettings(name=name, **(ALL[name] | changes)))
 
 
 def signals(iteration: int, rng: random.Random) -> limits.Signals:
@@ -215,7 +216,7 @@ def test_probe_follows_the_causal_slope_in_both_directions():
 )
 def test_an_impossible_law_is_refused_with_what_it_takes(changes, message):
     with pytest.raises(C2FError, match=message):
-        limits.make_law(LawSettings(**changes))
+        make_law(LawSettings(**changes))
 
 
 def test_a_law_written_by_a_user_needs_only_a_limit_and_an_update():

@@ -149,20 +149,20 @@ def test_chunks_and_threads_change_no_byte_of_an_adapter_merge(tmp_path, monkeyp
 
 
 def test_factors_of_tensors_already_merged_are_let_go(tmp_path, paths, monkeypatch):
-    from c2f_utils.merge import sources
+    from c2f_utils.merge import readers
 
     folder, _ = adapt(paths["base"], tmp_path / "adapter", target_modules="all-linear")
     held = []
-    real = sources.Files.factors
+    real = readers.Files.factors
 
     def watched(self, delta):
         found = real(self, delta)
         held.append(len(self._factors))
         return found
 
-    monkeypatch.setattr(sources.Files, "factors", watched)
+    monkeypatch.setattr(readers.Files, "factors", watched)
     run_merge(plan_merge(Recipe(**{**paths, "coarse": str(folder)})), tmp_path / "out")
-    assert len(held) > 2 * sources.FACTORS_KEPT and max(held) <= sources.FACTORS_KEPT
+    assert len(held) > 2 * readers.FACTORS_KEPT and max(held) <= readers.FACTORS_KEPT
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------

@@ -13,8 +13,8 @@ from c2f_utils.errors import C2FError
 from c2f_utils.merge import Recipe, anatomy, merge_state_dicts, plan_merge, random_residue, register_operator, run_merge
 from c2f_utils.merge import operators as registry
 from c2f_utils.merge import thresholds as search
+from c2f_utils.merge.in_memory import _Held
 from c2f_utils.merge.kernels import BLOCK, slerp_weights
-from c2f_utils.merge.memory import _Held
 from c2f_utils.merge.random_bits import bits, chosen, spread
 from c2f_utils.merge.ranges import Target
 from c2f_utils.merge.rounding import stochastic_bfloat16
@@ -528,16 +528,16 @@ def test_anatomy_describes_the_residue_the_same_from_folders_and_memory(tmp_path
 
 def test_settings_know_the_operators_and_their_keys_without_torch():
     from c2f_utils.merge import operators
-    from c2f_utils.preflight import OPERATORS
+    from c2f_utils.settings.preflight import OPERATORS
 
     ours = {name: tuple(operator.options) for name, operator in operators._REGISTRY.items() if operator.builtin}
     assert ours == OPERATORS
 
 
 def test_an_operator_of_ones_own_may_be_named_in_the_settings(monkeypatch):
-    from c2f_utils.config import load_settings
     from c2f_utils.errors import C2FError
     from c2f_utils.merge import operators
+    from c2f_utils.settings.load import load_settings
 
     load_settings("smoke", overrides={"merge.operator": "clipped"})  # notebook 06 may register it later
     with pytest.raises(C2FError, match="must be registered before"):

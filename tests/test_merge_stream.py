@@ -91,7 +91,7 @@ def test_when_instruct_is_base_the_residue_operator_is_a_blend(tmp_path):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks, spans and samples so small that tiny tensors are cut many times."""
-    for module in ("kernels", "ranges", "compute", "memory", "sources", "stream", "residues"):
+    for module in ("kernels", "ranges", "compute", "in_memory", "readers", "stream", "residues"):
         found = __import__(f"c2f_utils.merge.{module}", fromlist=["BLOCK"])
         if hasattr(found, "BLOCK"):
             monkeypatch.setattr(found, "BLOCK", 64)
@@ -753,7 +753,7 @@ def test_the_plan_is_a_table_of_every_tensor(tmp_path):
     ("operator", "models_read"), [("residue", 3), ("lerp", 2), ("slerp", 6), ("trim", 5), ("ties", 6), ("dare", 3)]
 )
 def test_the_plan_counts_the_bytes_that_are_read(tmp_path, monkeypatch, operator, models_read):
-    from c2f_utils.merge.sources import Files
+    from c2f_utils.merge.readers import Files
 
     paths = trio(tmp_path)
     plan = plan_merge(Recipe(**paths, operator={"name": operator}))

@@ -7,9 +7,9 @@ import torch
 from finished_runs import finished, results
 from tiny_models import TOKENIZER, causal, prompts
 
-from c2f_utils.proxy import ProxyDecoder
-from c2f_utils.rollout import KVDecoder
-from c2f_utils.workflow.merge_variants import _weighted, operator_text
+from c2f_utils.rollout.decoder import KVDecoder
+from c2f_utils.rollout.proxy import ProxyDecoder
+from c2f_utils.stages.variants import _weighted, operator_text
 
 
 def greedy(decoder) -> list[list[int]]:

@@ -4,25 +4,29 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import nbformat
 import pytest
 from notebooks_for_tests import PARAMETERS, RESULT, write
 
-from c2f_utils import notebook, panel, parameters, provenance, runs, show, threads
-from c2f_utils.config import load_settings
+from c2f_utils import files, notebook, threads
 from c2f_utils.errors import C2FError
 from c2f_utils.files import read_json
+from c2f_utils.notebook import cells, panel, show
+from c2f_utils.runs import provenance
+from c2f_utils.runs.run import Run
+from c2f_utils.runs.stage import Stage, run_folder
+from c2f_utils.settings import parameters
+from c2f_utils.settings.load import load_settings
 
 BASE, REWARD = "01_base_model", "02_reward_model"
-ROOT = Path(notebook.__file__).parent.parent
+ROOT = files.root()
 
 
 @pytest.fixture(autouse=True)
 def private(outputs, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setattr(notebook, "_here", None)
+    monkeypatch.setattr(cells, "_here", None)
 
 
 def session(*cells: str) -> dict:
@@ -67,7 +71,7 @@ def test_wrong_parameters_are_refused_with_the_right_spelling(injected, said):
     with pytest.raises(C2FError) as caught:
         notebook.start(session(*cells), BASE)
     assert said in str(caught.value)
-    assert not list(runs.outputs().iterdir()), "nothing was begun"
+    assert not list(files.outputs().iterdir()), "nothing was begun"
 
 
 def test_all_wrong_parameters_are_named_at_once():
@@ -190,7 +194,7 @@ def test_papermill_itself_runs_a_notebook_from_the_root_and_from_notebooks(tmp_p
     command = [sys.executable, "-m", "papermill", str(path), str(tmp_path / "o.ipynb"), "-p", "run_id", "p"]
     done = subprocess.run([*command, "-p", "study", "True"], cwd=ROOT / folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert runs.Stage(runs.run_folder("p") / BASE).done
+    assert Stage(run_folder("p") / BASE).done
     refused = subprocess.run([*command, "-p", "study", "false"], cwd=ROOT / folder, capture_output=True, text=True)
     assert refused.returncode == 1 and "write False, without quotes" in refused.stderr
 
@@ -199,7 +203,7 @@ def test_an_unparameterised_run_uses_the_defaults(tmp_path):
     path = write(tmp_path, BASE, RESULT)
     command = [sys.executable, "-m", "jupyter", "execute", str(path)]
     assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
-    assert runs.Stage(runs.run_folder("lab") / BASE).done
+    assert Stage(run_folder("lab") / BASE).done
 
 
 # Views
@@ -308,7 +312,7 @@ def test_a_healthy_run_raises_no_alarm():
 def test_a_headless_panel_writes_lines_alarms_and_the_figure(monkeypatch, capsys):
     clock = [0.0]
     monkeypatch.setattr(panel.time, "monotonic", lambda: clock[0])
-    stage = runs.Run(load_settings("smoke", run_id="a")).stage("03_coarse_rlhf")
+    stage = Run(load_settings("smoke", run_id="a")).stage("03_coarse_rlhf")
     stage.begin()
     live = panel.LivePanel(stage)
     for iteration in range(21):
@@ -325,7 +329,7 @@ def test_a_headless_panel_writes_lines_alarms_and_the_figure(monkeypatch, capsys
 
 
 def test_a_continued_panel_shows_the_rows_before_the_interruption():
-    stage = runs.Run(load_settings("smoke", run_id="a")).stage("03_coarse_rlhf")
+    stage = Run(load_settings("smoke", run_id="a")).stage("03_coarse_rlhf")
     stage.begin()
     stage.log(row(0))
     stage.log(row(1, reward=0.3))

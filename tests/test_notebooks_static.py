@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from c2f_utils import parameters
-from c2f_utils.config import PROFILES, STAGES
+from c2f_utils.settings import parameters
+from c2f_utils.settings.config import PROFILES, STAGES
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))

@@ -8,9 +8,10 @@ import pytest
 import torch
 from finished_runs import DECODINGS, check_metrics, check_samples, finished, results, rows
 
-from c2f_utils import preferences
-from c2f_utils.config import STAGES, load_settings
+from c2f_utils.domain import preferences
 from c2f_utils.files import read_yaml
+from c2f_utils.settings.config import STAGES
+from c2f_utils.settings.load import load_settings
 
 MODELS = {"base", "instruct", "coarse", "fine", "best_recipe", *load_settings("mistral_7b").merge.controls}
 

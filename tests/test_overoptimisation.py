@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from tiny_models import distinct_tokens, trainer
 
-from c2f_utils import overoptimisation as o
-from c2f_utils import plots, rewards
 from c2f_utils.errors import C2FError
+from c2f_utils.models import rewards
+from c2f_utils.report import figures
+from c2f_utils.report import overoptimisation as o
 
 BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "overoptimisation.py"
 RESULTS = BENCHMARK.parent / "results" / "overoptimisation.json"
@@ -143,18 +144,18 @@ def test_a_study_that_was_interrupted_goes_on_with_the_arms_that_are_missing(
 def test_the_figure_shows_every_seed_and_says_when_there_is_no_study(tmp_path):
     arms = {"single": {"curve": curve(2.0)}, "warm": {"curve": curve(3.0, count=50)}}
     content = {"conditions": {"usual": {}, "never run": {}}, "runs": {r: {"usual": {"arms": arms}} for r in ("a", "b")}}
-    fig = plots.overoptimisation(content)
+    fig = figures.overoptimisation(content)
     assert len(fig.data) == 2 * (61 + 50) and set(fig.data["arm"]) == {"single", "warm"} and fig.caption == "runs a, b"
     assert [ax.get_ylabel() for ax in fig.axes] == ["usual", "", ""], "a condition that was never run has no row"
     assert all(len(ax.lines) == 2 * (2 + 1) for ax in fig.axes)
-    empty = plots.overoptimisation(tmp_path / "absent.json")
+    empty = figures.overoptimisation(tmp_path / "absent.json")
     assert "no study on disk" in " ".join(text.get_text() for text in empty.axes[0].texts)
 
 
 def test_the_committed_study_is_drawn_and_its_summary_follows_from_its_curves(benchmark):
     content = json.loads(RESULTS.read_text())
     assert len(content["runs"]) >= 3 and content["summary"] == benchmark.summary(content)
-    assert len(plots.overoptimisation(RESULTS).data)
+    assert len(figures.overoptimisation(RESULTS).data)
     for run in content["runs"].values():
         for condition in run.values():
             for arm in condition["arms"].values():

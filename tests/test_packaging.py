@@ -77,6 +77,6 @@ def test_imports_of_the_package_are_declared():
 def test_profiles_and_subpackages_are_installed():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     assert settings["packages"]["find"]["include"] == ["c2f_utils*"]
-    assert "profiles/*.yaml" in settings["package-data"]["c2f_utils"]
+    assert "settings/profiles/*.yaml" in settings["package-data"]["c2f_utils"]
     folders = {path.parent for path in (ROOT / "c2f_utils").rglob("*.py")}
     assert all((folder / "__init__.py").is_file() for folder in folders), "a folder without __init__.py is left out"

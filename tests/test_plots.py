@@ -12,10 +12,10 @@ import pandas as pd
 import pytest
 from fake_results import fake_run
 
-from c2f_utils import plots
 from c2f_utils.errors import C2FError
-from c2f_utils.plots_labels import point_labels, spread
-from c2f_utils.plots_training import target_tokens
+from c2f_utils.report import figures
+from c2f_utils.report.labels import point_labels, spread
+from c2f_utils.report.results import target_tokens
 
 STAGE_FIGURES = {
     "loss_curve": "01_base_model",
@@ -53,7 +53,7 @@ def words(fig) -> str:
 
 @pytest.mark.parametrize("name", STAGE_FIGURES)
 def test_every_figure_is_drawn_from_a_stage_or_the_run_directory_alone(run, name):
-    draw, stage = getattr(plots, name), STAGE_FIGURES[name]
+    draw, stage = getattr(figures, name), STAGE_FIGURES[name]
     by_stage, by_run = draw(run / stage), draw(run)
     assert isinstance(by_stage, matplotlib.figure.Figure)
     assert len(by_stage.data) and by_stage.data.equals(by_run.data)
@@ -62,13 +62,13 @@ def test_every_figure_is_drawn_from_a_stage_or_the_run_directory_alone(run, name
 @pytest.mark.parametrize("name", STAGE_FIGURES)
 def test_a_missing_stage_names_its_notebook(tmp_path, name):
     with pytest.raises(C2FError, match=f"notebooks/{STAGE_FIGURES[name]}.ipynb"):
-        getattr(plots, name)(tmp_path / STAGE_FIGURES[name])
+        getattr(figures, name)(tmp_path / STAGE_FIGURES[name])
 
 
 @pytest.mark.parametrize("name", STAGE_FIGURES)
 def test_empty_results_are_said_in_words(name):
     empty = [] if name == "training_panel" else {}
-    said = words(getattr(plots, name)(empty))
+    said = words(getattr(figures, name)(empty))
     assert "no " in said or "not " in said
 
 
@@ -76,30 +76,30 @@ def test_empty_results_are_said_in_words(name):
     "name", ["schedule_comparison", "coefficient_sweep", "operator_table", "quality_length_frontier"]
 )
 def test_without_the_checker_the_reward_is_drawn_and_the_title_says_why(hub, run, name):
-    draw = getattr(plots, name)
+    draw = getattr(figures, name)
     assert "reward: no exact checker" in draw(hub)._suptitle.get_text().replace("\n", " ")
     assert "no exact checker" not in draw(run)._suptitle.get_text().replace("\n", " ")
 
 
 def test_other_nulls_are_explained_where_the_numbers_would_be(hub):
-    assert "exact checker" in words(plots.length_bias(hub))
-    assert "loaded,\nnot trained" in words(plots.loss_curve(hub))
-    hero = words(plots.hero(hub))
+    assert "exact checker" in words(figures.length_bias(hub))
+    assert "loaded,\nnot trained" in words(figures.loss_curve(hub))
+    hero = words(figures.hero(hub))
     assert "Reward before and after" in hero and "no exact checker" in hero
 
 
 def test_the_picture_of_the_readme_says_what_is_missing(tmp_path, run):
-    said = words(plots.hero(fake_run(tmp_path, skip=("03_coarse_rlhf", "07_evaluation"))))
+    said = words(figures.hero(fake_run(tmp_path, skip=("03_coarse_rlhf", "07_evaluation"))))
     assert "notebooks/03_coarse_rlhf.ipynb" in said and said.count("notebooks/07_evaluation.ipynb") == 2
-    assert "not run yet" not in words(plots.hero(run))
+    assert "not run yet" not in words(figures.hero(run))
     lent = {stage: run / stage for stage in ("03_coarse_rlhf", "07_evaluation")}
-    assert words(plots.hero(lent)) == words(plots.hero(run))
+    assert words(figures.hero(lent)) == words(figures.hero(run))
 
 
 @pytest.mark.parametrize("name", ["quality_length_frontier", "quality_redundancy_frontier"])
-@pytest.mark.parametrize("decoding", plots.DECODINGS)
+@pytest.mark.parametrize("decoding", figures.DECODINGS)
 def test_names_of_models_do_not_overlap_and_stay_inside(run, name, decoding):
-    fig = getattr(plots, name)(run, decoding=decoding)
+    fig = getattr(figures, name)(run, decoding=decoding)
     fig.draw_without_rendering()
     names = set(fig.data["label"])
     texts = [text for text in fig.axes[0].texts if text.get_text() in names]
@@ -131,10 +131,10 @@ def test_spread_keeps_order_and_gap_and_moves_nothing_without_need():
 
 
 def test_roles_and_laws_keep_their_colour():
-    assert plots.ROLE_COLOURS == {
+    assert figures.ROLE_COLOURS == {
         "base": "#7f7f7f", "coarse": "#e07b00", "instruct": "#1f77b4", "fine": "#2a9d3a", "control": "#8c6bb1",
     }  # fmt: skip
-    assert plots.LAW_COLOURS["logistic"] == "#e07b00"
+    assert figures.LAW_COLOURS["logistic"] == "#e07b00"
 
 
 def test_saving_writes_pdf_png_and_the_numbers_and_twice_gives_the_same_bytes(run, tmp_path):
@@ -144,28 +144,28 @@ def test_saving_writes_pdf_png_and_the_numbers_and_twice_gives_the_same_bytes(ru
     def digest() -> dict:
         return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (stage / "figures").iterdir()}
 
-    fig = plots.save_figure(plots.training_panel(run), stage, "panel")
+    fig = figures.save_figure(figures.training_panel(run), stage, "panel")
     first = digest()
     assert sorted(first) == ["panel.csv", "panel.pdf", "panel.png"]
-    plots.save_figure(fig, stage, "panel")
+    figures.save_figure(fig, stage, "panel")
     assert digest() == first, "saving again must not add a second caption or a time stamp"
     assert len(pd.read_csv(stage / "figures" / "panel.csv")) == 17
     captions = [text.get_text() for text in fig.texts if text.get_gid() == "caption"]
     assert captions == ["run demo · 03_coarse_rlhf"]
     image = matplotlib.image.imread(stage / "figures" / "panel.png")
-    assert image.shape[1] == round(plots.DOUBLE * 200)
+    assert image.shape[1] == round(figures.DOUBLE * 200)
 
 
 def test_a_folder_that_cannot_be_written_is_named(run, tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
     with pytest.raises(C2FError, match="cannot write"):
-        plots.save_figure(plots.prefix_reward(run), blocked / "figures", "x")
+        figures.save_figure(figures.prefix_reward(run), blocked / "figures", "x")
 
 
 def test_drawing_leaves_the_settings_of_the_notebook_alone_and_ignores_them(run):
     with matplotlib.rc_context({"font.size": 30.0, "axes.grid": False}):
-        fig = plots.prefix_reward(run)
+        fig = figures.prefix_reward(run)
         assert matplotlib.rcParams["font.size"] == 30.0
     assert fig.axes[0].xaxis.label.get_fontsize() == 7.5
 
@@ -173,7 +173,7 @@ def test_drawing_leaves_the_settings_of_the_notebook_alone_and_ignores_them(run)
 def test_text_from_data_is_never_read_as_mathematics(run):
     results = json.loads((run / "07_evaluation" / "results.json").read_text())
     results["models"]["fine"]["label"] = "costs $5 or \\frac $"
-    assert "costs $5" in words(plots.quality_length_frontier(results))
+    assert "costs $5" in words(figures.quality_length_frontier(results))
 
 
 def test_tokens_to_target_interpolates_and_says_when_a_seed_never_gets_there():
@@ -191,48 +191,50 @@ def test_tokens_to_target_interpolates_and_says_when_a_seed_never_gets_there():
     assert np.isnan(target_tokens(laws, "utility", 0.9).set_index(["law", "seed"])["tokens"]["logistic", "1"])
     del laws["fixed_long"]
     assert target_tokens(laws, "utility", 0.9)["tokens"].isna().all()
-    assert "fixed-long was not run" in words(plots.tokens_to_target({"laws": laws}))
+    assert "fixed-long was not run" in words(figures.tokens_to_target({"laws": laws}))
 
 
 def test_a_law_stopped_before_its_first_snapshot_is_left_out(run):
     results = json.loads((run / "04_length_schedules" / "results.json").read_text())
     results["laws"]["fixed_short"]["seeds"] = {}
     results["laws"]["logistic"]["seeds"]["0"] |= {"curve": []}
-    assert set(plots.schedule_comparison(results).data["law"]) == {"fixed_long", "clock_linear", "logistic"}
-    assert len(plots.tokens_to_target(results).data) == 2 * (3 + 3 + 2)
+    assert set(figures.schedule_comparison(results).data["law"]) == {"fixed_long", "clock_linear", "logistic"}
+    assert len(figures.tokens_to_target(results).data) == 2 * (3 + 3 + 2)
 
 
 def test_a_prefix_that_only_a_handful_of_answers_reach_is_not_drawn(run):
     results = json.loads((run / "07_evaluation" / "results.json").read_text())
     found = results["prefix_redundancy"]
     found["instruct"] = [{"prefix": 32, "rep4": 0.1, "n": 81}, {"prefix": 64, "rep4": 0.9, "n": 3}]
-    said = words(plots.prefix_redundancy(results))
+    said = words(figures.prefix_redundancy(results))
     assert "Instruct (n 81)" in said and "fewer than 10" in said
     results["prefix_redundancy"] = {"instruct": found["instruct"][1:]}
-    assert "no prefix was reached by at least 10 answers" in words(plots.prefix_redundancy(results))
+    assert "no prefix was reached by at least 10 answers" in words(figures.prefix_redundancy(results))
 
 
 def test_the_chosen_operator_is_the_only_green_one(run):
-    colours = plots.operator_table(run).axes[0].collections[0].get_facecolors()
-    green = [matplotlib.colors.to_hex(colour) == plots.ROLE_COLOURS["fine"] for colour in colours]
+    colours = figures.operator_table(run).axes[0].collections[0].get_facecolors()
+    green = [matplotlib.colors.to_hex(colour) == figures.ROLE_COLOURS["fine"] for colour in colours]
     assert green == [True, False, False, False, False]
 
 
 def test_a_single_seed_is_called_one_seed(run):
     results = json.loads((run / "04_length_schedules" / "results.json").read_text())
-    assert "each of 3 seeds" in words(plots.schedule_comparison(results))
+    assert "each of 3 seeds" in words(figures.schedule_comparison(results))
     for law in results["laws"].values():
         law["seeds"] = {"0": law["seeds"]["0"]}
-    assert "one seed" in words(plots.schedule_comparison(results))
+    assert "one seed" in words(figures.schedule_comparison(results))
 
 
 def test_seed_overview_shows_every_run(run, hub):
     results = [json.loads((run / "07_evaluation" / "results.json").read_text())] * 2
-    fig = plots.seed_overview(results, ["s11", "s12"])
+    fig = figures.seed_overview(results, ["s11", "s12"])
     assert set(fig.data["run"]) == {"s11", "s12"} and len(fig.data) == 2 * 10 * 4
     assert fig.caption == "runs s11, s12"
 
 
 def test_drawing_needs_neither_torch_nor_pyplot():
-    code = "import sys, c2f_utils.plots; sys.exit('torch' in sys.modules or 'matplotlib.pyplot' in sys.modules)"
+    code = (
+        "import sys, c2f_utils.report.figures\nsys.exit('torch' in sys.modules or 'matplotlib.pyplot' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from c2f_utils import ppo
+from c2f_utils.coarse import ppo
 
 
 def reference_gae(rewards, values, final, lengths, gamma, lam):

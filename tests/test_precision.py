@@ -8,10 +8,14 @@ import pytest
 import torch
 from tiny_models import SHAPE, TOKENIZER, causal, prompts, samples, trainer, weights
 
-from c2f_utils import limits, models, rollout, tasks
-from c2f_utils.coarse import CoarseTrainer
-from c2f_utils.config import Coarse, Law, Lora
-from c2f_utils.packing import collate
+from c2f_utils import limits
+from c2f_utils.coarse import actor_critic
+from c2f_utils.coarse.trainer import CoarseTrainer
+from c2f_utils.domain import stories
+from c2f_utils.models import loading
+from c2f_utils.models.packing import collate
+from c2f_utils.rollout import decoder
+from c2f_utils.settings.config import Coarse, Law, Lora
 
 
 def half(folder=None, lora: bool = False, **changes) -> CoarseTrainer:
@@ -21,9 +25,9 @@ def half(folder=None, lora: bool = False, **changes) -> CoarseTrainer:
     actor = causal().to(torch.bfloat16)
     if lora:
         torch.manual_seed(5)
-        actor = models.add_lora(actor, Lora(rank=4, alpha=8))
-    policy = models.ActorCritic(
-        actor, models.Critic(SHAPE.hidden_size, copy.deepcopy(causal(1).model).to(torch.bfloat16))
+        actor = loading.add_lora(actor, Lora(rank=4, alpha=8))
+    policy = actor_critic.ActorCritic(
+        actor, actor_critic.Critic(SHAPE.hidden_size, copy.deepcopy(causal(1).model).to(torch.bfloat16))
     )
     settings = {
         "iterations": 4,
@@ -33,9 +37,9 @@ def half(folder=None, lora: bool = False, **changes) -> CoarseTrainer:
         "critic_head": "zero",
     } | changes
     return CoarseTrainer(
-        policy, PrefixReward(), rollout.KVDecoder(actor, TOKENIZER), prompts(), limits.Fixed(16),
+        policy, PrefixReward(), decoder.KVDecoder(actor, TOKENIZER), prompts(), limits.Fixed(16),
         Coarse(law=Law(name="fixed", limit=16), **settings),
-        seed=0, pad_id=tasks.PAD, folder=folder,
+        seed=0, pad_id=stories.PAD, folder=folder,
     )  # fmt: skip
 
 
@@ -46,7 +50,7 @@ def test_trunks_and_reference_are_bfloat16_and_heads_adapters_and_log_probs_floa
         t == (torch.float32 if "lora_" in n or n.startswith("critic.head") else torch.bfloat16)
         for n, t in kinds.items()
     )
-    batch = collate(samples(causal()), tasks.PAD)
+    batch = collate(samples(causal()), stories.PAD)
     logps, entropy, values = process.policy(batch)
     assert logps.dtype == entropy.dtype == values.dtype == process.policy.reference_logps(batch).dtype == torch.float32
     assert half().policy._frozen[0].lm_head.weight.dtype == torch.bfloat16
@@ -58,7 +62,7 @@ def test_the_head_computes_in_float32_whatever_the_trunk_does(vocabulary):
     hidden, weight = torch.randn(40, 64).bfloat16(), torch.randn(vocabulary, 64).bfloat16()
     targets = torch.randint(vocabulary, (40,))
     exact = (hidden.double() @ weight.double().T).log_softmax(-1)[torch.arange(40), targets]
-    assert (models.token_logps(hidden, weight, targets, 1.0)[0] - exact).abs().max() < 1e-4
+    assert (actor_critic.token_logps(hidden, weight, targets, 1.0)[0] - exact).abs().max() < 1e-4
 
 
 def test_old_log_probs_are_recomputed_and_the_samplers_mismatch_is_logged():
@@ -111,12 +115,12 @@ def test_activations_of_both_trunks_are_recomputed_and_gradients_are_the_same(lo
             process.policy.recompute_activations()
         e = process.credit(process.judge(process.collect()))
         count = {"actor": 0, "critic": 0}
-        trunks = {"actor": models.trunk_and_head(process.policy.actor)[0], "critic": process.policy.critic.trunk}
+        trunks = {"actor": actor_critic.trunk_and_head(process.policy.actor)[0], "critic": process.policy.critic.trunk}
         for name, trunk in trunks.items():
             trunk.layers[0].self_attn.register_forward_hook(
                 lambda *_, name=name, count=count: count.update({name: count[name] + 1})
             )
-        process._backward(e, [0, 1, 2], 30, warming=False)
+        process.loss(e, [0, 1, 2], 30)[0].backward()
         gradients.append({n: p.grad for n, p in process.policy.trainable().items() if p.grad is not None})
         calls.append(count)
     assert calls == [{"actor": 1, "critic": 1}, {"actor": 2, "critic": 2}]

@@ -4,8 +4,9 @@ import pytest
 import torch
 from tiny_models import TOKENIZER
 
-from c2f_utils import models, pretrain, tasks
-from c2f_utils.config import load_settings
+from c2f_utils.domain import stories
+from c2f_utils.models import loading, pretrain
+from c2f_utils.settings.load import load_settings
 
 # Long enough for the loss to fall, short enough for a test.
 SHORT = {"pretrain.tokens": 40_000}
@@ -19,7 +20,7 @@ def trained():
 
 def test_a_short_run_lowers_the_loss_below_that_of_knowing_nothing(trained):
     _, rows = trained
-    untaught = torch.tensor(float(len(tasks.VOCABULARY))).log().item()
+    untaught = torch.tensor(float(len(stories.VOCABULARY))).log().item()
     assert rows[0]["loss"] == pytest.approx(untaught, abs=0.4)
     assert rows[-1]["loss"] < 0.75 * untaught
     assert [row["step"] for row in rows] == sorted({row["step"] for row in rows})
@@ -30,14 +31,14 @@ def test_the_checkpoint_loads_with_transformers_alone(trained, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model, _ = trained
-    models.save_model(model, TOKENIZER, tmp_path / "model")
+    loading.save_model(model, TOKENIZER, tmp_path / "model")
     loaded, words = (
         AutoModelForCausalLM.from_pretrained(tmp_path / "model"),
         AutoTokenizer.from_pretrained(tmp_path / "model"),
     )
-    assert loaded.config.model_type == "mistral" and loaded.config.vocab_size == len(words) == len(tasks.VOCABULARY)
-    assert loaded.config.eos_token_id == tasks.EOS and loaded.config.pad_token_id == tasks.PAD
-    ids = torch.tensor([tasks.problems("test", 1, 0)[0].prompt_ids])
+    assert loaded.config.model_type == "mistral" and loaded.config.vocab_size == len(words) == len(stories.VOCABULARY)
+    assert loaded.config.eos_token_id == stories.EOS and loaded.config.pad_token_id == stories.PAD
+    ids = torch.tensor([stories.problems("test", 1, 0)[0].prompt_ids])
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, model(ids).logits)
 
@@ -53,13 +54,13 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others():
 
 def test_batches_hold_every_document_once_within_their_budget():
     settings = load_settings("smoke", overrides=SHORT)
-    corpus = list(tasks.documents(40_000, 0, settings.data.operations))
+    corpus = list(stories.documents(40_000, 0, settings.data.operations))
     batches = list(pretrain.batches(corpus, settings.pretrain.tokens_per_step, 0))
     documents = sorted(map(tuple, corpus))
-    found = sorted(tuple(row[row != tasks.PAD].tolist()) for batch in batches for row in batch)
+    found = sorted(tuple(row[row != stories.PAD].tolist()) for batch in batches for row in batch)
     assert found == documents
     assert all(batch.numel() <= settings.pretrain.tokens_per_step or len(batch) == 1 for batch in batches)
-    padding = sum(int((batch == tasks.PAD).sum()) for batch in batches) / sum(batch.numel() for batch in batches)
+    padding = sum(int((batch == stories.PAD).sum()) for batch in batches) / sum(batch.numel() for batch in batches)
     assert padding < 0.1, "documents of similar length share a batch"
 
 

@@ -13,10 +13,11 @@ import torch
 from finished_runs import finished
 from safetensors.torch import load_file
 
-from c2f_utils import checkpoints, processes
-from c2f_utils.config import load_settings
+from c2f_utils.coarse import checkpoints
 from c2f_utils.errors import C2FError
-from c2f_utils.runs import Run
+from c2f_utils.runs.run import Run
+from c2f_utils.settings.load import load_settings
+from c2f_utils.stages import processes, worker
 
 OVERRIDES = {
     "coarse.processes": 2,
@@ -35,7 +36,7 @@ def test_a_run_file_gives_back_the_settings_it_was_made_from(tmp_path):
 
 def test_a_run_file_with_unknown_or_missing_keys_is_refused_with_all_of_them(tmp_path, capsys):
     (tmp_path / "run.yaml").write_text("sed: 1\nruns: x\n")
-    assert processes.main([str(tmp_path / "run.yaml")]) == 2
+    assert worker.main([str(tmp_path / "run.yaml")]) == 2
     said = capsys.readouterr().err
     assert said.startswith("coarse: run file") and "'sed'" in said and "'runs'" in said and "no 'profile'" in said
 
@@ -93,9 +94,9 @@ def _read(path: Path) -> bytes:
 @pytest.mark.slow
 @pytest.mark.parametrize("run", [{}, {"coarse.spread": "fsdp2"}], ids=["ddp", "fsdp2"], indirect=True)
 def test_two_processes_leave_what_one_would(run):
-    from c2f_utils.workflow import coarse
+    from c2f_utils.stages import coarse_rlhf
 
-    rows = list(coarse.train(run))
+    rows = list(coarse_rlhf.train(run))
     here = run.here
     assert [row["iteration"] for row in rows] == [1, 2, 3] and [row["limit"] for row in rows] == [8, 12, 16]
     assert rows == [json.loads(line) for line in (here.dir / "metrics.jsonl").read_text().splitlines()]
@@ -109,9 +110,9 @@ def test_two_processes_leave_what_one_would(run):
 @pytest.mark.slow
 @pytest.mark.parametrize("run", [{"coarse.iterations": 40}], indirect=True)
 def test_closing_the_iterator_ends_the_processes_and_the_next_call_continues(run):
-    from c2f_utils.workflow import coarse
+    from c2f_utils.stages import coarse_rlhf
 
-    rows = coarse.train(run)
+    rows = coarse_rlhf.train(run)
     assert next(rows)["iteration"] == 1
     rows.close()
     deadline = time.monotonic() + 20
@@ -120,7 +121,7 @@ def test_closing_the_iterator_ends_the_processes_and_the_next_call_continues(run
     assert not children(run.here.dir)
     done = checkpoints.last_iteration(run.here.dir / "checkpoints")
     assert 0 < done < 40
-    again = coarse.train(run)
+    again = coarse_rlhf.train(run)
     assert next(again)["iteration"] == done + 1
     again.close()
 

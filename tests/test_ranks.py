@@ -15,10 +15,10 @@ from tiny_models import trainer
 from two_processes import SETTINGS, found, injected
 
 import c2f_utils
+from c2f_utils.coarse.ranks import Ranks
 from c2f_utils.errors import C2FError
-from c2f_utils.ranks import Ranks
 
-LAUNCH = Path(c2f_utils.__file__).parent / "launch"
+LAUNCH = Path(c2f_utils.__file__).parent / "coarse" / "launch"
 HERE = Path(__file__).parent
 
 

@@ -9,9 +9,14 @@ from safetensors.torch import load_file
 from tiny_models import SHAPE, TOKENIZER, causal, distinct_tokens, prompts, trainer, weights
 from transformers import MistralConfig, MistralForSequenceClassification, PreTrainedTokenizerFast
 
-from c2f_utils import checkpoints, limits, refusals, rewards, rollout, tasks
+from c2f_utils import limits
+from c2f_utils.coarse import checkpoints
+from c2f_utils.coarse.actor_critic import Critic
+from c2f_utils.domain import samples, stories
 from c2f_utils.errors import C2FError
-from c2f_utils.models import Critic, load_tokenizer
+from c2f_utils.models import loading, rewards
+from c2f_utils.models.loading import load_tokenizer
+from c2f_utils.rollout import decoder
 
 
 def scored(vocabulary: int) -> MistralForSequenceClassification:
@@ -31,13 +36,13 @@ def again(process, **changes):
         "prompts": process.prompts,
         "law": process.law,
     }
-    return type(process)(**parts | changes, config=process.config, seed=0, pad_id=tasks.PAD)
+    return type(process)(**parts | changes, config=process.config, seed=0, pad_id=stories.PAD)
 
 
 def test_a_reward_model_with_another_vocabulary_is_refused():
-    reward = rewards.RewardModel(scored(len(tasks.VOCABULARY) + 8), tasks.PAD)
+    reward = rewards.RewardModel(scored(len(stories.VOCABULARY) + 8), stories.PAD)
     with pytest.raises(
-        C2FError, match=f"reward model has a vocabulary of {len(tasks.VOCABULARY) + 8} tokens, the actor one of"
+        C2FError, match=f"reward model has a vocabulary of {len(stories.VOCABULARY) + 8} tokens, the actor one of"
     ):
         again(trainer(), reward=reward)
 
@@ -50,7 +55,7 @@ def test_a_critic_with_another_vocabulary_is_refused():
 
 
 def test_a_reward_model_with_another_tokenizer_of_equal_size_is_refused(tmp_path):
-    other = copy.deepcopy(tasks.VOCABULARY)
+    other = copy.deepcopy(stories.VOCABULARY)
     swapped = [*other[:-2], other[-1], other[-2]]
     from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -61,10 +66,10 @@ def test_a_reward_model_with_another_tokenizer_of_equal_size_is_refused(tmp_path
     scored(len(other)).save_pretrained(tmp_path / "same")
     scored(len(other)).save_pretrained(tmp_path / "swapped")
     scored(len(other)).save_pretrained(tmp_path / "bare")
-    refusals.refuse_other_tokenizer(str(tmp_path / "same"), TOKENIZER)
-    refusals.refuse_other_tokenizer(str(tmp_path / "bare"), TOKENIZER)
+    loading.refuse_other_tokenizer(str(tmp_path / "same"), TOKENIZER)
+    loading.refuse_other_tokenizer(str(tmp_path / "bare"), TOKENIZER)
     with pytest.raises(C2FError, match="another tokenizer than the base model: token .* is .* there and .* here"):
-        refusals.refuse_other_tokenizer(str(tmp_path / "swapped"), TOKENIZER)
+        loading.refuse_other_tokenizer(str(tmp_path / "swapped"), TOKENIZER)
 
 
 def test_a_tokenizer_without_eos_is_refused(tmp_path):
@@ -73,7 +78,7 @@ def test_a_tokenizer_without_eos_is_refused(tmp_path):
     model = causal()
     model.config.eos_token_id = None
     with pytest.raises(C2FError, match="no EOS token"):
-        rollout.KVDecoder(model, mute)
+        decoder.KVDecoder(model, mute)
     mute.save_pretrained(tmp_path)
     with pytest.raises(C2FError, match="no EOS token"):
         load_tokenizer(tmp_path)
@@ -87,9 +92,9 @@ def test_every_impossible_prompt_is_named_at_once():
     good = prompts(3)
     bad = [
         *good,
-        rollout.Prompt((), "empty"),
-        rollout.Prompt((1, 10_000), "foreign"),
-        rollout.Prompt((1,) * 120, "long"),
+        samples.Prompt((), "empty"),
+        samples.Prompt((1, 10_000), "foreign"),
+        samples.Prompt((1,) * 120, "long"),
     ]
     with pytest.raises(C2FError) as caught:
         again(trainer("fixed"), prompts=bad)
@@ -162,7 +167,7 @@ def test_damaged_weights_are_never_saved(tmp_path):
     with torch.no_grad():
         next(iter(process.policy.trainable().values())).fill_(float("inf"))
     with pytest.raises(C2FError, match="no longer finite .*step-00001"):
-        checkpoints.save(process, tmp_path)
+        process.save()
     assert checkpoints.latest(tmp_path).name == "step-00001"
 
 

@@ -14,8 +14,9 @@ import offline_mistral
 import pytest
 from finished_runs import ROOT, c2f, surroundings
 
-from c2f_utils import batch
+from c2f_utils import files
 from c2f_utils.__main__ import main
+from c2f_utils.headless import jobs
 
 
 @pytest.fixture(scope="session")
@@ -28,12 +29,12 @@ def offline(tmp_path_factory) -> Path:
 
 def refuse(capsys, monkeypatch, *arguments: str) -> str:
     """The message of a refused command; no kernel was started and no stage exists."""
-    monkeypatch.setattr(batch, "_execute", lambda *_: pytest.fail("a kernel was started"))
+    monkeypatch.setattr(jobs, "_execute", lambda *_: pytest.fail("a kernel was started"))
     capsys.readouterr()  # what making the models printed
-    assert main(["run", *arguments]) == batch.BAD_INPUT
+    assert main(["run", *arguments]) == jobs.BAD_INPUT
     message = capsys.readouterr().err
     assert message.startswith("c2f: ") and "Traceback" not in message
-    outputs = Path(batch.runs.outputs())
+    outputs = files.outputs()
     assert not outputs.is_dir() or not [path for path in outputs.rglob("*") if path.is_file()], (
         "something was left behind"
     )
@@ -110,15 +111,15 @@ def test_a_missing_earlier_stage(outputs, capsys, monkeypatch, notebook, missing
 def test_an_earlier_stage_of_another_profile_or_seed_does_not_count(smoke_run, monkeypatch, capsys):
     monkeypatch.setenv("C2F_OUTPUTS", str(smoke_run.parent))
     for other in (["--seed", "1"], ["--profile", "tiny"]):
-        assert main(["run", "03", "--run-id", "elsewhere", *other]) == batch.BAD_INPUT
+        assert main(["run", "03", "--run-id", "elsewhere", *other]) == jobs.BAD_INPUT
         assert "no finished 01_base_model" in capsys.readouterr().err
 
 
 def test_a_stage_that_exists_with_another_configuration(smoke_run, monkeypatch, capsys):
     monkeypatch.setenv("C2F_OUTPUTS", str(smoke_run.parent))
-    monkeypatch.setattr(batch, "_execute", lambda *_: pytest.fail("a kernel was started"))
+    monkeypatch.setattr(jobs, "_execute", lambda *_: pytest.fail("a kernel was started"))
     before = (smoke_run / "03_coarse_rlhf" / "results.json").stat().st_mtime_ns
-    assert main(["run", "03", "--run-id", smoke_run.name, "-p", "coarse.iterations=9"]) == batch.BAD_INPUT
+    assert main(["run", "03", "--run-id", smoke_run.name, "-p", "coarse.iterations=9"]) == jobs.BAD_INPUT
     message = capsys.readouterr().err
     for part in (
         "03_coarse_rlhf exists",
@@ -133,9 +134,9 @@ def test_a_stage_that_exists_with_another_configuration(smoke_run, monkeypatch, 
 
 def test_a_stage_of_another_profile_or_seed_than_the_runs(smoke_run, monkeypatch, capsys):
     monkeypatch.setenv("C2F_OUTPUTS", str(smoke_run.parent))
-    monkeypatch.setattr(batch, "_execute", lambda *_: pytest.fail("a kernel was started"))
+    monkeypatch.setattr(jobs, "_execute", lambda *_: pytest.fail("a kernel was started"))
     for other, advice in ((["--seed", "1"], "add --seed 0 "), (["--profile", "tiny"], "add --profile smoke ")):
-        assert main(["run", "01", "--run-id", smoke_run.name, *other]) == batch.BAD_INPUT
+        assert main(["run", "01", "--run-id", smoke_run.name, *other]) == jobs.BAD_INPUT
         message = capsys.readouterr().err
         assert f"run '{smoke_run.name}' holds profile smoke, seed 0" in message and advice in message, message
 
@@ -149,7 +150,7 @@ def test_a_stage_whose_inputs_have_changed(smoke_run, tmp_path, monkeypatch, cap
     found["behaviour"]["n"] += 1
     (copy / "01_base_model" / "results.json").write_text(json.dumps(found))
     monkeypatch.setenv("C2F_OUTPUTS", str(copy.parent))
-    assert main(["run", "02", "--run-id", "copy"]) == batch.BAD_INPUT
+    assert main(["run", "02", "--run-id", "copy"]) == jobs.BAD_INPUT
     assert "input 01_base_model: its settings or results have changed" in capsys.readouterr().err
 
 

@@ -9,9 +9,9 @@ import sys
 import pytest
 from fake_results import STAGES, fake_run
 
-from c2f_utils import plots_style, report
 from c2f_utils.errors import C2FError
-from c2f_utils.report_document import Document, to_html, to_markdown
+from c2f_utils.report import build, results, style
+from c2f_utils.report.document import Document, to_html, to_markdown
 
 PNG = (
     b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\x00\x00\x00\x01\x00\x00\x00\x01\x08\x06\x00\x00\x00\x1f\x15\xc4\x89"
@@ -27,14 +27,14 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(run, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(plots_style.STYLE, "pdf.fonttype", 3)  # twice as fast; the real type is tested on one figure
-        return report.build(run, tmp_path_factory.mktemp("out") / "report").parent
+        patch.setitem(style.STYLE, "pdf.fonttype", 3)  # twice as fast; the real type is tested on one figure
+        return build.build(run, tmp_path_factory.mktemp("out") / "report").parent
 
 
 @pytest.fixture
 def unpainted(monkeypatch):
     """Figures are still drawn, but not turned into files: that is tested once, in `whole`."""
-    monkeypatch.setattr(plots_style, "_rendered", lambda fig, kind, dpi=None: PNG)
+    monkeypatch.setattr(style, "_rendered", lambda fig, kind, dpi=None: PNG)
 
 
 @pytest.fixture
@@ -43,11 +43,11 @@ def undrawn(monkeypatch):
 
     def figure(self, name, draw, caption):
         for kind in ("pdf", "png", "csv"):
-            plots_style.write_bytes(self.out / "figures" / f"{name}.{kind}", PNG)
+            style.write_bytes(self.out / "figures" / f"{name}.{kind}", PNG)
             self.written.append(f"figures/{name}.{kind}")
         self.document.figure(name, caption)
 
-    monkeypatch.setattr(report._Builder, "_figure", figure)
+    monkeypatch.setattr(build._Builder, "_figure", figure)
 
 
 class Page(html.parser.HTMLParser):
@@ -86,7 +86,7 @@ def test_a_finished_run_gives_every_figure_and_table_and_misses_nothing(whole):
         "04_schedules",
     } <= names
     assert {"04_tokens_to_target", "06_coefficients", "06_layers", "06_operators", "06_anatomy", "07_prefixes"} <= names
-    assert {f"07_{kind}_{way}" for kind in ("length", "redundancy") for way in plots_style.DECODINGS} <= names
+    assert {f"07_{kind}_{way}" for kind in ("length", "redundancy") for way in results.DECODINGS} <= names
     tables = {path.stem for path in (whole / "tables").glob("*.md")}
     assert {"runs", "models_summary", "04_laws", "06_sweep", "07_models_greedy", "07_paired", "timings"} <= tables
 
@@ -135,14 +135,14 @@ def test_repeated_words_are_marked_in_the_html(whole):
 
 
 def test_the_same_results_give_the_same_report(run, tmp_path, undrawn):
-    first = report.build(run, tmp_path / "a").parent
-    second = report.build(run, tmp_path / "b").parent
+    first = build.build(run, tmp_path / "a").parent
+    second = build.build(run, tmp_path / "b").parent
     assert (first / "manifest.json").read_bytes() == (second / "manifest.json").read_bytes()
 
 
 def test_what_is_missing_is_named_with_its_notebook(tmp_path, undrawn):
     run = fake_run(tmp_path, skip=("04_length_schedules", "07_evaluation"))
-    out = report.build(run, tmp_path / "report").parent
+    out = build.build(run, tmp_path / "report").parent
     text = (out / "report.md").read_text()
     missing = json.loads((out / "manifest.json").read_text())["missing"]
     assert [line.split(":")[0] for line in missing] == ["04_length_schedules", "07_evaluation"]
@@ -155,14 +155,14 @@ def test_what_is_missing_is_named_with_its_notebook(tmp_path, undrawn):
 
 def test_a_run_without_any_result_is_refused_with_the_next_step(tmp_path):
     with pytest.raises(C2FError, match="c2f run all"):
-        report.build(tmp_path / "nothing", tmp_path / "report")
+        build.build(tmp_path / "nothing", tmp_path / "report")
 
 
 def test_an_unfinished_stage_and_its_alarms_are_called_that(tmp_path, undrawn):
     run = fake_run(tmp_path)
     path = run / "03_coarse_rlhf" / "status.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"status": "stopped", "alarms": ["KL 14.2 > 10"]}))
-    text = (report.build(run, tmp_path / "report").parent / "report.md").read_text()
+    text = (build.build(run, tmp_path / "report").parent / "report.md").read_text()
     assert "This stage is stopped, not done" in text and "KL 14.2" in text
     assert "03_coarse_rlhf: stopped, not done" in text
 
@@ -171,7 +171,7 @@ def test_a_damaged_result_costs_its_figure_only_and_is_named(tmp_path, unpainted
     run = fake_run(tmp_path)
     path = run / "06_residue_merging" / "results.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"sweep": [{"score": 1}], "anatomy": None}))
-    out = report.build(run, tmp_path / "report").parent
+    out = build.build(run, tmp_path / "report").parent
     missing = json.loads((out / "manifest.json").read_text())["missing"]
     assert any("figure 06_coefficients: could not be made (KeyError" in line for line in missing)
     assert (out / "figures" / "06_operators.png").is_file()
@@ -179,14 +179,14 @@ def test_a_damaged_result_costs_its_figure_only_and_is_named(tmp_path, unpainted
 
 def test_hub_data_show_rewards_and_say_why(tmp_path, unpainted):
     run = fake_run(tmp_path, "hub", checker=False)
-    text = (report.build(run, tmp_path / "report").parent / "report.md").read_text()
+    text = (build.build(run, tmp_path / "report").parent / "report.md").read_text()
     assert "exact checker knows only the embedded domain" in text.split("## What is missing")[1]
     assert "Accuracy is not available" in text and "could not be made" not in text
 
 
 def test_several_runs_are_shown_each_with_mean_and_interval(tmp_path, undrawn):
     runs = [fake_run(tmp_path, f"s{seed}", seed) for seed in (11, 12, 13)]
-    out = report.build(runs[0], tmp_path / "report", runs=["s11", runs[1], str(runs[2]), "absent"]).parent
+    out = build.build(runs[0], tmp_path / "report", runs=["s11", runs[1], str(runs[2]), "absent"]).parent
     text = (out / "report.md").read_text()
     assert "s11 (seed 11), s12 (seed 12), s13 (seed 13)" in text
     header = next(line for line in text.splitlines() if line.startswith("| model | metric"))
@@ -198,7 +198,7 @@ def test_several_runs_are_shown_each_with_mean_and_interval(tmp_path, undrawn):
 
 def test_copies_of_one_seed_are_not_passed_off_as_seeds(tmp_path, undrawn):
     runs = [fake_run(tmp_path, name, 5) for name in ("a", "b")]
-    text = (report.build(runs[0], tmp_path / "report", runs=runs).parent / "report.md").read_text()
+    text = (build.build(runs[0], tmp_path / "report", runs=runs).parent / "report.md").read_text()
     assert "some runs share a seed" in text
 
 
@@ -208,7 +208,7 @@ def test_stages_lent_by_another_run_are_found_and_named(tmp_path, undrawn):
     path = run / "07_evaluation" / "provenance.json"
     lent = {"01_base_model": "lab", "03_coarse_rlhf": "lab"}
     path.write_text(json.dumps(json.loads(path.read_text()) | {"parents": lent}))
-    out = report.build(run, tmp_path / "report").parent
+    out = build.build(run, tmp_path / "report").parent
     text = (out / "report.md").read_text()
     assert "03_coarse_rlhf comes from run lab" in text
     assert json.loads((out / "manifest.json").read_text())["missing"] == []
@@ -216,10 +216,10 @@ def test_stages_lent_by_another_run_are_found_and_named(tmp_path, undrawn):
 
 def test_files_of_an_earlier_report_that_are_no_longer_made_go_and_others_stay(tmp_path, undrawn):
     run = fake_run(tmp_path)
-    out = report.build(run, tmp_path / "report").parent
+    out = build.build(run, tmp_path / "report").parent
     (out / "figures" / "mine.png").write_bytes(PNG)
     (run / "04_length_schedules" / "results.json").unlink()
-    report.build(run, out)
+    build.build(run, out)
     assert not (out / "figures" / "04_schedules.png").exists() and (out / "figures" / "mine.png").exists()
 
 
@@ -241,11 +241,11 @@ def test_text_of_models_and_data_never_becomes_markup(tmp_path):
 
 
 def test_the_overview_has_the_models_the_sentences_and_what_is_missing(run, tmp_path):
-    text = report.overview(run)
+    text = build.overview(run)
     assert "| Fine Actor |" in text and "**Length laws**" in text and "rambles" in text and "Not run yet" not in text
-    partial = report.overview(fake_run(tmp_path, skip=("07_evaluation",)))
+    partial = build.overview(fake_run(tmp_path, skip=("07_evaluation",)))
     assert "Not run yet: notebooks/07_evaluation.ipynb." in partial and "| Fine Actor |" not in partial
-    assert "notebooks/01_base_model.ipynb" in report.overview(tmp_path / "nothing")
+    assert "notebooks/01_base_model.ipynb" in build.overview(tmp_path / "nothing")
 
 
 def test_the_report_needs_no_torch():

@@ -4,12 +4,14 @@ import pytest
 import torch
 from tiny_models import SHAPE, TOKENIZER, causal, prompts, samples
 
-from c2f_utils import tasks
-from c2f_utils.config import Lora
+from c2f_utils.coarse.actor_critic import ActorCritic, Critic
+from c2f_utils.domain import stories
+from c2f_utils.domain.samples import Prompt
 from c2f_utils.errors import C2FError
-from c2f_utils.models import ActorCritic, Critic, add_lora
-from c2f_utils.packing import collate
-from c2f_utils.rollout import KVDecoder, Prompt
+from c2f_utils.models.loading import add_lora
+from c2f_utils.models.packing import collate
+from c2f_utils.rollout.decoder import KVDecoder
+from c2f_utils.settings.config import Lora
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +22,7 @@ def model():
 def recomputed(model, batch):
     policy = ActorCritic(model, Critic(SHAPE.hidden_size))
     with torch.no_grad():
-        flat, entropy, _ = policy(collate(batch, tasks.PAD))
+        flat, entropy, _ = policy(collate(batch, stories.PAD))
     return flat, torch.cat([s.logps for s in batch])
 
 
@@ -45,7 +47,7 @@ def test_greedy_answers_equal_those_of_the_library(model):
     for sample in ours:
         ids = torch.tensor([sample.prompt.ids])
         theirs = model.generate(
-            ids, max_new_tokens=24, do_sample=False, pad_token_id=tasks.PAD, attention_mask=torch.ones_like(ids)
+            ids, max_new_tokens=24, do_sample=False, pad_token_id=stories.PAD, attention_mask=torch.ones_like(ids)
         )
         assert sample.ids == theirs[0, ids.shape[1] :].tolist()
 
@@ -61,9 +63,9 @@ def test_every_answer_keeps_its_own_limit_and_says_why_it_stopped(model):
     limits = [1, 3, 30, 5, 30, 2]
     for sample, limit in zip(samples(model, 6, limits), limits, strict=True):
         assert sample.limit == limit and 1 <= sample.tokens <= limit
-        assert sample.stop == ("eos" if sample.ids[-1] == tasks.EOS else "limit")
+        assert sample.stop == ("eos" if sample.ids[-1] == stories.EOS else "limit")
         assert sample.cut == (sample.stop == "limit") and (sample.tokens == limit or not sample.cut)
-        assert tasks.EOS not in sample.ids[:-1] and len(sample.logps) == sample.tokens
+        assert stories.EOS not in sample.ids[:-1] and len(sample.logps) == sample.tokens
 
 
 def test_an_answer_that_ends_on_its_last_allowed_token_is_not_called_cut(model):
@@ -84,7 +86,7 @@ def test_waves_under_a_small_cache_give_greedy_answers_unchanged(model):
 def test_sampling_follows_the_models_probabilities(model):
     prompt = prompts(1)[0]
     drawn = KVDecoder(model, TOKENIZER, tokens_in_cache=10**9)([prompt] * 4000, 1, seed=3)
-    counts = torch.bincount(torch.tensor([s.ids[0] for s in drawn]), minlength=len(tasks.VOCABULARY)) / 4000
+    counts = torch.bincount(torch.tensor([s.ids[0] for s in drawn]), minlength=len(stories.VOCABULARY)) / 4000
     with torch.no_grad():
         expected = model(torch.tensor([prompt.ids])).logits[0, -1].softmax(-1)
     assert (counts - expected).abs().max() < 4 * (0.25 / 4000) ** 0.5
@@ -97,7 +99,7 @@ def test_the_same_seed_repeats_and_another_does_not(model):
 
 def test_a_stop_string_ends_an_answer_and_is_not_shown(model):
     free = KVDecoder(model, TOKENIZER)(prompts(6), 24, temperature=0.0)
-    word = tasks.VOCABULARY[free[0].ids[2]]
+    word = stories.VOCABULARY[free[0].ids[2]]
     stopped = KVDecoder(model, TOKENIZER, stop_strings=[word])(prompts(6), 24, temperature=0.0)[0]
     assert stopped.stop == "string" and not stopped.cut and word not in stopped.text
     assert stopped.ids == free[0].ids[: stopped.tokens] and stopped.tokens <= 3

@@ -8,12 +8,16 @@ import pytest
 import torch
 from tiny_models import TOKENIZER, causal, prompts
 
-from c2f_utils import limits, models, rollout_gpu, tasks
-from c2f_utils.config import Lora, Models, load_settings
+from c2f_utils import limits
+from c2f_utils.domain import stories
 from c2f_utils.errors import C2FError
-from c2f_utils.models import add_lora, device, fuse_norms
-from c2f_utils.rollout import KVDecoder
-from c2f_utils.workflow import coarse
+from c2f_utils.models import loading
+from c2f_utils.models.loading import add_lora, device, fuse_norms
+from c2f_utils.rollout import decoder_gpu
+from c2f_utils.rollout.decoder import KVDecoder
+from c2f_utils.settings.config import Lora, Models
+from c2f_utils.settings.load import load_settings
+from c2f_utils.stages import coarse_rlhf
 
 
 def adapted(**options) -> torch.nn.Module:
@@ -32,7 +36,7 @@ def both(model, limits, count=9, temperature=0.0, stop_strings=()):
     decoder = KVDecoder(model, TOKENIZER, stop_strings=stop_strings)
     limits = [limits] * count if isinstance(limits, int) else limits
     generator = torch.Generator().manual_seed(3)
-    layers = [rollout_gpu.GraphLayer(layer, decoder.config) for layer in decoder.trunk.layers]
+    layers = [decoder_gpu.GraphLayer(layer, decoder.config) for layer in decoder.trunk.layers]
     return (
         decoder(prompts(count), limits, temperature=temperature, seed=3),
         decoder._decode_on_gpu(layers, prompts(count), limits, temperature, generator),
@@ -46,20 +50,20 @@ def same(ours, theirs) -> bool:
 
 @pytest.mark.parametrize("check", [1, 3, 8])
 def test_answers_and_their_logps_equal_the_plain_loops_however_rarely_it_looks(check, monkeypatch):
-    monkeypatch.setattr(rollout_gpu, "CHECK", check)
+    monkeypatch.setattr(decoder_gpu, "CHECK", check)
     ours, theirs = both(causal(), [1, 3, 30, 5, 30, 2, 16, 40, 8])
     assert same(ours, theirs) and {s.stop for s in ours} == {"eos", "limit"}
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0], ids=["never", "at once"])
 def test_dropping_finished_rows_changes_no_answer(share, monkeypatch):
-    monkeypatch.setattr(rollout_gpu, "COMPACT", share)
+    monkeypatch.setattr(decoder_gpu, "COMPACT", share)
     assert same(*both(causal(), [4, 9, 30, 5, 30, 2, 16, 40, 8]))
 
 
 def test_adapters_are_part_of_the_policy_and_plain_layers_share_one_product():
     model = adapted()
-    first = rollout_gpu.GraphLayer(model.get_base_model().model.layers[0], model.get_base_model().config)
+    first = decoder_gpu.GraphLayer(model.get_base_model().model.layers[0], model.get_base_model().config)
     assert first.qkv.fused and first.qkv.down.shape[0] == 12 and first.down.fused
     assert same(*both(model, 24))
     with model.disable_adapter():
@@ -70,7 +74,7 @@ def test_adapters_are_part_of_the_policy_and_plain_layers_share_one_product():
 def test_stop_strings_end_answers_at_the_same_token():
     free = both(causal(), 24)[0]
     late = max(free, key=lambda s: s.tokens).ids
-    words = [tasks.VOCABULARY[free[0].ids[2]], tasks.VOCABULARY[late[9]]]
+    words = [stories.VOCABULARY[free[0].ids[2]], stories.VOCABULARY[late[9]]]
     ours, theirs = both(causal(), [24, 24, 3, 24, 24, 24, 24, 1, 24], stop_strings=words)
     assert same(ours, theirs) and {s.stop for s in ours} >= {"string", "limit"}
 
@@ -103,7 +107,7 @@ def test_fused_norms_compute_the_same_and_are_saved_under_the_same_names(monkeyp
     ids = torch.tensor([prompts(1)[0].ids])
     with torch.no_grad():
         before, names = model(ids).logits, set(model.state_dict())
-        monkeypatch.setattr(models, "_fusible", lambda model: True)
+        monkeypatch.setattr(loading, "_fusible", lambda model: True)
         fuse_norms(model)
         assert sum(type(m) is torch.nn.RMSNorm for m in model.modules()) == 5
         assert torch.allclose(model(ids).logits, before, atol=1e-5) and set(model.state_dict()) == names
@@ -126,4 +130,4 @@ def test_compiling_where_it_cannot_be_is_refused(changes, tmp_path):
     settings = load_settings("smoke", overrides={"models.compile": True})
     if not torch.cuda.is_available():
         with pytest.raises(C2FError, match="torch sees no GPU"):
-            coarse.trainer(SimpleNamespace(settings=settings), limits.Fixed(8), tmp_path)
+            coarse_rlhf.trainer(SimpleNamespace(settings=settings), limits.Fixed(8), tmp_path)

@@ -12,21 +12,23 @@ import time
 import numpy as np
 import pytest
 
-from c2f_utils import claims, runs
-from c2f_utils import stage as stage_room
-from c2f_utils.config import load_settings
 from c2f_utils.errors import C2FError
 from c2f_utils.files import read_json, read_jsonl
+from c2f_utils.runs import locks, registry
+from c2f_utils.runs import stage as stage_room
+from c2f_utils.runs.run import Run
+from c2f_utils.runs.stage import Stage, run_folder
+from c2f_utils.settings.load import load_settings
 
 BASE = "01_base_model"
 pytestmark = pytest.mark.usefixtures("outputs")
 
 
-def open_run(run_id: str = "a", profile: str = "smoke", **overrides) -> runs.Run:
-    return runs.Run(load_settings(profile, run_id=run_id, overrides=overrides))
+def open_run(run_id: str = "a", profile: str = "smoke", **overrides) -> Run:
+    return Run(load_settings(profile, run_id=run_id, overrides=overrides))
 
 
-def make(run: runs.Run, name: str = BASE, results: dict | None = None) -> runs.Stage:
+def make(run: Run, name: str = BASE, results: dict | None = None) -> Stage:
     """Run a stage to its end with the given results."""
     stage = run.stage(name)
     inputs, parents = run.inputs(name)
@@ -42,9 +44,9 @@ def child(code: str) -> subprocess.Popen:
 
 
 BEGIN = """
-    from c2f_utils import runs
-    from c2f_utils.config import load_settings
-    stage = runs.Run(load_settings("smoke", run_id="a")).stage("01_base_model")
+    from c2f_utils.runs.run import Run
+    from c2f_utils.settings.load import load_settings
+    stage = Run(load_settings("smoke", run_id="a")).stage("01_base_model")
     try:
         stage.begin(threads=3)
         print("begun", flush=True)
@@ -79,9 +81,9 @@ def test_overwrite_sets_the_old_stage_aside_and_keeps_every_earlier_one():
         stage.begin(overwrite=True)
         stage.save_results({"tokens": tokens})
         stage.finish()
-    kept = {path.name: read_json(path / "results.json")["tokens"] for path in runs.run_folder("a").glob("01_*")}
+    kept = {path.name: read_json(path / "results.json")["tokens"] for path in run_folder("a").glob("01_*")}
     assert kept == {BASE: 3000, f"{BASE}.old-1": 1000, f"{BASE}.old-2": 2000}
-    assert [item.name for item in runs.stages()] == [BASE], "old stages are no one's parents"
+    assert [item.name for item in registry.stages()] == [BASE], "old stages are no one's parents"
 
 
 def test_overwrite_with_the_same_settings_loads():
@@ -127,15 +129,15 @@ def test_of_many_processes_that_start_at_once_exactly_one_wins():
 
 def test_a_reused_process_number_does_not_hold_a_claim(tmp_path):
     path = tmp_path / "claim"
-    path.write_text(json.dumps(claims.owner() | {"born": "1", "pid": os.getppid()}))
-    assert claims.take(path, heartbeat_age=0.0) is None
+    path.write_text(json.dumps(locks.owner() | {"born": "1", "pid": os.getppid()}))
+    assert locks.take(path, heartbeat_age=0.0) is None
 
 
-@pytest.mark.parametrize(("age", "free"), [(claims.LOST - 1, False), (claims.LOST + 1, True), (None, True)])
+@pytest.mark.parametrize(("age", "free"), [(locks.LOST - 1, False), (locks.LOST + 1, True), (None, True)])
 def test_a_claim_from_another_machine_lasts_as_long_as_its_heartbeat(tmp_path, age, free):
     path = tmp_path / "claim"
-    path.write_text(json.dumps(claims.owner() | {"host": "elsewhere"}))
-    assert (claims.take(path, heartbeat_age=age) is None) == free
+    path.write_text(json.dumps(locks.owner() | {"host": "elsewhere"}))
+    assert (locks.take(path, heartbeat_age=age) is None) == free
 
 
 def test_beginning_again_in_one_process_silences_the_first_heartbeat(monkeypatch):
@@ -202,7 +204,7 @@ def test_a_parent_comes_from_the_same_run_before_any_other(capsys):
 
 def test_a_parent_of_another_run_must_match_profile_and_seed_and_is_printed(capsys):
     make(open_run("tiny-run", profile="tiny"))
-    make(runs.Run(load_settings("smoke", seed=1, run_id="seed1")))
+    make(Run(load_settings("smoke", seed=1, run_id="seed1")))
     with pytest.raises(C2FError, match="no finished 01_base_model"):
         open_run("new").parent(BASE)
     make(open_run("old"))
@@ -212,24 +214,24 @@ def test_a_parent_of_another_run_must_match_profile_and_seed_and_is_printed(caps
 
 
 def test_an_actor_of_the_users_own_law_is_lent_to_no_other_run():
-    from c2f_utils.provenance import fingerprint
+    from c2f_utils.runs.provenance import fingerprint
 
     name = "05_instruction_model"  # any stage will do; 03 is the one that records these inputs
-    for run_id, law in (("usual", runs.OF_SETTINGS), ("own", {"source": "class Doubling ..."})):
+    for run_id, law in (("usual", registry.OF_SETTINGS), ("own", {"source": "class Doubling ..."})):
         stage = open_run(run_id).stage(name)
-        stage.begin({"law": fingerprint(law), "reward": fingerprint(runs.OF_SETTINGS)})
+        stage.begin({"law": fingerprint(law), "reward": fingerprint(registry.OF_SETTINGS)})
         stage.save_results({"loss": 1.0})
         stage.finish()
     assert open_run("third").parent(name).run_id == "usual", "though the other finished later"
     assert open_run("own").parent(name).run_id == "own", "in its own run it is the one meant"
-    assert runs.own_parts(open_run("own").stage(name)) == ["law"]
+    assert registry.own_parts(open_run("own").stage(name)) == ["law"]
 
 
 def test_a_run_keeps_to_one_profile_and_seed():
     run = open_run("t1", profile="tiny")
     make(run)
     run.refuse_mixture("02_reward_model")
-    other = runs.Run(load_settings("smoke", run_id="t1", seed=3))
+    other = Run(load_settings("smoke", run_id="t1", seed=3))
     with pytest.raises(C2FError, match=r"run 't1' holds profile tiny, seed 0; 02_reward_model asks for smoke, seed 3: "
                        r"add --profile tiny --seed 0 .* or choose another run_id"):  # fmt: skip
         other.refuse_mixture("02_reward_model")
@@ -289,7 +291,7 @@ def test_the_look_at_the_machine_is_never_in_the_way_of_another_profile():
 @pytest.mark.parametrize("run_id", ["", "..", "a/b", "../x", ".hidden", "a b", "é", "a" * 65, "x\n"])
 def test_a_run_id_that_is_no_safe_folder_name_is_refused(run_id):
     with pytest.raises(C2FError, match="run_id"):
-        runs.run_folder(run_id)
+        run_folder(run_id)
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
@@ -303,7 +305,7 @@ def test_a_full_disk_is_refused_before_anything_is_written(monkeypatch):
     monkeypatch.setenv("C2F_MIN_FREE_MB", "1e12")
     with pytest.raises(C2FError, match="MB free, 1000000000000 MB are needed"):
         open_run().stage(BASE).begin()
-    assert not list(runs.run_folder("a").glob("*"))
+    assert not list(run_folder("a").glob("*"))
 
 
 def test_results_with_a_value_that_is_not_finite_are_refused_with_its_path():
@@ -347,7 +349,7 @@ def test_the_table_names_state_changed_knobs_and_parents():
     third.log({"iteration": 3, "reward": 0.25})
     third.note(alarms=["92 % of answers hit the limit"])
     third.fail("ValueError: boom")
-    found = runs.table().set_index("stage")
+    found = registry.table().set_index("stage")
     assert list(found["status"]) == ["done", "done", "failed"]
     assert found.loc[BASE, "changed"] == "pretrain.tokens=4321"
     assert found.loc["02_reward_model", "parents"] == "t/01"
@@ -357,9 +359,9 @@ def test_the_table_names_state_changed_knobs_and_parents():
 
 
 def test_an_empty_outputs_folder_has_an_empty_table():
-    assert runs.table().empty
+    assert registry.table().empty
 
 
 def test_runs_need_no_torch():
-    code = "import sys, c2f_utils.runs, c2f_utils.batch; sys.exit('torch' in sys.modules)"
+    code = "import sys, c2f_utils.runs.registry, c2f_utils.headless.jobs; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -8,10 +8,12 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from c2f_utils import config, runs
-from c2f_utils.config import PROFILES, STAGES, load_settings
 from c2f_utils.errors import C2FError
 from c2f_utils.files import read_yaml
+from c2f_utils.runs.run import PARENTS
+from c2f_utils.settings import config
+from c2f_utils.settings.config import PROFILES, STAGES
+from c2f_utils.settings.load import load_settings
 
 
 def refused(overrides: dict, profile: str = "smoke") -> str:
@@ -175,7 +177,7 @@ def test_study_decides_the_schedules_only():
 
 
 def test_stages_agree_with_the_run_room():
-    assert set(STAGES) == set(runs.PARENTS)
+    assert set(STAGES) == set(PARENTS)
 
 
 def test_every_setting_is_documented_or_obvious():
@@ -191,7 +193,8 @@ def test_every_setting_is_documented_or_obvious():
 
 def test_settings_load_without_torch():
     code = (
-        "import sys; from c2f_utils.config import load_settings; load_settings('smoke'); print('torch' in sys.modules)"
+        "import sys\nfrom c2f_utils.settings.load import load_settings\n"
+        "load_settings('smoke'); print('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from fake_results import MODELS, fake_run
 
-from c2f_utils import tables as t
+from c2f_utils.report import tables as t
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from c2f_utils import law_study, plots, tables_laws
+from c2f_utils.report import figures, law_study, tables_laws
 
 KNOWN = next(iter(law_study.KNOWN))
 HACKED = next(iter(law_study.HACKED))
@@ -49,9 +49,9 @@ def test_savings_are_given_for_both_families_of_clocks_and_both_units():
 
 @pytest.mark.parametrize("content", [study(), {"runs": {}}], ids=["study", "nothing yet"])
 def test_the_figures_draw_what_there_is(content):
-    for figure in (plots.regret_map(content), plots.limit_paths(content, ("useful", "logistic"))):
+    for figure in (figures.regret_map(content), figures.limit_paths(content, ("useful", "logistic"))):
         figure.draw_without_rendering()
-    assert len(plots.regret_map(content).data) == len(tables_laws.regret_table(content))
+    assert len(figures.regret_map(content).data) == len(tables_laws.regret_table(content))
 
 
 def stage(folder, laws: dict, rows: list[dict]):

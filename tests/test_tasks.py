@@ -5,16 +5,16 @@ import re
 
 import pytest
 
-from c2f_utils import tasks
+from c2f_utils.domain import stories
 
 
 @pytest.fixture(scope="module")
-def problem() -> tasks.Problem:
-    return tasks.Problem("anna", "coins", 7, (("finds", 4), ("loses", 2), ("buys", 3)))
+def problem() -> stories.Problem:
+    return stories.Problem("anna", "coins", 7, (("finds", 4), ("loses", 2), ("buys", 3)))
 
 
 def ids(text: str) -> list[int]:
-    return tasks.encode(text.split())
+    return stories.encode(text.split())
 
 
 WORKED = (
@@ -24,7 +24,7 @@ WORKED = (
 
 
 def test_a_right_worked_answer_gets_full_marks(problem):
-    verdict = tasks.check(problem, ids(WORKED))
+    verdict = stories.check(problem, ids(WORKED))
     assert (verdict.correct_steps, verdict.wrong_steps, verdict.first_right, verdict.last_right, verdict.ended) == (
         3,
         0,
@@ -38,7 +38,7 @@ def test_a_right_worked_answer_gets_full_marks(problem):
 def test_utility_follows_its_published_formula(problem):
     text = "let us think . first finds 4 so 7 + 4 = 11 . second loses 2 so 11 - 2 = 8 . answer : 12 . "
     text += "let us check . answer : 5 ."
-    verdict = tasks.check(problem, ids(text))
+    verdict = stories.check(problem, ids(text))
     assert (verdict.correct_steps, verdict.wrong_steps, verdict.checks) == (1, 1, 1)
     assert (verdict.first_right, verdict.last_right, verdict.ended) == (True, False, False)
     assert verdict.utility == pytest.approx(3 / 3 - 0.25 - 0.5 + 0.4)
@@ -47,8 +47,8 @@ def test_utility_follows_its_published_formula(problem):
 def test_repeating_a_right_step_earns_nothing_more(problem):
     once = "first finds 4 so 7 + 4 = 11 ."
     assert (
-        tasks.check(problem, ids(once)).correct_steps
-        == tasks.check(problem, ids(f"{once} {once} {once}")).correct_steps
+        stories.check(problem, ids(once)).correct_steps
+        == stories.check(problem, ids(f"{once} {once} {once}")).correct_steps
         == 1
     )
 
@@ -63,79 +63,79 @@ def test_repeating_a_right_step_earns_nothing_more(problem):
     ],
 )
 def test_a_step_that_is_not_the_problems_is_wrong(problem, sentence):
-    verdict = tasks.check(problem, ids(sentence))
+    verdict = stories.check(problem, ids(sentence))
     assert (verdict.correct_steps, verdict.wrong_steps) == (0, 1)
 
 
 def test_utility_has_no_length_term(problem):
     filler = "so it goes on . "
     assert (
-        tasks.check(problem, ids("answer : 12 .")).utility
-        == tasks.check(problem, ids(filler * 9 + "answer : 12 .")).utility
+        stories.check(problem, ids("answer : 12 .")).utility
+        == stories.check(problem, ids(filler * 9 + "answer : 12 .")).utility
     )
 
 
 def test_length_enters_the_label_and_only_the_label(problem):
-    short, long = (tasks.check(problem, ids("so it goes on . " * n + "answer : 12 .")) for n in (0, 20))
-    label = [tasks.labelled_utility(v, random.Random(0), 0.0, 0.002) for v in (short, long)]
+    short, long = (stories.check(problem, ids("so it goes on . " * n + "answer : 12 .")) for n in (0, 20))
+    label = [stories.labelled_utility(v, random.Random(0), 0.0, 0.002) for v in (short, long)]
     assert label[1] - label[0] == pytest.approx(0.002 * (long.tokens - short.tokens))
 
 
 def test_splits_are_disjoint_in_the_numbers_whatever_the_words():
-    keys = [{p.values for p in tasks.problems(split, 300, 5)} for split in ("train", "validation", "test")]
+    keys = [{p.values for p in stories.problems(split, 300, 5)} for split in ("train", "validation", "test")]
     assert not keys[0] & keys[1] and not keys[0] & keys[2] and not keys[1] & keys[2]
-    one = tasks.Problem("anna", "coins", 7, (("finds", 4), ("loses", 2), ("buys", 3)))
-    assert one.split == tasks.Problem("ben", "pens", 7, (("gets", 4), ("sells", 2), ("finds", 3))).split
+    one = stories.Problem("anna", "coins", 7, (("finds", 4), ("loses", 2), ("buys", 3)))
+    assert one.split == stories.Problem("ben", "pens", 7, (("gets", 4), ("sells", 2), ("finds", 3))).split
 
 
 def test_corpus_instructions_and_training_prompts_hold_training_problems_only():
-    held_out = {tuple(p.prompt_ids[5:-4]) for split in ("validation", "test") for p in tasks.problems(split, 500, 0)}
-    documents = list(tasks.documents(60_000, 0))
+    held_out = {tuple(p.prompt_ids[5:-4]) for split in ("validation", "test") for p in stories.problems(split, 500, 0)}
+    documents = list(stories.documents(60_000, 0))
     assert all(tuple(d[5 : 5 + len(key)]) != key for d in documents for key in list(held_out)[:50])
-    for prompt, _ in tasks.instructions(20_000, 0.35, 0):
+    for prompt, _ in stories.instructions(20_000, 0.35, 0):
         assert tuple(prompt[5:-4]) not in held_out
 
 
 def test_every_running_value_can_be_written_as_one_token():
-    for problem in tasks.problems("train", 500, 1):
-        assert all(0 <= value <= tasks.LARGEST for value in problem.values)
+    for problem in stories.problems("train", 500, 1):
+        assert all(0 <= value <= stories.LARGEST for value in problem.values)
 
 
 def test_where_every_answer_ends_its_end_follows_a_result():
-    documents = list(tasks.documents(20_000, 0, ends=True))
-    answers = [d for d in documents if tasks.IDS["?"] in d]
-    assert answers and all(d[-1] == tasks.EOS and tasks.EOS not in d[:-1] for d in documents)
-    assert all(tasks.decode(d[-5:]).startswith("answer :") for d in answers)
+    documents = list(stories.documents(20_000, 0, ends=True))
+    answers = [d for d in documents if stories.IDS["?"] in d]
+    assert answers and all(d[-1] == stories.EOS and stories.EOS not in d[:-1] for d in documents)
+    assert all(stories.decode(d[-5:]).startswith("answer :") for d in answers)
 
 
 def test_the_same_seed_gives_the_same_documents_and_another_seed_others():
-    first, again, other = (list(tasks.documents(5000, seed)) for seed in (3, 3, 4))
+    first, again, other = (list(stories.documents(5000, seed)) for seed in (3, 3, 4))
     assert first == again and first != other
 
 
 def test_the_corpus_seldom_ends_an_analysis():
     rng = random.Random(0)
-    problems = tasks.problems("train", 600, 0)
-    full = [tasks.response(p, rng, kind="full") for p in problems]
+    problems = stories.problems("train", 600, 0)
+    full = [stories.response(p, rng, kind="full") for p in problems]
     assert 0.15 < sum(words[-1] == "</s>" for words in full) / len(full) < 0.35
 
 
 def test_worked_instructions_are_right_and_end():
-    for prompt, answer in tasks.instructions(10_000, 1.0, 0):
-        assert answer[-1] == tasks.EOS
-        text = tasks.decode(prompt)
+    for prompt, answer in stories.instructions(10_000, 1.0, 0):
+        assert answer[-1] == stories.EOS
+        text = stories.decode(prompt)
         start = int(re.search(r"has (\d+)", text).group(1))
         moves = re.findall(r"(finds|buys|gets|loses|sells|gives) (\d+)", text)
-        result = start + sum(int(n) if verb in tasks.GAINS else -int(n) for verb, n in moves)
-        assert tasks.decode(answer).endswith(f"answer : {result} .")
+        result = start + sum(int(n) if verb in stories.GAINS else -int(n) for verb, n in moves)
+        assert stories.decode(answer).endswith(f"answer : {result} .")
 
 
 def test_the_tokenizer_agrees_with_the_checker(tmp_path):
     from transformers import AutoTokenizer
 
-    tasks.save_tokenizer(tmp_path)
+    stories.save_tokenizer(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    problem = tasks.problems("test", 1, 0)[0]
+    problem = stories.problems("test", 1, 0)[0]
     assert tokenizer(" ".join(problem.words))["input_ids"] == problem.prompt_ids
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
     assert tokenizer.decode(problem.prompt_ids, skip_special_tokens=True) == " ".join(problem.words)

@@ -6,7 +6,7 @@ import json
 import pytest
 from fake_results import fake_run
 
-from c2f_utils import verdicts as v
+from c2f_utils.report import verdicts as v
 
 
 @pytest.fixture(scope="module")

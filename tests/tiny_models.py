@@ -4,13 +4,19 @@ import copy
 
 import torch
 
-from c2f_utils import limits, models, rollout, tasks
-from c2f_utils.coarse import CoarseTrainer
-from c2f_utils.config import Coarse, Law, Lora, Pretrain
-from c2f_utils.pretrain import new_model
+from c2f_utils import limits
+from c2f_utils.coarse import actor_critic
+from c2f_utils.coarse.trainer import CoarseTrainer
+from c2f_utils.domain import stories
+from c2f_utils.domain.samples import Prompt, Sample, make_prompts
+from c2f_utils.models import loading
+from c2f_utils.models.pretrain import new_model
+from c2f_utils.rollout.decoder import KVDecoder
+from c2f_utils.settings.config import Coarse, Law, Lora, Pretrain
+from c2f_utils.settings.laws import make_law
 
 SHAPE = Pretrain(hidden_size=32, layers=2, heads=4, key_value_heads=2, intermediate_size=48, max_positions=128)
-TOKENIZER = tasks.make_tokenizer()
+TOKENIZER = stories.make_tokenizer()
 
 
 def causal(seed: int = 0, scale: float = 4.0) -> torch.nn.Module:
@@ -18,16 +24,16 @@ def causal(seed: int = 0, scale: float = 4.0) -> torch.nn.Module:
     model = new_model(SHAPE, seed).eval()
     with torch.no_grad():
         model.lm_head.weight.mul_(scale)
-        model.lm_head.weight[tasks.EOS] *= 2
+        model.lm_head.weight[stories.EOS] *= 2
     return model
 
 
-def prompts(count: int = 12, seed: int = 0) -> list[rollout.Prompt]:
-    return rollout.make_prompts(tasks.problems("train", count, seed))
+def prompts(count: int = 12, seed: int = 0) -> list[Prompt]:
+    return make_prompts(stories.problems("train", count, seed))
 
 
-def samples(model, count: int = 6, limits=20, seed: int = 0) -> list[rollout.Sample]:
-    return rollout.KVDecoder(model, TOKENIZER)(prompts(count), limits, seed=seed)
+def samples(model, count: int = 6, limits=20, seed: int = 0) -> list[Sample]:
+    return KVDecoder(model, TOKENIZER)(prompts(count), limits, seed=seed)
 
 
 def distinct_tokens(batch) -> torch.Tensor:
@@ -76,12 +82,12 @@ def trainer(
     actor = causal()
     if lora:
         torch.manual_seed(5)
-        actor = models.add_lora(actor, Lora(rank=4, alpha=8))
+        actor = loading.add_lora(actor, Lora(rank=4, alpha=8))
     shared = settings.get("critic") == "shared"
-    critic = models.Critic(SHAPE.hidden_size, None if shared else copy.deepcopy(causal(1).model))
-    policy = models.ActorCritic(actor, critic)
-    decoder = rollout.KVDecoder(actor, TOKENIZER)
-    rule = limits.make_law(LAWS[law]) if isinstance(law, str) else law
+    critic = actor_critic.Critic(SHAPE.hidden_size, None if shared else copy.deepcopy(causal(1).model))
+    policy = actor_critic.ActorCritic(actor, critic)
+    decoder = KVDecoder(actor, TOKENIZER)
+    rule = make_law(LAWS[law]) if isinstance(law, str) else law
     return CoarseTrainer(
         policy,
         reward or PrefixReward(),
@@ -90,7 +96,7 @@ def trainer(
         rule,
         Coarse(law=LAWS["fixed"], **settings),
         seed=seed,
-        pad_id=tasks.PAD,
+        pad_id=stories.PAD,
         folder=folder,
         ranks=those,
     )

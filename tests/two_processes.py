@@ -15,15 +15,16 @@ import torch
 from safetensors.torch import save_file
 from tiny_models import TOKENIZER, trainer
 
-from c2f_utils import ranks, rollout
+from c2f_utils.coarse import ranks
 from c2f_utils.errors import C2FError
+from c2f_utils.rollout.decoder import KVDecoder
 
 SETTINGS = {"prompts": 7, "tokens_per_micro_batch": 50, "iterations": 3, "actor_learning_rate": 1e-3, "minibatches": 2}
 
 
 def injected(process):
     """A sampler whose answers are a function of prompt and weights alone."""
-    decoder = rollout.KVDecoder(process.policy.actor, TOKENIZER)
+    decoder = KVDecoder(process.policy.actor, TOKENIZER)
 
     def sample(prompts, limits, *, temperature, seed):
         draws = (zlib.crc32(repr(p.ids).encode()) for p in prompts)
@@ -41,9 +42,11 @@ def found(folder: Path | None = None, lora: bool = False, those: ranks.Ranks | N
     """
     process = trainer("logistic", folder, lora, those=those, **SETTINGS | changes)
     process.sampler = injected(process)
-    gradient, counts, step, accumulate = {}, [], process.updates.step, process.updates.accumulate
+    gradient, counts = {}, [0]
+    step, backward, sum_gradients = process.updates.step, process.updates.backward, process.ranks.sum_gradients
 
-    def spied_step():
+    def spied_sum(parameters):
+        sum_gradients(parameters)
         if not gradient:
             gradient.update(
                 {
@@ -52,17 +55,20 @@ def found(folder: Path | None = None, lora: bool = False, those: ranks.Ranks | N
                     if w.grad is not None
                 }
             )
+
+    def spied_step():
+        counts.append(0)
         return step()
 
-    def spied_accumulate(lengths, backward):
-        stats = accumulate(lengths, backward)
-        counts.append(len(stats))
-        return stats
+    def spied_backward(loss, weight):
+        counts[-1] += weight > 0
+        backward(loss, weight)
 
-    process.updates.step, process.updates.accumulate = spied_step, spied_accumulate
+    process.updates.step, process.updates.backward = spied_step, spied_backward
+    process.ranks.sum_gradients = spied_sum
     rows = [{k: v for k, v in process.step().items() if k != "seconds"} for _ in range(3)]
     weights = {n: process.ranks.full(w.detach()).clone() for n, w in process.updates.weights.items()}
-    return gradient, weights, rows, counts
+    return gradient, weights, rows, counts[:-1]
 
 
 if __name__ == "__main__":

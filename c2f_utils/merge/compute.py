@@ -14,9 +14,9 @@ from c2f_utils.merge.kernels import BLOCK, Piece, Statistics, residue
 from c2f_utils.merge.operators import Operator
 from c2f_utils.merge.plan import Placement, Plan, Segment
 from c2f_utils.merge.ranges import blocks
+from c2f_utils.merge.readers import Loaded, Opened, Workspace, as_tensor
 from c2f_utils.merge.recipe import Recipe
 from c2f_utils.merge.rounding import measure, round_to
-from c2f_utils.merge.sources import Loaded, Opened, Workspace, as_tensor
 
 _MEASURE_EVERY = 16  # blocks of large tensors that are measured for the report: survival is a mean over millions anyway
 _MEASURE_ALL = 8 * BLOCK  # elements up to which every block is

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from c2f_utils.merge.kernels import BLOCK
-from c2f_utils.merge.sources import Loaded, Workspace
+from c2f_utils.merge.readers import Loaded, Workspace
 
 
 class Reader(Protocol):

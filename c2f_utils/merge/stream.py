@@ -23,14 +23,13 @@ import numpy as np
 from c2f_utils import files as small_files
 from c2f_utils import threads as cores
 from c2f_utils.errors import C2FError, problems
-from c2f_utils.merge import ranges, statistics
+from c2f_utils.merge import gather, ranges
 from c2f_utils.merge.checkpoint import INDEX, stamp
 from c2f_utils.merge.compute import Done, Task, merge_chunk
 from c2f_utils.merge.headers import ITEM_BYTES, Same, read_header
 from c2f_utils.merge.journal import Journal
 from c2f_utils.merge.kernels import BLOCK
-from c2f_utils.merge.plan import Placement, Plan, Segment
-from c2f_utils.merge.report import (
+from c2f_utils.merge.merge_report import (
     REPORT,
     Report,
     build_report,
@@ -39,8 +38,9 @@ from c2f_utils.merge.report import (
     load_report,
     model_card,
 )
+from c2f_utils.merge.plan import Placement, Plan, Segment
+from c2f_utils.merge.readers import Files, Opened, Workspace
 from c2f_utils.merge.rounding import Tally
-from c2f_utils.merge.sources import Files, Opened, Workspace
 from c2f_utils.merge.workers import Workers
 
 SPAN = 1 << 24  # elements per journal line; fixed, because a resumed merge may use another chunk size
@@ -263,7 +263,7 @@ class _Merge:
 
     def _gather(self, name: str, targets: list[ranges.Target], workers: Workers) -> None:
         recipe = self.plan.recipe
-        found = statistics.gather(
+        found = gather.gather(
             self.plan.operator, self.plan.options, targets, len(recipe.coarse_models), recipe.seed, self.chunk, workers
         )
         self.statistics[name] = encode_statistics(found[0])

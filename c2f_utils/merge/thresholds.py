@@ -15,7 +15,7 @@ from c2f_utils.errors import C2FError
 from c2f_utils.merge import random_bits
 from c2f_utils.merge.kernels import Threshold
 from c2f_utils.merge.ranges import Target, blocks, chunks
-from c2f_utils.merge.sources import Loaded, Workspace
+from c2f_utils.merge.readers import Loaded, Workspace
 from c2f_utils.merge.workers import Workers
 
 COLLECT = 3 << 20  # float32 values held at most per threshold (12 MB)

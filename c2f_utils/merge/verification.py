@@ -14,11 +14,11 @@ from c2f_utils.files import write_json
 from c2f_utils.merge.compute import apply, make_piece
 from c2f_utils.merge.headers import ITEM_BYTES, TensorInfo, read_header
 from c2f_utils.merge.kernels import Piece
+from c2f_utils.merge.merge_report import REPORT, Report, load_report
 from c2f_utils.merge.plan import Placement, Plan, plan_merge
+from c2f_utils.merge.readers import Source
 from c2f_utils.merge.recipe import Recipe
-from c2f_utils.merge.report import REPORT, Report, load_report
 from c2f_utils.merge.rounding import TORCH
-from c2f_utils.merge.sources import Source
 
 _LENGTH = 256  # elements per slice
 _HALF_UNIT = {

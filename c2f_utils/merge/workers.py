@@ -9,7 +9,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from c2f_utils.merge.sources import Workspace
+from c2f_utils.merge.readers import Workspace
 
 _KEPT = 16 << 20  # bytes of freed memory a thread may keep
 

@@ -1,0 +1,139 @@
+"""One iteration's data: answers, what was measured on them, and the signals that laws read off it.
+
+With several processes each answers its share of the prompts; `pool` then gives every process everything (about 16
+bytes a token). So whitening, explained variance, the KL controller and the law are the same arithmetic on the same
+numbers everywhere, bit for bit what a single process computes, and every optimiser step can be dealt out evenly
+whoever generated the answers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from c2f_utils.coarse import ppo
+from c2f_utils.coarse.ranks import Ranks
+from c2f_utils.domain.samples import Prompt, Sample
+from c2f_utils.limits import Signals
+from c2f_utils.redundancy import repeated_spans
+
+STOPS = ("eos", "limit", "string")
+
+
+@dataclass
+class Experience:
+    """One iteration's data; the verbs fill it from top to bottom. Arrays are [B, T], padded, on the CPU."""
+
+    samples: list[Sample]
+    limit: int
+    rewards: Tensor | None = None  # [B] as the reward function gave them
+    prefix_rewards: list[Tensor] | None = None  # per answer, after each token
+    mask: Tensor | None = None
+    logps: Tensor | None = None  # of the old policy
+    reference: Tensor | None = None
+    values: Tensor | None = None
+    final_values: Tensor | None = None  # [B]
+    shaped: Tensor | None = None  # [B] reward after price, penalty, scaling and clip
+    advantages: Tensor | None = None
+    returns: Tensor | None = None
+
+    @property
+    def sampler_mismatch(self) -> float:
+        """Mean absolute difference between the sampler's log-probabilities and the old policy's, nats per token."""
+        return float((ppo.pad([s.logps for s in self.samples]) - self.logps)[self.mask].abs().mean())
+
+
+def pool(
+    ranks: Ranks, prompts: Sequence[Prompt], samples: list[Sample], columns: dict[str, list[Tensor]]
+) -> tuple[list[Sample], dict[str, list[Tensor]]]:
+    """The answers of all processes in the order of `prompts`, and the per-answer 1-D tensors that belong to them."""
+    if ranks.world == 1:
+        return samples, columns
+    ids = ranks.gather([torch.tensor(s.ids) for s in samples])
+    logps = ranks.gather([s.logps for s in samples])
+    facts = ranks.gather([torch.tensor([STOPS.index(s.stop), s.limit]) for s in samples])
+    texts = ranks.gather([torch.tensor(list(s.text.encode()), dtype=torch.uint8) for s in samples])
+    whole = [
+        Sample(prompt, i.tolist(), STOPS[int(stop)], int(limit), logp, bytes(text.tolist()).decode())
+        for prompt, i, logp, (stop, limit), text in zip(prompts, ids, logps, facts, texts, strict=True)
+    ]
+    return whole, {name: ranks.gather(rows) for name, rows in columns.items()}
+
+
+def signals(e: Experience, iteration: int, token_price: float = 0.0) -> Signals:
+    """What this iteration tells a law; `iteration` counts from 0.
+
+    What a law may follow is the reward that the policy is paid, so `token_price` (reward per token) is taken off the
+    rewards of answers and prefixes; the mean `reward` stays as the reward function gave it.
+    """
+    cut = [s for s in e.samples if s.cut]
+    error = ((e.values - e.returns)[e.mask] ** 2).mean() / e.returns[e.mask].var().clamp_min(1e-6)
+    slopes = [
+        float(v[s.tokens - 1] - v[int(0.75 * s.tokens)]) for s, v in zip(e.samples, e.values, strict=True) if s.cut
+    ]
+    repeats = [float(repeated_spans(s.ids)[int(0.75 * s.tokens) :].mean()) for s in cut]
+    prefixes, rewards = e.prefix_rewards, e.rewards
+    if token_price:
+        rewards = rewards - token_price * torch.tensor([float(s.tokens) for s in e.samples])
+        prefixes = prefixes and [row - token_price * torch.arange(1, len(row) + 1) for row in prefixes]
+    return Signals(
+        iteration=iteration,
+        reward=float(e.rewards.mean()),
+        value_error=min(3.0, float(error)),
+        truncated_share=len(cut) / len(e.samples),
+        tail_return=tail_return(prefixes, e.limit) if prefixes else None,
+        useful_length=useful_length(prefixes, e.limit) if prefixes else None,
+        value_slope=sum(slopes) / len(slopes) if slopes else 0.0,
+        tail_repetition=sum(repeats) / len(repeats) if repeats else 0.0,
+        kl_per_token=float(ppo.kl_k3(e.logps, e.reference)[e.mask].mean()),
+        rewards=tuple(rewards.tolist()),
+        limits=tuple(s.limit for s in e.samples),
+    )
+
+
+def last_prefixes(e: Experience) -> Tensor:
+    """Rewards [B] in which an answer that was cut gets the mean over the last eighth of its prefixes; our design.
+
+    Where the limit falls within a sentence decides much of what a reward model says of a cut answer, and nothing about
+    the answer. What ended by itself keeps its reward.
+    """
+    means = [row[-max(1, len(row) // 8) :].mean() for row in e.prefix_rewards]
+    return torch.where(torch.tensor([s.cut for s in e.samples]), torch.stack(means), e.rewards)
+
+
+def tail_return(prefix_rewards: Sequence[Tensor], limit: int) -> float:
+    """Mean reward of prefixes in the last quarter of the limit minus the quarter before.
+
+    Finished answers keep their reward and count 0; a limit under 4 tokens has no quarters and gives 0.
+    """
+    if limit < 4:
+        return 0.0
+    half, three = limit // 2, (3 * limit) // 4
+    gains = []
+    for row in prefix_rewards:
+        held = _held(row, limit)
+        gains.append(float(held[three:limit].mean() - held[half:three].mean()))
+    return sum(gains) / len(gains)
+
+
+def useful_length(prefix_rewards: Sequence[Tensor], limit: int, share: float = 0.95) -> float:
+    """Shortest prefix, tokens, from which on the mean reward has made `share` of its rise to the best up to the limit.
+
+    Where answers follow a pattern, a reward asked after every token peaks wherever most of them end a sentence; so a
+    prefix counts by the mean over it and those up to an eighth of the limit longer. The rise starts at the lowest such
+    mean before the best one: what is lost after it, to a price per token say, is no part of it. Finished answers keep
+    their reward; a mean that never rises gives 1.
+    """
+    mean = torch.stack([_held(row, limit)[:limit] for row in prefix_rewards]).mean(0)
+    window = max(1, limit // 8)
+    ahead = torch.cat([mean, mean[-1:].expand(window - 1)]).unfold(0, window, 1).mean(1)
+    best = int(ahead.argmax())
+    lowest = int(ahead[: best + 1].argmin())
+    enough = ahead[lowest] + share * (ahead[best] - ahead[lowest])
+    return float(lowest + int((ahead[lowest : best + 1] >= enough).nonzero()[0]) + 1)
+
+
+def _held(row: Tensor, limit: int) -> Tensor:
+    """Rewards of prefixes up to at least `limit` tokens; an answer that has ended keeps its last one."""
+    return torch.cat([row, row[-1:].expand(max(0, limit - len(row)))])

@@ -1,0 +1,85 @@
+"""What a trainer refuses before its first step: every impossibility at once, each with its value and the way out.
+
+Settings and files are checked earlier and without torch; this room sees the loaded models, the prompts as token ids
+and the law.
+"""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from c2f_utils.coarse.ranks import Ranks
+from c2f_utils.domain.samples import Prompt
+from c2f_utils.errors import C2FError, problems
+from c2f_utils.limits import Law, positions_of
+from c2f_utils.settings.config import Coarse
+
+
+def refuse(
+    policy: nn.Module,
+    reward: object,
+    sampler: object,
+    prompts: Sequence[Prompt],
+    law: Law,
+    config: Coarse,
+    ranks: Ranks,
+) -> None:
+    """Raise C2FError listing what makes this training impossible; returns None when nothing does."""
+    if not prompts:
+        raise C2FError("there are no prompts to train on; check data.preferences and data.max_prompt_tokens")
+    model = policy.actor.config
+    found = []
+    if empty := [i for i, p in enumerate(prompts) if not p.ids]:
+        found.append(
+            f"prompts {_few(empty)} of {len(prompts)} are empty; expected at least one token each: drop them from "
+            "the data"
+        )
+    if foreign := [i for i, p in enumerate(prompts) if any(not 0 <= t < model.vocab_size for t in p.ids)]:
+        found.append(
+            f"prompts {_few(foreign)} hold token ids outside the model's vocabulary of {model.vocab_size}; "
+            "they were made with another tokenizer: use the base model's"
+        )
+    positions = positions_of(model)
+    longest = max(range(len(prompts)), key=lambda i: len(prompts[i].ids))
+    if (needed := len(prompts[longest].ids) + law.largest) > positions:
+        found.append(
+            f"the law's largest limit {law.largest} plus the longest prompt (number {longest}, "
+            f"{len(prompts[longest].ids)} tokens) is {needed}, "
+            f"beyond the model's {positions} positions; lower the law's maximum or data.max_prompt_tokens"
+        )
+    if config.prompts < ranks.world:
+        found.append(
+            f"coarse.prompts = {config.prompts} is less than the {ranks.world} processes; expected at least one "
+            "prompt each"
+        )
+    size = -(-config.prompts // config.minibatches)
+    if ranks.sharded and (config.prompts - 1) % size + 1 < ranks.world:
+        found.append(
+            "with split weights every process needs an answer in every minibatch; coarse.prompts = "
+            f"{config.prompts} in "
+            f"{config.minibatches} minibatches leave fewer than {ranks.world} for the last: choose a multiple of both"
+        )
+    if config.cut == "average" and not hasattr(reward, "prefix_scores"):
+        found.append(
+            "coarse.cut = 'average' asks the reward for every prefix of an answer, and this reward has no "
+            "`prefix_scores`; choose 'score', or give it that method"
+        )
+    if not getattr(sampler, "eos", True):
+        found.append(
+            "the tokenizer has no EOS token, so answers could never end; set eos_token in its tokenizer_config.json"
+        )
+    for what, other in (("reward model", getattr(reward, "model", None)), ("critic", policy.critic.trunk)):
+        size = getattr(getattr(other, "config", None), "vocab_size", model.vocab_size)
+        if size != model.vocab_size:
+            found.append(
+                f"the {what} has a vocabulary of {size} tokens, the actor one of {model.vocab_size}: they read "
+                "the same token ids, so "
+                "they must share a tokenizer; train the reward model from the same base (notebook 02) or name "
+                "one that was"
+            )
+    if found:
+        raise problems("training cannot start:", found)
+
+
+def _few(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers[:5])) + (" ..." if len(numbers) > 5 else "")

@@ -1,0 +1,1 @@
+"""How notebooks run without a browser."""

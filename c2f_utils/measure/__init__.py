@@ -1,0 +1,1 @@
+"""How good an answer, a reward or a model is."""

@@ -1,0 +1,1 @@
+"""Which models there are and how they are made: loading, pretraining, fine-tuning, reward models."""

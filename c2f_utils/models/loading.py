@@ -1,0 +1,178 @@
+"""Loading, saving and wrapping of models: the causal language model, the actor-critic, the frozen reference.
+
+Inputs: local folders or hub ids in Hugging Face format, safetensors only, no remote code. What is simplified: the
+actor is a Llama-layout causal model; encoder-decoders are refused by the decoder.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from c2f_utils.errors import C2FError
+from c2f_utils.models.library_trainers import quiet
+from c2f_utils.settings.config import Lora, Models
+from c2f_utils.settings.preflight import check_folder, not_found
+
+
+def device(models: Models) -> torch.device:
+    """The device to work on; raises C2FError when CUDA is asked for and absent.
+
+    On CUDA beside bfloat16 weights, products of float32 matrices (heads, adapters) may use TF32 from here on: it
+    holds every bfloat16 number exactly and sums in float32, and plain float32 is about ten times slower.
+    """
+    if models.device == "cuda" and not torch.cuda.is_available():
+        raise C2FError(
+            "models.device is 'cuda', but torch sees no GPU; install a CUDA build or set models.device to 'cpu'"
+        )
+    found = torch.device("cuda" if models.device != "cpu" and torch.cuda.is_available() else "cpu")
+    if found.type == "cuda" and models.dtype == "bfloat16":
+        torch.set_float32_matmul_precision("high")
+    return found
+
+
+def load_causal(source: str | Path, models: Models, revision: str | None = None) -> nn.Module:
+    """A causal language model in evaluation mode, dropout off, in `models.dtype` on the chosen device; C2FError when
+    it cannot be loaded."""
+    from transformers import AutoModelForCausalLM
+
+    check_folder(str(source), "model")
+    try:
+        with quiet():
+            model = AutoModelForCausalLM.from_pretrained(
+                str(source),
+                revision=revision,
+                dtype=getattr(torch, models.dtype),
+                use_safetensors=True,
+                trust_remote_code=False,
+            )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise C2FError(
+            f"model {source} cannot be loaded: {str(error).splitlines()[0]}; expected safetensors weights in "
+            f"Hugging Face format{not_found(source)}"
+        ) from error
+    disable_dropout(model)
+    return fuse_norms(model.to(device(models)).eval())
+
+
+def load_tokenizer(source: str | Path, revision: str | None = None):
+    """The tokenizer of a model, with EOS and with a PAD that is not EOS; embeddings are never resized.
+
+    Without a PAD of its own the tokenizer borrows an existing id (`<unk>`, else BOS, else the first other id):
+    padding is never read, it only must not look like the end of an answer.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(source), revision=revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise C2FError(
+            f"tokenizer of {source} cannot be loaded: {str(error).splitlines()[0]}{not_found(source)}"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise C2FError(
+            f"the tokenizer of {source} has no EOS token; answers could never end. Set eos_token in its "
+            "tokenizer_config.json"
+        )
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        candidates = (tokenizer.unk_token_id, tokenizer.bos_token_id, *range(4))
+        tokenizer.pad_token_id = next(i for i in candidates if i is not None and i != tokenizer.eos_token_id)
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout probability to 0, or the first ratio would not be 1 and the KL would be noise."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+
+
+def fuse_norms(model: nn.Module) -> nn.Module:
+    """On a GPU, replace the library's RMS norms, half a dozen passes over the states each, by torch's single kernel.
+
+    The weights are the same parameters under the same names; on the CPU nothing changes.
+    """
+    if _fusible(model):
+        for parent in list(model.modules()):
+            for name, norm in list(parent.named_children()):
+                if type(norm).__name__ in ("MistralRMSNorm", "LlamaRMSNorm"):
+                    fused = nn.RMSNorm(len(norm.weight), norm.variance_epsilon, device="meta")
+                    fused.weight = norm.weight
+                    setattr(parent, name, fused.train(norm.training))
+    return model
+
+
+def _fusible(model: nn.Module) -> bool:
+    return next(model.parameters()).device.type == "cuda"
+
+
+def add_lora(
+    model: nn.Module, lora: Lora, task: str = "CAUSAL_LM", also: list[str] | None = None, alike: bool = False
+) -> nn.Module:
+    """Wrap a model with fresh adapters, float32 or (`alike`) of the model's type; `also` names modules that are
+    trained in full."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        target_modules=lora.targets,
+        lora_dropout=0.0,
+        task_type=task,
+        modules_to_save=also,
+    )
+    return get_peft_model(model, config, autocast_adapter_dtype=not alike)
+
+
+def save_model(model: nn.Module, tokenizer, folder: Path) -> None:
+    """Save to `folder` atomically; adapters are saved as adapters (`adapter_model.safetensors`), full models as
+    models."""
+    folder = Path(folder)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial, safe_serialization=True)
+    tokenizer.save_pretrained(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+
+
+def load_actor(folder: Path, models: Models) -> nn.Module:
+    """Load a trained actor as one ordinary causal model: a folder with adapters is merged onto the base it names."""
+    folder = Path(folder)
+    if not (folder / "adapter_config.json").exists():
+        return load_causal(folder, models)
+    from peft import PeftConfig, PeftModel
+
+    base = load_causal(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path, models)
+    return PeftModel.from_pretrained(base, str(folder)).merge_and_unload().eval()
+
+
+def refuse_other_tokenizer(source: str, tokenizer) -> None:
+    """Raise C2FError unless the reward model in `source` was trained with the actor's tokenizer.
+
+    Two vocabularies of equal size would pass every shape check and score nonsense. A model saved without its
+    tokenizer passes: nothing is known about it.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        other = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, KeyError):
+        return
+    ours, theirs = tokenizer.get_vocab(), other.get_vocab()
+    if ours == theirs:
+        return
+    token = next(t for t, _ in sorted((ours | theirs).items()) if ours.get(t) != theirs.get(t))
+    raise C2FError(
+        f"models.reward = {source!r} has another tokenizer than the base model: token {token!r} is "
+        f"{theirs.get(token)} there and "
+        f"{ours.get(token)} here ({len(theirs)} and {len(ours)} tokens in all); name a reward model trained from "
+        "the same base, or "
+        "leave models.reward null to train one in notebook 02"
+    )

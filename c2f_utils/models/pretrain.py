@@ -1,0 +1,123 @@
+"""Pretraining of the embedded base model: a real `MistralForCausalLM` checkpoint in about two minutes of one CPU core.
+
+Inputs: `settings.pretrain`, the document generator. Outputs: `model/` (safetensors, config, tokenizer) and the loss
+curve. Step-by-step arithmetic appears as a phase transition that depends on the number of updates more than on
+tokens, hence small steps (about 2,000 tokens) and Muon (momentum orthogonalised by Newton-Schulz iterations; Jordan
+et al. 2024) on the layer matrices, AdamW on the rest. Simplified: no packing across documents (a batch holds
+documents of similar length), no resume (it takes minutes).
+"""
+
+import random
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from c2f_utils.domain import stories
+from c2f_utils.settings.config import Pretrain, Settings
+
+
+def new_model(config: Pretrain, seed: int) -> nn.Module:
+    """A randomly initialised Mistral-layout model of the embedded domain's vocabulary, float32."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(seed)
+    return MistralForCausalLM(MistralConfig(
+        vocab_size=len(stories.VOCABULARY), hidden_size=config.hidden_size, intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.layers, num_attention_heads=config.heads, num_key_value_heads=config.key_value_heads,
+        max_position_embeddings=config.max_positions, sliding_window=None, tie_word_embeddings=False,
+        bos_token_id=stories.BOS, eos_token_id=stories.EOS, pad_token_id=stories.PAD,
+    ))  # fmt: skip
+
+
+def batches(documents: Iterable[list[int]], tokens_per_step: int, seed: int) -> Iterator[Tensor]:
+    """Right-padded token batches [B, T] of about `tokens_per_step` tokens, documents of similar length together."""
+    rng = random.Random(f"batches-{seed}")
+    pool: list[list[int]] = []
+    for document in documents:
+        pool.append(document)
+        if len(pool) == 512:
+            yield from _bucket(pool, tokens_per_step, rng)
+            pool = []
+    yield from _bucket(pool, tokens_per_step, rng)
+
+
+def _bucket(pool: list[list[int]], budget: int, rng: random.Random) -> list[Tensor]:
+    pool.sort(key=len)
+    groups: list[list[list[int]]] = [[]]
+    for document in pool:
+        if groups[-1] and (len(groups[-1]) + 1) * len(document) > budget:
+            groups.append([])
+        groups[-1].append(document)
+    rng.shuffle(groups)
+    return [
+        nn.utils.rnn.pad_sequence([torch.tensor(d) for d in group], batch_first=True, padding_value=stories.PAD)
+        for group in groups
+        if group
+    ]
+
+
+def optimisers(model: nn.Module, config: Pretrain) -> list[torch.optim.Optimizer]:
+    """Muon for the layers' matrices, AdamW for embeddings, head and norms."""
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and ".layers." in n]
+    others = [p for n, p in model.named_parameters() if not (p.ndim == 2 and ".layers." in n)]
+    return [
+        torch.optim.Muon(
+            matrices,
+            lr=config.learning_rate_matrices,
+            momentum=0.95,
+            weight_decay=config.weight_decay,
+            adjust_lr_fn="match_rms_adamw",
+        ),
+        torch.optim.AdamW(others, lr=config.learning_rate_other, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+    ]
+
+
+def schedule(progress: float) -> float:
+    """Learning-rate factor: constant for the first half, then linear to 5 %."""
+    return 1.0 if progress < 0.5 else 1.0 - 0.95 * (progress - 0.5) / 0.5
+
+
+def pretrain(settings: Settings, log=lambda row: None) -> nn.Module:
+    """Train a new base model; `log` receives {"step", "tokens", "loss" (nats per token), "lr"} about 100 times."""
+    config = settings.pretrain
+    documents = stories.documents(config.tokens, settings.seed, settings.data.operations)
+    return train(new_model(config, settings.seed), documents, config, settings.seed, log)
+
+
+def train(
+    model: nn.Module, documents: Iterable[list[int]], config: Pretrain, seed: int, log=lambda row: None
+) -> nn.Module:
+    """Train `model` on `documents` (token ids, about `config.tokens` in all, which sets the learning rates' decay)."""
+    model.train()
+    groups = optimisers(model, config)
+    initial = [[g["lr"] for g in o.param_groups] for o in groups]
+    every = max(1, config.tokens // config.tokens_per_step // 100)
+    tokens = 0
+    losses: list[Tensor] = []
+    for step, batch in enumerate(batches(documents, config.tokens_per_step, seed), start=1):
+        factor = schedule(tokens / config.tokens) * min(1.0, step / max(1, config.warmup_steps))
+        for optimiser, rates in zip(groups, initial, strict=True):
+            for group, rate in zip(optimiser.param_groups, rates, strict=True):
+                group["lr"] = rate * factor
+        # Right padding needs no mask in a causal model: no real token ever sees it.
+        logits = model(batch[:, :-1], use_cache=False).logits
+        loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), ignore_index=stories.PAD)
+        loss.backward()
+        for optimiser in groups:
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+        tokens += int((batch != stories.PAD).sum())
+        losses.append(loss.detach())
+        if step % every == 0:
+            log(
+                {
+                    "step": step,
+                    "tokens": tokens,
+                    "loss": round(torch.stack(losses).mean().item(), 5),
+                    "lr": groups[0].param_groups[0]["lr"],
+                }
+            )
+            losses = []
+    return model.eval()

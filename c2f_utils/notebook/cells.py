@@ -1,0 +1,109 @@
+"""The first and the last cell of every notebook.
+
+`run = notebook.start(globals(), "03_coarse_rlhf")` checks the parameters, finds the inputs, claims the run directory,
+seeds, and shows what the notebook runs on; nothing heavy is imported before everything cheap has been checked.
+`notebook.finish(run)` marks the stage as done. Views for the cells between are here under one name: `sample_browser`,
+`side_by_side`, `LivePanel`.
+"""
+
+import random
+
+from c2f_utils import threads
+from c2f_utils.errors import problems
+from c2f_utils.files import root
+from c2f_utils.notebook.panel import LivePanel
+from c2f_utils.notebook.show import Html, sample_browser, side_by_side, two_columns
+from c2f_utils.runs import provenance, registry
+from c2f_utils.runs.run import Run
+from c2f_utils.runs.stage import Stage
+from c2f_utils.settings import parameters
+from c2f_utils.settings.load import load_settings
+
+__all__ = ["LivePanel", "finish", "sample_browser", "seed_everything", "side_by_side", "start"]
+
+_SAYS = {
+    "fresh": "starting",
+    "continue": "continuing where it was interrupted",
+    "load": "done before: results are loaded, nothing is computed again",
+    "redo": "done anew, as always",
+    "replace": "starting; the earlier one is kept beside it",
+}
+_here: Stage | None = None  # what this kernel works on
+
+
+def start(namespace: dict[str, object], stage: str) -> Run:
+    """Open the run a notebook asks for, with its stage begun (or loaded) as `run.here`.
+
+    `namespace` is the notebook's `globals()`. Raises C2FError, before torch is imported, for unknown or mistyped
+    parameters and settings, missing earlier stages, a stage that exists with another configuration or is being
+    worked on, and a run folder that cannot be written.
+    """
+    global _here
+    values, wrong = parameters.of_session(namespace)
+    if wrong:
+        raise problems("the notebook's parameters cannot be used:", wrong)
+    wanted = {name: values[name] for name in ("profile", "seed", "run_id", "overrides", "study")}
+    run = Run(load_settings(**wanted))
+    here = run.stage(stage)
+    if _here and _here.dir != here.dir:
+        _here.stop()  # the first cell was run again with another run_id
+    if not values["overwrite"]:
+        run.refuse_mixture(stage)
+    inputs, origins = run.inputs(stage)
+    if here.plan(inputs, values["overwrite"]) in ("continue", "load"):
+        count = here.config()["threads"]
+    else:
+        count = threads.requested() or registry.threads_of(run.id) or threads.probe()
+    run.device = provenance.device_name()
+    action = here.begin(inputs, values["overwrite"], threads=count, device=run.device, parents=origins)
+    _here = run.here = here
+    run.threads = threads.apply(here.threads)
+    seed_everything(run.settings.seed)
+    _show(_table(run, _SAYS[action], origins))
+    return run
+
+
+def finish(run: Run) -> None:
+    """Mark the stage as done (or as stopped, when a stop was asked for and seen) and say where its results are."""
+    state = run.here.finish()
+    again = "; run the notebook again to continue" if state == "stopped" else ""
+    print(f"{run.here.name}: {'loaded' if run.here.loaded else state}{again}; results in {_near(run.here.dir)}")
+
+
+def seed_everything(seed: int) -> None:
+    """Seed python, numpy and torch (all devices)."""
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _table(run: Run, state: str, origins: dict[str, str]) -> Html:
+    settings = run.settings
+    rows = {
+        "stage": f"{run.here.name}: {state}",
+        "run": f"{run.id} (profile {settings.profile}, seed {settings.seed}{', study' if settings.study else ''})",
+        "folder": _near(run.here.dir),
+        "device": f"{run.device}; {run.threads} of {threads.available()} CPU threads",
+        "python": provenance.machine()["python"],
+    }
+    if origins:
+        rows["inputs"] = ", ".join(f"{name} of run {origin}" for name, origin in origins.items())
+    return two_columns(rows | provenance.versions())
+
+
+def _near(folder: object) -> str:
+    """A path as seen from the project, where it lies inside: shorter, and free of this machine's folders."""
+    text, base = str(folder), f"{root()}/"
+    return text.removeprefix(base)
+
+
+def _show(html: Html) -> None:
+    try:
+        from IPython.display import display
+    except ImportError:
+        print(html.text)
+    else:
+        display(html)

@@ -1,0 +1,150 @@
+"""Model answers as plain HTML: works in JupyterLab, in executed notebooks and in exports, without widgets or scripts.
+
+Everything a model or a data set wrote is escaped. Words inside a 4-gram that has occurred before in the same answer
+are marked, so that loops are seen at a glance.
+"""
+
+import html
+import random
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+from c2f_utils.redundancy import repeated_spans
+
+_CHIP = "display:inline-block;border:1px solid #bbb;border-radius:8px;padding:0 6px;margin:0 4px 4px 0;font-size:85%"
+_TEXT = "white-space:pre-wrap;text-align:left;vertical-align:top;overflow-wrap:anywhere"
+_STOPS = {"eos": "ended by itself", "limit": "cut by the limit", "string": "ended by itself (stop text)"}
+
+
+class Html:
+    """A piece of HTML that notebooks render; `text` is what a terminal shows instead."""
+
+    def __init__(self, markup: str, text: str = "") -> None:
+        self.markup = markup
+        self.text = text or re.sub(r"<[^>]+>", " ", markup)
+
+    def __repr__(self) -> str:
+        return self.text
+
+    def _repr_html_(self) -> str:
+        return self.markup
+
+
+def two_columns(rows: Mapping[str, object]) -> Html:
+    """A table of names and values."""
+    body = "".join(
+        f"<tr><th style='text-align:left'>{_escape(name)}</th><td style='text-align:left'>{_escape(value)}</td></tr>"
+        for name, value in rows.items()
+    )
+    return Html(f"<table>{body}</table>", "\n".join(f"{name}: {value}" for name, value in rows.items()))
+
+
+def marked(text: str) -> str:
+    """The text escaped, with every run of words that lie in a repeated 4-gram inside one `<mark>`."""
+    pieces = re.findall(r"\s+|\S+", text)
+    repeated = iter(repeated_spans([piece for piece in pieces if not piece.isspace()]))
+    flags = [None if piece.isspace() else bool(next(repeated)) for piece in pieces]
+    out, inside = [], False
+    for index, (piece, flag) in enumerate(zip(pieces, flags, strict=True)):
+        # A gap belongs to the mark when both of its neighbours do.
+        following = flags[index + 1] if index + 1 < len(flags) else False
+        flag = (inside and bool(following)) if flag is None else flag
+        if flag != inside:
+            out.append("<mark>" if flag else "</mark>")
+            inside = flag
+        out.append(_escape(piece))
+    return "".join(out) + ("</mark>" if inside else "")
+
+
+def chips(sample: Mapping[str, object]) -> str:
+    """Small labels of an answer: tokens, reward, utility, how it stopped; what is unknown (null) is left out."""
+    labels = []
+    if sample.get("tokens") is not None:
+        labels.append(f"{sample['tokens']} tokens")
+    labels += [f"{key} {sample[key]:.2f}" for key in ("reward", "utility") if sample.get(key) is not None]
+    if sample.get("correct_steps") is not None:
+        labels.append(f"{sample['correct_steps']} correct steps")
+    if sample.get("stop") is not None:
+        labels.append(_STOPS.get(str(sample["stop"]), str(sample["stop"])))
+    return "".join(f"<span style='{_CHIP}'>{_escape(label)}</span>" for label in labels)
+
+
+def sample_browser(samples: Iterable[Mapping[str, object]], limit: int = 8) -> Html:
+    """One fold per prompt (the first open), its answers side by side in the order of training.
+
+    A sample has `prompt`, `text` and `iteration` (or `model`), and optionally what `chips` shows; at most `limit`
+    prompts.
+    """
+    by_prompt: dict[str, list[Mapping[str, object]]] = {}
+    for sample in samples:
+        by_prompt.setdefault(str(sample["prompt"]), []).append(sample)
+    folds = []
+    for number, (prompt, answers) in enumerate(list(by_prompt.items())[:limit]):
+        columns = [(_heading(sample), sample) for sample in answers]
+        folds.append(
+            f"<details{' open' if number == 0 else ''}><summary>{_escape(_short(prompt))}</summary>"
+            f"{_prompt(prompt)}{_columns(columns)}</details>"
+        )
+    return Html("".join(folds) or "<p>No samples.</p>")
+
+
+def side_by_side(
+    samples_by_model: Mapping[str, Sequence[Mapping[str, object]]],
+    limit: int = 4,
+    blind: bool = False,
+    seed: int = 0,
+) -> Html:
+    """The models' answers to the same prompts in equal columns; only prompts that every model has answered are shown.
+
+    With `blind`, the columns are called A, B, C, ... in an order shuffled anew for each prompt, and the names are in
+    a fold.
+    """
+    answers = {model: {str(sample["prompt"]): sample for sample in found} for model, found in samples_by_model.items()}
+    first = next(iter(answers.values()), {})
+    prompts = [prompt for prompt in first if all(prompt in found for found in answers.values())][:limit]
+    order = random.Random(seed)  # its own generator: looking at samples must not move the experiment's
+    blocks = []
+    for prompt in prompts:
+        models = list(answers)
+        if blind:
+            order.shuffle(models)
+        names = [chr(ord("A") + index) for index in range(len(models))] if blind else models
+        named = list(zip(names, models, strict=True))
+        block = _prompt(prompt) + _columns([(name, answers[model][prompt]) for name, model in named])
+        if blind:
+            key = ", ".join(f"{name} = {model}" for name, model in named)
+            block += f"<details><summary>Which is which?</summary>{_escape(key)}</details>"
+        blocks.append(block)
+    return Html("<hr>".join(blocks) or "<p>No prompt was answered by every model.</p>")
+
+
+def _columns(columns: Sequence[tuple[str, Mapping[str, object]]]) -> str:
+    width = f"width:{100 / len(columns):.2f}%"
+    heads = "".join(f"<th style='{width};text-align:left{_rule(name)}'>{_escape(name)}</th>" for name, _ in columns)
+    labels = "".join(f"<td style='text-align:left;vertical-align:top'>{chips(sample)}</td>" for _, sample in columns)
+    texts = "".join(f"<td style='{_TEXT}'>{marked(str(sample['text']))}</td>" for _, sample in columns)
+    return f"<table style='table-layout:fixed;width:100%'><tr>{heads}</tr><tr>{labels}</tr><tr>{texts}</tr></table>"
+
+
+def _rule(name: str) -> str:
+    """A line under a model's name in the colour it has in every figure."""
+    from c2f_utils.report.style import ROLE_COLOURS
+
+    return f";border-bottom:3px solid {ROLE_COLOURS[name]}" if name in ROLE_COLOURS else ""
+
+
+def _prompt(prompt: str) -> str:
+    return f"<p style='white-space:pre-wrap'><b>{_escape(prompt)}</b></p>"
+
+
+def _heading(sample: Mapping[str, object]) -> str:
+    return f"iteration {sample['iteration']}" if sample.get("iteration") is not None else str(sample.get("model", ""))
+
+
+def _short(text: str, length: int = 90) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= length else line[: length - 1] + "…"
+
+
+def _escape(value: object) -> str:
+    return html.escape(str(value))

@@ -1,0 +1,1 @@
+"""What results on disk say: figures, tables, sentences, documents. Needs no torch."""

@@ -1,0 +1,388 @@
+"""The report of one or several runs, redrawn from their results files alone; nothing is computed by a model here.
+
+Question: what goes in the paper, and how far does it carry? Inputs: run directories. Outputs: `report.md`,
+`report.html` (one file, pictures inside), `figures/` (PDF, PNG, CSV), `tables/` (CSV, Markdown, LaTeX) and
+`manifest.json` with the SHA-256 of each file and of the results behind them. What is missing is named together with
+the notebook that makes it. Needs no torch.
+"""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from c2f_utils.errors import C2FError
+from c2f_utils.files import read_json, read_jsonl, sha256, write_json, write_text
+from c2f_utils.report import figures, tables, verdicts
+from c2f_utils.report.document import Document, to_html, to_markdown
+from c2f_utils.report.results import DECODINGS
+from c2f_utils.report.sources import (
+    DOES_NOT_SHOW,
+    OURS,
+    PAPER,
+    STAGES,
+    clip,
+    command,
+    decodings,
+    facts_table,
+    find_stages,
+    marked_words,
+    read,
+    run_path,
+    runs_table,
+    short,
+    unchecked,
+)
+
+_DRAWING_ERRORS = (C2FError, KeyError, IndexError, TypeError, ValueError, AttributeError)
+
+
+def build(run_dir: object, out_dir: object, runs: Iterable[object] = ()) -> Path:
+    """Write the whole report to `out_dir` and return the path of `report.html`.
+
+    `run_dir` is the run shown in full; `runs` are further runs (directories, or ids beside it), compared with it run
+    by run. If `run_dir` holds no results, the first of `runs` is shown in full. Raises C2FError when no run has any.
+    """
+    return _Builder(Path(getattr(run_dir, "dir", run_dir)), Path(getattr(out_dir, "dir", out_dir)), runs).build()
+
+
+def overview(run_dir: object) -> str:
+    """The short form of a report as Markdown: the table of models and every sentence, or what has not been run."""
+    run = Path(getattr(run_dir, "dir", run_dir))
+    stages = find_stages(run)
+    parts = []
+    if "07_evaluation" in stages:
+        results = read_json(stages["07_evaluation"] / "results.json")
+        decoding = decodings(results)[0]
+        parts += [f"Models of run {tables.escape_markdown(run.name)}, {DECODINGS[decoding]}"]
+        parts += [tables.markdown(short(tables.model_table(results, decoding)))]
+    for name, path in stages.items():
+        if words := verdicts.everything({name: read_json(path / "results.json")}).get(name):
+            parts.append(
+                f"**{STAGES[name][0]}**\n\n" + "\n".join(f"- {tables.escape_markdown(line)}" for line in words)
+            )
+    if missing := [name for name in STAGES if name not in stages]:
+        parts.append("Not run yet: " + ", ".join(f"notebooks/{name}.ipynb" for name in missing) + ".")
+    return "\n\n".join(parts) + "\n"
+
+
+class _Builder:
+    """State of one report: the document so far, the files written, and what could not be made."""
+
+    def __init__(self, run: Path, out: Path, runs: Iterable[object]) -> None:
+        others = [run_path(run, other) for other in runs]
+        others = [path for path in dict.fromkeys(others) if path.resolve() != run.resolve()]
+        candidates = [path for path in [run, *others] if find_stages(path)]
+        if not candidates:
+            names = ", ".join(str(path) for path in [run, *others])
+            raise C2FError(f"no results in {names}; run the notebooks first: {command(run, 'all')}")
+        self.run, self.out = candidates[0], out
+        self.runs = candidates
+        self.empty = [path for path in others if path not in candidates]
+        self.stages = find_stages(self.run)
+        self.results = {name: read_json(path / "results.json") for name, path in self.stages.items()}
+        self.missing: list[str] = []
+        self.written: list[str] = []
+        self.document = Document(f"Coarse-to-fine report: run {self.run.name}")
+
+    def build(self) -> Path:
+        said = {name: words for name in self.results if (words := self._verdicts(name))}
+        self._summary(said)
+        self._provenance()
+        for name in STAGES:
+            self._stage(name, said.get(name, []))
+        if len(self.runs) > 1:
+            self._seeds()
+        self._timings()
+        self._missing()
+        self.document.heading("What this does not show")
+        self.document.bullets(list(DOES_NOT_SHOW))
+        return self._write()
+
+    # Parts
+
+    def _verdicts(self, name: str) -> list[str]:
+        try:
+            return verdicts.everything({name: self.results[name]}).get(name, [])
+        except _DRAWING_ERRORS as error:
+            self.missing.append(f"words on {name}: could not be found ({type(error).__name__}: {error})")
+            return []
+
+    def _summary(self, said: dict[str, list[str]]) -> None:
+        doc = self.document
+        doc.heading("Summary")
+        self._figure("hero", lambda: figures.hero(self.stages), "The run in one picture.")
+        if "07_evaluation" in self.results:
+            decoding = self._decodings()[0]
+            caption = f"All models, {DECODINGS[decoding]}."
+            self._table(
+                "models_summary", lambda: short(tables.model_table(self.results["07_evaluation"], decoding)), caption
+            )
+        for name, words in said.items():
+            doc.heading(STAGES[name][0], 3)
+            doc.bullets(words)
+        if not said:
+            doc.text("No stage that allows a verdict has been run yet.")
+        doc.heading("What is the paper's and what is ours")
+        doc.text(PAPER)
+        doc.text(OURS)
+
+    def _provenance(self) -> None:
+        doc = self.document
+        doc.heading("Runs, seeds and versions")
+        paths = [path for run in self.runs for path in find_stages(run).values()]
+        paths = list(dict.fromkeys(paths))
+        self._table("runs", lambda: runs_table(paths), "Every stage this report was made from.")
+        lent = [
+            f"{path.name} comes from run {path.parent.name}" for path in self.stages.values() if path.parent != self.run
+        ]
+        if lent:
+            doc.text("Lent by other runs: " + "; ".join(lent) + ".")
+        sessions = [session for path in paths for session in read(path / "provenance.json").get("sessions") or []]
+        kinds = {}
+        for session in sessions:
+            machine = session.get("machine") or {}
+            line = "; ".join(
+                f"{key} {value}" for key, value in [*machine.items(), *(session.get("versions") or {}).items()]
+            )
+            kinds.setdefault(line, None)
+        doc.bullets([f"Software and machine: {line}." for line in kinds if line])
+        commits = {str((session.get("code") or {}).get("commit")) for session in sessions}
+        if len(commits) > 1:
+            doc.text(f"Attention: the stages were made by {len(commits)} versions of the code.")
+        if any((session.get("code") or {}).get("dirty") for session in sessions):
+            doc.text("Attention: some stages were made by code with changes that are not in the commit named.")
+
+    def _stage(self, name: str, words: list[str]) -> None:
+        title, question = STAGES[name]
+        doc = self.document
+        doc.heading(f"{name[:2]} {title}")
+        doc.text(question)
+        if name not in self.results:
+            self.missing.append(f"{name}: not run; notebooks/{name}.ipynb makes it ({command(self.run, name[:2])})")
+            doc.text(f"Not run yet: notebooks/{name}.ipynb makes this section.")
+            return
+        status = read(self.stages[name] / "status.json")
+        if status.get("status") not in (None, "done"):
+            doc.text(f"This stage is {status['status']}, not done: its numbers are those of an unfinished run.")
+            self.missing.append(f"{name}: {status['status']}, not done; run it again to continue")
+        if status.get("alarms"):
+            doc.bullets([f"Alarm while running: {alarm}" for alarm in status["alarms"]])
+        facts = facts_table(self.results[name])
+        if len(facts):
+            self._table(f"{name[:2]}facts_table", lambda: facts, "Single numbers of this stage.")
+        for key, draw, caption in self._figures(name):
+            self._figure(f"{name[:2]}_{key}", draw, caption)
+        for key, make, caption in self._tables(name):
+            self._table(f"{name[:2]}_{key}", make, caption)
+        doc.bullets(words)
+        if name == "03_coarse_rlhf":
+            self._probes()
+        if name == "07_evaluation":
+            self._samples()
+
+    def _figures(self, name: str) -> list[tuple[str, Callable[[], Figure], str]]:
+        place = self.stages[name]
+        loss = ("loss", lambda: figures.loss_curve(place), "Training loss.")
+        match name:
+            case "01_base_model" | "05_instruction_model":
+                return [loss]
+            case "02_reward_model":
+                return [
+                    loss,
+                    ("calibration", lambda: figures.reward_calibration(place), "Calibration on held-out pairs."),
+                    ("length_bias", lambda: figures.length_bias(place), "Reward against length, and against utility."),
+                    ("prefix_reward", lambda: figures.prefix_reward(place), "Reward of answers cut short."),
+                    ("bias_models", lambda: figures.length_bias_models(place), "Length bias of every reward model."),
+                ]
+            case "03_coarse_rlhf":
+                return [("training", lambda: figures.training_panel(place), "Coarse RLHF, iteration by iteration.")]
+            case "04_length_schedules":
+                return [
+                    ("schedules", lambda: figures.schedule_comparison(place), "Laws: limits, and quality by tokens."),
+                    ("tokens_to_target", lambda: figures.tokens_to_target(place), "Tokens to reach a target."),
+                ]
+            case "06_residue_merging":
+                parents = {
+                    role: self.results[stage].get(key) or {}
+                    for role, stage, key in (
+                        ("instruct", "05_instruction_model", "behaviour"), ("coarse", "03_coarse_rlhf", "final"),
+                    )
+                    if stage in self.results
+                }  # fmt: skip
+                return [
+                    ("coefficients", lambda: figures.coefficient_sweep(place, parents), "The coefficient sweep."),
+                    ("layers", lambda: figures.layer_sweep(place), "Layer recipes."),
+                    ("operators", lambda: figures.operator_table(place), "Merge operators; green: the chosen one."),
+                    ("anatomy", lambda: figures.residue_anatomy(place), "What the residues are made of."),
+                ]
+            case "07_evaluation":
+                drawn = [("prefixes", lambda: figures.prefix_redundancy(place), "Redundancy at fixed prefixes.")]
+                for decoding in self._decodings():
+                    for key, draw in (
+                        ("length", figures.quality_length_frontier),
+                        ("redundancy", figures.quality_redundancy_frontier),
+                    ):  # fmt: skip
+                        caption = f"Quality and {key}, {DECODINGS[decoding]}."
+                        drawn.append((f"{key}_{decoding}", lambda draw=draw, way=decoding: draw(place, way), caption))
+                return drawn
+        return []
+
+    def _tables(self, name: str) -> list[tuple[str, Callable[[], pd.DataFrame], str]]:
+        found = self.results[name]
+        match name:
+            case "04_length_schedules":
+                return [("laws", lambda: tables.law_table(found), "Every law and seed at the end of training.")]
+            case "06_residue_merging":
+                return [
+                    ("sweep", lambda: tables.sweep_table(found), "The coefficient sweep."),
+                    ("layer_recipes", lambda: tables.layer_table(found), "Layer recipes."),
+                    ("operator_scores", lambda: tables.operator_table(found), "Merge operators."),
+                ]
+            case "07_evaluation":
+                made = [
+                    (f"models_{way}", lambda way=way: tables.model_table(found, way), f"All models, {DECODINGS[way]}.")
+                    for way in self._decodings()
+                ]
+                return made + [
+                    ("paired", lambda: tables.paired_table(found), "Paired differences over prompts (a minus b)."),
+                    ("prefix_redundancy", lambda: tables.prefix_table(found), "Repeated 4-grams at fixed prefixes."),
+                ]
+        return []
+
+    def _decodings(self) -> list[str]:
+        return decodings(self.results["07_evaluation"])
+
+    def _probes(self) -> None:
+        probes = self.results["03_coarse_rlhf"].get("probes") or []
+        prompt = probes[0]["prompt"] if probes else None
+        mine = [row for row in probes if row["prompt"] == prompt]
+        if mine:
+            self.document.heading("One probe prompt during training", 3)
+            rows = [mine[0], mine[-1]] if len(mine) > 1 else mine
+            columns = [
+                (f"iteration {row['iteration']}, {row.get('tokens')} tokens", marked_words(row["text"])) for row in rows
+            ]
+            self.document.answers(clip(prompt), columns)
+
+    def _samples(self) -> None:
+        rows = read_jsonl(self.stages["07_evaluation"] / "samples.jsonl")
+        way = self._decodings()[0]
+        rows = [row for row in rows if row.get("decoding") == way and row.get("model") in verdicts.MAIN]
+        models = self.results["07_evaluation"].get("models") or {}
+        prompts = list(dict.fromkeys(row["prompt"] for row in rows))[:2]
+        if not prompts:
+            return
+        self.document.heading("Answers side by side", 3)
+        self.document.text(
+            f"The first prompts of the test, {DECODINGS[way]}; repeated 4-grams are marked in the HTML report."
+        )
+        for prompt in prompts:
+            mine = {row["model"]: row for row in reversed(rows) if row["prompt"] == prompt}
+            columns = [
+                (
+                    f"{models.get(name, {}).get('label') or name} ({mine[name].get('tokens')} tokens)",
+                    marked_words(mine[name]["text"]),
+                )
+                for name in verdicts.MAIN
+                if name in mine
+            ]
+            self.document.answers(clip(prompt), columns)
+
+    def _seeds(self) -> None:
+        doc, name = self.document, "07_evaluation"
+        doc.heading("Across runs")
+        judged = {run.name: find_stages(run).get(name) for run in self.runs}
+        for run, path in judged.items():
+            if path is None:
+                made_by = command(self.run.parent / run, name[:2])
+                self.missing.append(f"{name} of run {run}: not run; notebooks/{name}.ipynb makes it ({made_by})")
+        names = [run for run, path in judged.items() if path is not None]
+        found = [read_json(judged[run] / "results.json") for run in names]
+        seeds = [read(judged[run] / "config.json").get("settings", {}).get("seed") for run in names]
+        if len(names) < 2:
+            doc.text("Fewer than two runs have an evaluation, so nothing is said across runs.")
+            return
+        doc.text("Runs: " + ", ".join(f"{run} (seed {seed})" for run, seed in zip(names, seeds, strict=True)) + ".")
+        if len(set(seeds)) < len(seeds):
+            doc.text("Attention: some runs share a seed; they are not independent, and the intervals are too narrow.")
+        decodings = [way for way in DECODINGS if any(way in m for r in found for m in (r.get("models") or {}).values())]
+        for way in decodings:
+            caption = f"Every run, the mean and its 95 % t-interval over runs, {DECODINGS[way]}."
+            self._figure(f"runs_{way}", lambda way=way: figures.seed_overview(found, names, way), caption)
+            self._table(f"runs_{way}", lambda way=way: tables.seed_table(found, names, way), caption)
+
+    def _timings(self) -> None:
+        self.document.heading("Time and memory")
+        for run in self.runs:
+            name = f"timings_{run.name}" if len(self.runs) > 1 else "timings"
+            frame = tables.timings_table(run)
+            frame = frame[frame["stage"].isin(STAGES)].reset_index(drop=True)
+            total = pd.to_numeric(frame["wall_s"]).sum()
+            peak = pd.to_numeric(frame["peak_mb"]).max()
+            words = f"Run {run.name}: {total:.0f} s of wall time in the stages that ended"
+            words += f", peak memory {peak:.0f} MiB." if pd.notna(peak) else ", peak memory not recorded."
+            self._table(name, lambda frame=frame: frame, words)
+
+    def _missing(self) -> None:
+        self.document.heading("What is missing")
+        self.missing += [f"run {path.name}: no results in {path.name}" for path in self.empty]
+        if unchecked(self.results.get("07_evaluation") or {}):
+            self.missing.append(
+                "accuracy, correct steps and utility: null, because the exact checker knows only the embedded domain; "
+                "figures show the reward instead"
+            )
+        self.document.bullets(self.missing)
+        if not self.missing:
+            self.document.text("Nothing: every stage has been run and every figure and table could be made.")
+
+    # Files
+
+    def _figure(self, name: str, draw: Callable[[], Figure], caption: str) -> None:
+        try:
+            figure = draw()
+            figures.save_figure(figure, self.out / "figures", name)
+        except _DRAWING_ERRORS as error:
+            self._failed("figure", name, error)
+            return
+        self.document.figure(name, caption)
+        self.written += [f"figures/{name}.{kind}" for kind in ("pdf", "png", "csv")]
+
+    def _table(self, name: str, make: Callable[[], pd.DataFrame], caption: str) -> None:
+        try:
+            frame = make()
+            if frame.empty:
+                return
+            tables.save_table(frame, self.out / "tables", name, caption)
+        except _DRAWING_ERRORS as error:
+            self._failed("table", name, error)
+            return
+        self.document.table(name, caption, frame)
+        self.written += [f"tables/{name}.{kind}" for kind in ("csv", "md", "tex")]
+
+    def _failed(self, kind: str, name: str, error: Exception) -> None:
+        """A run that was cut short may hold odd results: the rest of the report is still made, and says so."""
+        words = f"{kind} {name}: could not be made ({type(error).__name__}: {error})"
+        if "cannot write" in str(error):
+            raise error
+        self.missing.append(words)
+        self.document.text(f"Not shown: {words}.")
+
+    def _write(self) -> Path:
+        before = read(self.out / "manifest.json").get("files", {})
+        write_text(self.out / "report.md", to_markdown(self.document))
+        write_text(self.out / "report.html", to_html(self.document, self.out))
+        files = sorted([*self.written, "report.md", "report.html"])
+        for stale in set(before) - set(files):
+            # Only names that an earlier report of ours listed, and only below its own folders.
+            if stale.split("/")[0] in ("figures", "tables") and ".." not in stale:
+                (self.out / stale).unlink(missing_ok=True)
+        sources = {
+            run.name: {name: sha256(path / "results.json") for name, path in find_stages(run).items()}
+            for run in self.runs
+        }
+        manifest = {"run": self.run.name, "runs": [run.name for run in self.runs], "results": sources}
+        manifest |= {"files": {name: sha256(self.out / name) for name in files}, "missing": self.missing}
+        write_json(self.out / "manifest.json", manifest)
+        return self.out / "report.html"

@@ -1,0 +1,237 @@
+"""Figures of stage 07 that set models side by side, several seeds together, and the one picture of the README.
+
+Every function takes the stage, its directory, the run's directory, or the data already read, and returns the figure.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from c2f_utils import stats
+from c2f_utils.files import read_json, read_jsonl
+from c2f_utils.report.labels import point_labels
+from c2f_utils.report.results import DECODINGS, LABELS, column, known, load, model_rows, quality, seed_frame
+from c2f_utils.report.style import DOUBLE, INK, MUTED, ROLE_COLOURS, ROLE_MARKERS, new_figure, note, say, styled
+
+STAGE = "07_evaluation"
+
+MAIN = ("base", "instruct", "coarse", "fine")
+
+LEAST_ANSWERS = 10  # a mean over the two longest answers of a concise model would say nothing about the model
+
+
+@styled
+def quality_length_frontier(source: object, decoding: str = "sampled_t1", metric: str = "accuracy_last") -> Figure:
+    """Quality against mean length, one point per model (hollow: first-answer accuracy)."""
+    return _frontier(source, decoding, metric, "mean_tokens", "Quality and length")
+
+
+@styled
+def quality_redundancy_frontier(source: object, decoding: str = "sampled_t1", metric: str = "accuracy_last") -> Figure:
+    """Quality against the share of repeated 4-grams, one point per model (hollow: first-answer accuracy)."""
+    return _frontier(source, decoding, metric, "rep4", "Quality and redundancy")
+
+
+def _frontier(source: object, decoding: str, metric: str, across: str, title: str) -> Figure:
+    results, place = load(source, STAGE)
+    rows = model_rows(results, decoding)
+    metric, why = quality(rows, metric)
+    lines = f"{title}, {DECODINGS.get(decoding, decoding)}" + (f" ({why})" if why else "")
+    fig, axes = new_figure(1, 1, DOUBLE, 3.7, lines, place)
+    fig.data = pd.DataFrame(rows)
+    _frontier_axes(axes[0, 0], rows, metric, across, decoding)
+    return fig
+
+
+def _frontier_axes(ax: Axes, rows: list[dict], metric: str, across: str, decoding: str, size: float = 6.5) -> None:
+    ax.set(xlabel=LABELS[across], ylabel=LABELS.get(metric, metric))
+    rows = [row for row in rows if row.get(metric) is not None and row.get(across) is not None]
+    if not rows:
+        say(ax, f"no model was evaluated with {DECODINGS.get(decoding, decoding)}")
+        return
+    both = metric == "accuracy_last" and known(column(rows, "accuracy_first"))
+    points, obstacles = [], []
+    for row in rows:
+        x, y, role = row[across], row[metric], row["role"]
+        colour, marker = ROLE_COLOURS.get(role, INK), ROLE_MARKERS.get(role, "o")
+        if both and row.get("accuracy_first") is not None:
+            first = row["accuracy_first"]
+            ax.plot([x, x], [y, first], color=colour, linewidth=0.8, alpha=0.7, zorder=2)
+            ax.scatter(x, first, 14, facecolors="white", edgecolors=colour, linewidths=0.8, zorder=3)
+            obstacles += [(x, y + (first - y) * step / 5) for step in range(1, 6)]
+        ax.scatter(x, y, _SIZES.get(role, 18), color=colour, marker=marker, zorder=4, linewidths=0)
+        points.append((x, y))
+    ax.margins(0.12, 0.12)
+    ax.set_xlim(left=min(0.0, min(x for x, _ in points)) - 0.03 * max(x for x, _ in points))
+    if both:
+        ax.set_ylabel("accuracy (filled: last answer, hollow: first)")
+    colours = [ROLE_COLOURS.get(row["role"], INK) for row in rows]
+    bold = [row["role"] != "control" for row in rows]
+    point_labels(ax, points, [row["label"] for row in rows], colours, obstacles, size, bold)
+
+
+_SIZES = {"fine": 90, "coarse": 45, "base": 32, "instruct": 40}
+
+
+@styled
+def prefix_redundancy(source: object) -> Figure:
+    """Repeated 4-grams of the first k tokens, over the answers that long: redundancy grows with length for anyone."""
+    results, place = load(source, STAGE)
+    found, models = results.get("prefix_redundancy") or {}, results.get("models") or {}
+    decoding = results.get("decoding_of_prefixes")
+    title = "Redundancy at fixed prefixes" + (f", {DECODINGS.get(decoding, decoding)}" if decoding else "")
+    fig, axes = new_figure(1, 1, DOUBLE, 2.8, title, place)
+    ax, ends, obstacles = axes[0, 0], [], []
+    fig.data = pd.DataFrame([{"model": name, **row} for name, rows in found.items() for row in rows])
+    for name, rows in found.items():
+        rows = [row for row in rows if row.get("rep4") is not None and row["n"] >= LEAST_ANSWERS]
+        if not rows:
+            continue
+        role = models.get(name, {}).get("role", "control")
+        x, y, colour = column(rows, "prefix"), column(rows, "rep4"), ROLE_COLOURS.get(role, INK)
+        strong = role != "control"
+        ax.plot(
+            x, y, color=colour, linewidth=1.4 if strong else 0.7, marker=ROLE_MARKERS.get(role, "o"), zorder=3 + strong
+        )
+        fine = np.geomspace(x[0], x[-1], 12 * len(x))
+        obstacles += zip(fine, np.interp(np.log(fine), np.log(x), y), strict=True)
+        if strong:
+            count = ", ".join(f"{row['n']}" for row in rows)
+            ends.append((x[-1], y[-1], f"{models.get(name, {}).get('label', name)} (n {count})", colour))
+    if not ax.lines:
+        few = f"no prefix was reached by at least {LEAST_ANSWERS} answers of a model"
+        say(ax, few if found else "no prefix redundancy recorded")
+        return fig
+    prefixes = sorted({row["prefix"] for rows in found.values() for row in rows})
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(prefixes, [str(prefix) for prefix in prefixes])
+    ax.minorticks_off()
+    ax.set(xlabel="first k tokens", ylabel=LABELS["rep4"], ylim=(0, None), xlim=(prefixes[0] * 0.9, prefixes[-1] * 1.9))
+    note(
+        ax, f"n: answers at least that long (fewer than {LEAST_ANSWERS}: left out)\nthin violet: controls", "upper left"
+    )
+    ax.set_ylim(-0.06 * ax.get_ylim()[1], 1.1 * ax.get_ylim()[1])
+    point_labels(ax, [end[:2] for end in ends], [end[2] for end in ends], [end[3] for end in ends], obstacles, size=7)
+    return fig
+
+
+@styled
+def seed_overview(runs: Sequence[dict], names: Sequence[str], decoding: str = "sampled_t1") -> Figure:
+    """Every seed's value and the mean with its 95 % t-interval, per model, for accuracy, length and repetition."""
+    rows = [row for results in runs for row in model_rows(results, decoding)]
+    metric, why = quality(rows, "accuracy_last")
+    metrics = (metric, *(("accuracy_first",) if metric == "accuracy_last" else ()), "mean_tokens", "rep4")
+    frame = seed_frame(runs, names, decoding, metrics)
+    labels = dict(zip(frame["model"], frame["label"], strict=True))
+    title = f"{len(names)} runs, {DECODINGS.get(decoding, decoding)}" + (f" ({why})" if why else "")
+    fig, axes = new_figure(1, len(metrics), DOUBLE, 1.1 + 0.2 * max(3, len(labels)), title, sharey=True)
+    fig.data, fig.caption = frame, "runs " + ", ".join(names)
+    for ax, key in zip(axes[0], metrics, strict=True):
+        ax.set_title(LABELS[key].replace("accuracy, ", "accuracy,\n").replace(" (", "\n("), fontsize=7)
+        for y, model in enumerate(labels):
+            mine = frame[(frame["model"] == model) & (frame["metric"] == key)]
+            values = mine["value"].dropna().to_numpy(dtype=float)
+            if not len(values):
+                continue
+            colour, found = ROLE_COLOURS.get(mine["role"].iloc[0], INK), stats.seed_interval(values)
+            ax.scatter(values, np.full(len(values), y), 10, color=colour, alpha=0.5, linewidths=0)
+            ax.plot([found.value] * 2, [y - 0.3, y + 0.3], color=colour, linewidth=1.6)
+            if found.low is not None:
+                ax.plot([found.low, found.high], [y, y], color=colour, linewidth=0.9)
+        ax.margins(x=0.1)
+    axes[0, 0].set_yticks(range(len(labels)), list(labels.values()))
+    axes[0, 0].set_ylim(len(labels) - 0.5, -0.5)
+    fig.supxlabel("dots: runs; bar: mean; line: 95 % t-interval over runs", fontsize=6.5, color=MUTED)
+    return fig
+
+
+@styled
+def hero(run_dir: object, decoding: str = "sampled_t1") -> Figure:
+    """The whole story in one wide picture: the growing limit, accuracy of the four models, quality against length.
+
+    Reads 03 (metrics.jsonl and the curve of results.json) and 07 of one run; a part whose stage is missing says so.
+    `run_dir` may also map those stage names to directories, for stages that another run has lent.
+    """
+    lent = run_dir if isinstance(run_dir, dict) else {}
+    run = Path(getattr(run_dir, "dir", run_dir)) if not lent else Path(next(iter(lent.values()))).parent
+    coarse, judged = (Path(lent.get(name, run / name)) for name in ("03_coarse_rlhf", STAGE))
+    fig, axes = new_figure(1, 3, 10.2, 3.0, "", run, width_ratios=(1.05, 1, 1.35))
+    left, middle, right = axes[0]
+    fig.data = pd.concat([_story(left, coarse), _bars(middle, judged, decoding)], ignore_index=True)
+    right.set_title("3  Quality against length")
+    evaluation = judged / "results.json"
+    if not evaluation.is_file():
+        say(right, f"not run yet: notebooks/{STAGE}.ipynb")
+        return fig
+    rows = model_rows(read_json(evaluation), decoding)
+    metric, _ = quality(rows, "accuracy_last")
+    _frontier_axes(right, rows, metric, "mean_tokens", decoding)
+    return fig
+
+
+def _story(ax: Axes, stage: Path) -> pd.DataFrame:
+    """The limit and the mean length over training, with quality on the right axis."""
+    ax.set_title("1  RLHF on the base: limit and length")
+    rows = read_jsonl(stage / "metrics.jsonl")
+    if not rows:
+        say(ax, "not run yet: notebooks/03_coarse_rlhf.ipynb")
+        return pd.DataFrame()
+    x, colour, blue = column(rows, "iteration"), ROLE_COLOURS["coarse"], "#5b5b9d"
+    ax.step(x, column(rows, "limit"), where="post", color=INK, linewidth=1)
+    ax.plot(x, column(rows, "mean_tokens"), color=colour)
+    ax.set(xlabel="iteration", ylabel="tokens per answer", ylim=(0, None))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    curve = (read_json(stage / "results.json").get("curve") or []) if (stage / "results.json").is_file() else []
+    metric, _ = quality(curve, "accuracy_first")
+    values = column(curve, metric)
+    names = f"black: limit\norange: mean length\nviolet: {LABELS[metric]} (right)" if known(values) else (
+        "black: limit\norange: mean length"
+    )  # fmt: skip
+    if known(values):
+        twin = ax.twinx()
+        twin.grid(False)
+        twin.spines["right"].set_visible(True)
+        twin.plot(column(curve, "iteration"), values, color=blue, marker="o", markersize=3, linewidth=1.1)
+        low, high = float(np.nanmin(values)), float(np.nanmax(values))
+        low = 0.0 if metric == "accuracy_first" else low - 0.2 * (high - low)
+        twin.set_ylim(low, low + 1.45 * max(0.05, high - low))
+        twin.tick_params(colors=blue, labelcolor=blue)
+    ax.set_ylim(0, 1.45 * float(np.nanmax(column(rows, "limit"))))
+    note(ax, names)
+    return pd.DataFrame(rows).assign(part="training")
+
+
+def _bars(ax: Axes, stage: Path, decoding: str) -> pd.DataFrame:
+    """First- and last-answer accuracy of the four models (reward where the checker knows nothing)."""
+    path = stage / "results.json"
+    rows = [row for row in model_rows(read_json(path), decoding) if row["model"] in MAIN] if path.is_file() else []
+    rows.sort(key=lambda row: MAIN.index(row["model"]))
+    metric, why = quality(rows, "accuracy_last")
+    ax.set_title(f"2  {'Accuracy' if metric == 'accuracy_last' else 'Reward'} before and after the merge")
+    if not rows:
+        say(ax, f"not run yet: notebooks/{STAGE}.ipynb")
+        return pd.DataFrame()
+    x, colours = np.arange(len(rows)), [ROLE_COLOURS.get(row["role"], INK) for row in rows]
+    if metric == "accuracy_last":
+        bars = [(x - 0.2, "accuracy_first", 0.35), (x + 0.2, "accuracy_last", 1.0)]
+        ax.set(ylabel=f"accuracy, {DECODINGS.get(decoding, decoding)}", ylim=(0, 1.12))
+        note(ax, "pale: first answer; full: last answer")
+    else:
+        bars = [(x, metric, 1.0)]
+        ax.set_ylabel(LABELS[metric])
+        ax.margins(y=0.2)
+        note(ax, why)
+    for at, key, alpha in bars:
+        values = column(rows, key)
+        ax.bar(at, values, 0.38 if len(bars) == 2 else 0.6, color=colours, alpha=alpha)
+        for place, value in zip(at, values, strict=True):
+            if np.isfinite(value):
+                ax.text(place, value, f"{value:.2f}", ha="center", va="bottom" if value >= 0 else "top", fontsize=6.5)
+    ax.set_xticks(x, [row["label"].replace(" ", "\n") for row in rows])
+    ax.grid(False, axis="x")
+    return pd.DataFrame(rows).assign(part="models")

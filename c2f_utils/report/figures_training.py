@@ -1,0 +1,323 @@
+"""Figures of the training stages 01 to 05, each a function of results on disk.
+
+Every function takes a stage, its directory, the run's directory, or the data already read, and returns the figure.
+"""
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from c2f_utils import stats
+from c2f_utils.report.labels import end_labels, point_labels
+from c2f_utils.report.results import LABELS, NO_CHECKER, column, folder, known, laws_of, load, quality, target_tokens
+from c2f_utils.report.style import (
+    DOUBLE,
+    INK,
+    MUTED,
+    ROLE_COLOURS,
+    SINGLE,
+    law_colour,
+    line,
+    new_figure,
+    note,
+    say,
+    styled,
+)
+
+_LOSSES = {
+    "01_base_model": ("Base model: pretraining loss", "base", "loss (nats per token)"),
+    "02_reward_model": ("Reward model: preference loss", "control", "loss (nats per pair)"),
+    "05_instruction_model": ("Instruction model: fine-tuning loss", "instruct", "loss (nats per token)"),
+}
+
+
+@styled
+def loss_curve(source: object, stage: str = "01_base_model") -> Figure:
+    """Training loss of stage 01, 02 or 05 against tokens, or steps where tokens are not recorded."""
+    place = folder(source)
+    if place is not None and place.name in _LOSSES:
+        stage = place.name
+    results, place = load(source, stage)
+    title, role, label = _LOSSES.get(stage, (f"{stage}: training loss", "control", "loss"))
+    fig, axes = new_figure(1, 1, SINGLE, 2.3, title, place)
+    ax, rows = axes[0, 0], results.get("loss") or []
+    fig.data = pd.DataFrame(rows)
+    if not known(column(rows, "loss")):
+        say(ax, "no loss curve: this model was loaded,\nnot trained, in this stage")
+        return fig
+    tokens = column(rows, "tokens")
+    x, name = (tokens / 1e6, "tokens seen (millions)") if known(tokens) else (column(rows, "step"), "optimiser steps")
+    line(ax, x, column(rows, "loss"), ROLE_COLOURS[role])
+    ax.set(xlabel=name, ylabel=label)
+    if len(rows) > 60:
+        note(ax, "faint: raw; line: moving mean", "upper right")
+    return fig
+
+
+@styled
+def reward_calibration(source: object) -> Figure:
+    """How often the preferred answer scores higher, against what the reward margin predicts, with Wilson intervals."""
+    results, place = load(source, "02_reward_model")
+    fig, axes = new_figure(1, 1, SINGLE, 2.9, "Reward model: calibration of preference", place)
+    ax, rows = axes[0, 0], [row for row in results.get("calibration") or [] if row.get("n")]
+    fig.data = pd.DataFrame(rows)
+    if not rows:
+        say(ax, "no calibration recorded:\nthe reward model was not scored on held-out pairs")
+        return fig
+    predicted, observed, n = (column(rows, key) for key in ("predicted", "observed", "n"))
+    bounds = [stats.wilson(share * count, int(count)) for share, count in zip(observed, n, strict=True)]
+    low, high = (np.array([getattr(bound, side) for bound in bounds]) for side in ("low", "high"))
+    fig.data = fig.data.assign(low=low, high=high)
+    start = min(0.5, float(predicted.min()), float(low.min()))
+    ax.plot([start, 1], [start, 1], color=MUTED, linewidth=0.8, linestyle="--")
+    ax.errorbar(
+        predicted, observed, [np.maximum(0, observed - low), np.maximum(0, high - observed)],
+        fmt="none", ecolor=INK, elinewidth=0.8,
+    )  # fmt: skip
+    ax.scatter(predicted, observed, 8 + 60 * n / n.max(), color=ROLE_COLOURS["control"], zorder=3)
+    accuracy = results.get("pair_accuracy")
+    if accuracy is not None:
+        pairs = results.get("held_out_pairs", results.get("n_pairs"))
+        note(ax, f"pair accuracy {accuracy:.3f}" + (f"\non {pairs} held-out pairs" if pairs else ""))
+    ax.set(xlabel="predicted probability", ylabel="observed share")
+    note(ax, "area: pairs; bars: 95 % Wilson\ndashed: perfect calibration", "lower right")
+    return fig
+
+
+@styled
+def length_bias(source: object) -> Figure:
+    """Reward against answer length (points, binned mean, slope) and against true utility, which has no length in it."""
+    results, place = load(source, "02_reward_model")
+    fig, axes = new_figure(1, 2, DOUBLE, 2.6, "Reward model: length bias", place, sharey=True)
+    (left, right), rows = axes[0], results.get("points") or []
+    fig.data = pd.DataFrame(rows)
+    bias = results.get("length_bias") or {}
+    left.set(xlabel="answer length (tokens)", ylabel=LABELS["reward"])
+    right.set(xlabel=LABELS["utility"])
+    tokens, reward, utility = (column(rows, key) for key in ("tokens", "reward", "utility"))
+    if not known(reward):
+        say(left, "no scored answers recorded")
+        say(right, "no scored answers recorded")
+        return fig
+    _scatter(left, tokens, reward)
+    parts = [("Pearson", "pearson"), ("Spearman", "spearman"), ("slope per 100 tokens", "slope_per_100_tokens")]
+    words = [f"{name} {bias[key]:+.2f}" for name, key in parts if bias.get(key) is not None]
+    if bias.get("partial_given_utility") is not None:
+        words.append(f"partial, utility held fixed {bias['partial_given_utility']:+.2f}")
+    note(left, "\n".join(words))
+    _room_above(left)
+    if known(utility):
+        _scatter(right, utility, reward)
+        if results.get("utility_correlation") is not None:
+            note(right, f"correlation {results['utility_correlation']:+.2f}")
+        note(right, "points: answers; line: means of deciles", "lower right")
+    else:
+        right.tick_params(labelleft=False)
+        right.set_xticks([])
+        right.grid(False)
+        right.text(0.5, 0.5, f"utility {NO_CHECKER}", transform=right.transAxes, ha="center", va="center", color=MUTED)
+    return fig
+
+
+def _scatter(ax: Axes, x: np.ndarray, y: np.ndarray) -> None:
+    """Faint points, the mean per decile, and the least-squares line."""
+    keep = np.isfinite(x) & np.isfinite(y)
+    x, y = x[keep], y[keep]
+    ax.scatter(x, y, 5, color=ROLE_COLOURS["control"], alpha=0.35, linewidths=0)
+    if len(x) < 20 or x.min() == x.max():
+        return
+    # Deciles, fewer where many answers share one length (those cut at the limit): each bin is one place on the axis.
+    edges = np.unique(np.quantile(x, np.linspace(0, 1, 11)))
+    bins = np.clip(np.searchsorted(edges, x, side="right") - 1, 0, len(edges) - 1)
+    order = [np.flatnonzero(bins == k) for k in range(len(edges)) if (bins == k).sum() >= 3]
+    slope, offset = np.polyfit(x, y, 1)
+    ends = np.array([x.min(), x.max()])
+    ax.plot(ends, offset + slope * ends, color=MUTED, linewidth=0.8, linestyle="--")
+    ax.plot([x[part].mean() for part in order], [y[part].mean() for part in order], color=INK, marker="o", markersize=3)
+
+
+def _room_above(ax: Axes, share: float = 0.3) -> None:
+    low, high = ax.get_ylim()
+    ax.set_ylim(low, high + share * (high - low))
+
+
+@styled
+def prefix_reward(source: object) -> Figure:
+    """Mean reward of an answer cut after k tokens, with its standard error: what more length is worth to the model."""
+    results, place = load(source, "02_reward_model")
+    fig, axes = new_figure(1, 1, SINGLE, 2.3, "Reward of an answer cut after k tokens", place)
+    ax, rows = axes[0, 0], results.get("prefix_reward") or []
+    fig.data = pd.DataFrame(rows)
+    if not known(column(rows, "reward_mean")):
+        say(ax, "no prefix rewards recorded")
+        return fig
+    x, mean, error = (column(rows, key) for key in ("tokens", "reward_mean", "reward_se"))
+    error = np.nan_to_num(error)
+    colour = ROLE_COLOURS["control"]
+    ax.fill_between(x, mean - error, mean + error, color=colour, alpha=0.2, linewidth=0)
+    line(ax, x, mean, colour)
+    ax.set(xlabel="prefix length k (tokens)", ylabel=LABELS["reward"])
+    note(ax, "band: ± 1 standard error", "lower right")
+    return fig
+
+
+@styled
+def training_panel(source: object, title: str = "Coarse RLHF: training") -> Figure:
+    """Six views of a coarse run by iteration: reward, KL, length against the moving limit, entropy, critic, repetition.
+
+    `source` may also be the rows of metrics.jsonl, so that a live panel can draw while the run goes on.
+    """
+    rows, place = load(source, "03_coarse_rlhf", "metrics.jsonl")
+    fig, axes = new_figure(2, 3, DOUBLE, 3.9, title, place, sharex=True)
+    fig.data = pd.DataFrame(rows)
+    x, main = column(rows, "iteration"), ROLE_COLOURS["coarse"]
+    get = {key: column(rows, key) for key in (
+        "reward", "reward_sd", "kl_per_token", "limit", "mean_tokens", "p95_tokens", "truncated_share", "entropy",
+        "value_loss", "explained_variance", "rep4",
+    )}  # fmt: skip
+    if len(rows) == 0:
+        for ax in axes.flat:
+            say(ax, "no iteration yet")
+        return fig
+    reward, kl, length = axes[0]
+    entropy, critic, repetition = axes[1]
+    spread = np.nan_to_num(get["reward_sd"])
+    reward.fill_between(x, get["reward"] - spread, get["reward"] + spread, color=main, alpha=0.15, linewidth=0)
+    _panel(reward, x, get["reward"], "reward (mean ± 1 sd)", main)
+    _panel(kl, x, get["kl_per_token"], "KL to the base (nats per token)", main)
+    _panel(entropy, x, get["entropy"], "entropy (nats per token)", main)
+    _panel(repetition, x, get["rep4"], "repeated 4-grams (share)", main)
+    length.step(x, get["limit"], where="post", color=INK, linewidth=1)
+    length.plot(x, get["p95_tokens"], color=main, linewidth=0.8, linestyle=":")
+    _panel(length, x, get["mean_tokens"], "tokens: limit, p95, mean", main)
+    top = float(np.nanmax(get["limit"])) if known(get["limit"]) else 1.0
+    length.set_ylim(0, 1.45 * top)
+    _against_right(length, x, get["truncated_share"], "cut share", ROLE_COLOURS["instruct"])
+    note(length, "step: limit; dotted: p95\nline: mean; blue: share cut (right)")
+    _panel(critic, x, get["value_loss"], "value loss", main)
+    _room_above(critic, 0.35)
+    _against_right(critic, x, get["explained_variance"], "explained variance", ROLE_COLOURS["instruct"])
+    note(critic, "orange: value loss (left)\nblue: explained variance (right)", "upper right")
+    for ax in axes[1]:
+        ax.set_xlabel("iteration")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return fig
+
+
+def _panel(ax: Axes, x: np.ndarray, y: np.ndarray, title: str, colour: str) -> None:
+    ax.set_title(title)
+    if not known(y):
+        say(ax, "not recorded in this run")
+        return
+    line(ax, x, y, colour)
+
+
+def _against_right(ax: Axes, x: np.ndarray, share: np.ndarray, label: str, colour: str) -> None:
+    """A share on a second axis from 0 to 1; the ticks are at the same heights as the words in the corner leave free."""
+    if not known(share):
+        return
+    twin = ax.twinx()
+    twin.grid(False)
+    twin.spines["right"].set_visible(True)
+    low = max(-1.0, min(0.0, float(np.nanmin(share))))  # an untrained critic can be arbitrarily bad: cut at -1
+    twin.set(ylim=(low, low + 1.45 * (1 - low)), yticks=[0, 0.5, 1] if low > -0.75 else [-1, 0, 1])
+    twin.tick_params(colors=colour, labelcolor=colour)
+    twin.plot(x, share, color=colour, linewidth=1)
+
+
+@styled
+def schedule_comparison(source: object, metric: str = "utility") -> Figure:
+    """The limit over iterations, and `metric` against cumulative rollout tokens, for each law; every seed faint."""
+    results, place = load(source, "04_length_schedules")
+    laws = laws_of(results)
+    curves = [row for law in laws.values() for run in law["seeds"].values() for row in run["curve"]]
+    metric, why = quality(curves, metric)
+    title = "Length laws: the limit, and quality per generated token" + (f" ({why})" if why else "")
+    fig, axes = new_figure(1, 2, DOUBLE, 2.8, title, place)
+    left, right = axes[0]
+    fig.data = pd.DataFrame([
+        {"law": name, "label": law["label"], "seed": seed, **{key: row.get(key) for key in
+         ("iteration", "rollout_tokens", "limit", metric, "mean_tokens", "accuracy_last", "accuracy_first")}}
+        for name, law in laws.items() for seed, run in law["seeds"].items() for row in run["curve"]
+    ])  # fmt: skip
+    if not laws:
+        say(left, "no law was run")
+        say(right, "no law was run")
+        return fig
+    limits, ends, drawn = [], [], []
+    for name, law in laws.items():
+        colour = law_colour(name, list(laws))
+        seeds = list(law["seeds"].values())
+        steps = _stacked([np.asarray(run["limits"], dtype=float) for run in seeds])
+        for row in steps if len(seeds) > 1 else ():
+            left.plot(row, color=colour, alpha=0.35, linewidth=0.7)
+        mean = steps.mean(axis=0)
+        left.plot(mean, color=colour)
+        limits.append((len(mean) - 1, mean[-1], law["label"], colour))
+        tokens = _stacked([column(run["curve"], "rollout_tokens") / 1e3 for run in seeds])
+        values = _stacked([column(run["curve"], metric) for run in seeds])
+        for seed_tokens, seed_values in zip(tokens, values, strict=True) if len(seeds) > 1 else ():
+            right.plot(seed_tokens, seed_values, color=colour, alpha=0.35, linewidth=0.7)
+        if known(values):
+            right.plot(tokens.mean(axis=0), values.mean(axis=0), color=colour)
+            ends.append((tokens.mean(axis=0)[-1], values.mean(axis=0)[-1], law["label"], colour))
+            drawn += zip(tokens.ravel(), values.ravel(), strict=True)
+    left.set(xlabel="iteration", ylabel="length limit (tokens)", ylim=(0, None))
+    right.set(xlabel="rollout tokens so far (thousands)", ylabel=LABELS[metric])
+    if not ends:
+        say(right, f"{LABELS[metric]} {NO_CHECKER}")
+    count = {len(law["seeds"]) for law in laws.values()}
+    seeds = f"{min(count)}" if len(count) == 1 else f"{min(count)} to {max(count)}"
+    note(right, f"faint: each of {seeds} seeds; line: mean" if max(count) > 1 else "one seed", "lower right")
+    left.xaxis.set_major_locator(MaxNLocator(integer=True))
+    end_labels(left, limits)
+    if ends:
+        right.margins(0.14, 0.1)
+        places, colours = [end[:2] for end in ends], [end[3] for end in ends]
+        point_labels(right, places, [end[2] for end in ends], colours, obstacles=drawn, size=7)
+    return fig
+
+
+def _stacked(rows: list[np.ndarray]) -> np.ndarray:
+    """Seeds as rows [seed, point], cut to the shortest, so that a mean over seeds is over all of them."""
+    shortest = min(len(row) for row in rows)
+    return np.array([row[:shortest] for row in rows])
+
+
+@styled
+def tokens_to_target(source: object, metric: str = "utility", shares: tuple[float, ...] = (0.85, 0.95)) -> Figure:
+    """Rollout tokens each law needs to reach shares of fixed-long's gain in `metric`; small dots are seeds, and seeds
+    that never get there are counted as missed."""
+    results, place = load(source, "04_length_schedules")
+    laws = laws_of(results)
+    curves = [row for law in laws.values() for run in law["seeds"].values() for row in run["curve"]]
+    metric, _ = quality(curves, metric)
+    title = f"Tokens to reach a share of fixed-long's gain in {LABELS[metric].split(' (')[0]}"
+    fig, axes = new_figure(1, len(shares), DOUBLE, 0.95 + 0.27 * max(3, len(laws)), title, place, sharey=True)
+    frames = [target_tokens(laws, metric, share) for share in shares]
+    fig.data = pd.concat(frames, ignore_index=True)
+    for ax, share, frame in zip(axes[0], shares, frames, strict=True):
+        if not known(frame["target"].to_numpy(dtype=float)):
+            say(ax, "no target: fixed-long was not run,\nor did not improve" if laws else "no law was run")
+            continue
+        reach = max(run["rollout_tokens"] for law in laws.values() for run in law["seeds"].values()) / 1e3
+        for row, name in enumerate(laws):
+            colour, mine = law_colour(name, list(laws)), frame[frame["law"] == name]
+            found = mine["tokens"].dropna().to_numpy() / 1e3
+            ax.scatter(found, np.full(len(found), row), 14, color=colour, alpha=0.45, linewidths=0)
+            if len(found):
+                ax.scatter(found.mean(), row, 42, color=colour, marker="|", linewidths=2)
+            missed = len(mine) - len(found)
+            if missed:
+                low = len(found) and found.max() > 0.45 * reach
+                at, side = (found.min(), "right") if low else (found.max() if len(found) else 0, "left")
+                words = f"{missed} of {len(mine)} missed" if len(mine) > 1 else "missed"
+                gap = {"xytext": (-6 if low else 6, 0), "textcoords": "offset points"}
+                ax.annotate(words, (at, row), ha=side, va="center", fontsize=6, color=MUTED, **gap)
+        ax.set(xlabel="rollout tokens (thousands)", ylim=(len(laws) - 0.5, -0.5))
+        ax.set_yticks(range(len(laws)), [law["label"] for law in laws.values()])
+        ax.set_title(f"{share:.0%} of the gain".replace("%", " %"))
+        ax.set_xlim(0, 1.05 * reach)
+    return fig

@@ -1,0 +1,217 @@
+"""How every figure looks, reads its results, names its lines and is saved.
+
+Figures are made without pyplot: nothing global is touched, none leaks memory, and a notebook shows a returned figure
+once. A figure carries the numbers behind it (`fig.data`), which `save_figure` writes beside it.
+"""
+
+import contextlib
+import functools
+import io
+import os
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from c2f_utils.errors import C2FError
+
+SINGLE, DOUBLE = 3.3, 6.8  # inches: one and two columns of a paper
+
+ROLE_COLOURS = {
+    "base": "#7f7f7f",
+    "coarse": "#e07b00",
+    "instruct": "#1f77b4",
+    "fine": "#2a9d3a",
+    "control": "#8c6bb1",
+}
+
+ROLE_MARKERS = {"base": "s", "coarse": "^", "instruct": "o", "fine": "*", "control": "D"}
+
+LAW_COLOURS = {
+    "fixed_short": "#9e9e9e",
+    "fixed_long": "#4d4d4d",
+    "clock_linear": "#4c9ed9",
+    "logistic": "#e07b00",
+}
+
+# After Okabe and Ito; vermilion comes last, it is close to the logistic law's orange.
+_MORE_COLOURS = ("#009e73", "#cc79a7", "#0072b2", "#7a3e9d", "#56b4e9", "#b8a000", "#d55e00")
+
+INK, MUTED = "#222222", "#6b6b6b"
+
+STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 7.5,
+    "axes.titlesize": 8,
+    "axes.titlelocation": "left",
+    "axes.labelsize": 7.5,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": "#9a9a9a",
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.prop_cycle": matplotlib.cycler(color=_MORE_COLOURS),
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.5,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 4,
+    "legend.frameon": False,
+    "legend.fontsize": 7,
+    "figure.titlesize": 9,
+    "figure.dpi": 130,
+    "figure.facecolor": "white",
+    "savefig.dpi": 200,
+    "pdf.fonttype": 42,
+    "svg.fonttype": "none",
+    "text.color": INK,
+    "text.parse_math": False,  # labels may come from data: a dollar sign is a dollar sign
+}
+
+
+class ResultFigure(Figure):
+    """A matplotlib figure with the numbers behind it (`data`) and where they come from (`source`)."""
+
+    data: pd.DataFrame
+    source: Path | None = None
+    caption: str = ""  # names the runs where there are several
+
+    def _repr_png_(self) -> bytes:
+        return _rendered(self, "png", dpi=STYLE["figure.dpi"])
+
+
+def styled(function: Callable) -> Callable:
+    """Draw under the house style whatever the notebook has set."""
+
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        with matplotlib.rc_context():
+            matplotlib.rcdefaults()
+            matplotlib.rcParams.update(STYLE)
+            return function(*args, **kwargs)
+
+    return wrapper
+
+
+def new_figure(
+    rows: int, columns: int, width: float, height: float, title: str, source: Path | None = None, **subplots
+) -> tuple[ResultFigure, np.ndarray]:
+    """A figure of `width` x `height` inches with axes [rows, columns], room for the caption below and a title above."""
+    fig = ResultFigure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(fig)
+    fig.source, fig.data = source, pd.DataFrame()
+    low = 0.13 / height
+    fig.get_layout_engine().set(rect=(0, low, 1, 1 - low), w_pad=0.05, h_pad=0.05)
+    if title:
+        fig.suptitle(textwrap.fill(title, int(13 * width)), x=0.01, ha="left", fontweight="bold")
+    return fig, fig.subplots(rows, columns, squeeze=False, **subplots)
+
+
+# Saying things in figures
+
+
+def say(ax: Axes, words: str) -> None:
+    """Put words where a picture would be, on otherwise empty axes."""
+    ax.grid(False)
+    ax.set(xticks=[], yticks=[])
+    ax.text(0.5, 0.5, words, transform=ax.transAxes, ha="center", va="center", color=MUTED, fontsize=7, wrap=False)
+
+
+def note(ax: Axes, words: str, corner: str = "upper left") -> None:
+    """A few muted words in a corner of the axes."""
+    vertical, horizontal = corner.split()
+    x, y = (0.02 if horizontal == "left" else 0.98), (0.98 if vertical == "upper" else 0.03)
+    align = {"ha": horizontal, "va": "top" if vertical == "upper" else "bottom"}
+    box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
+    ax.text(x, y, words, transform=ax.transAxes, color=MUTED, fontsize=6.5, bbox=box, zorder=5, **align)
+
+
+def law_colour(name: str, names: Sequence[str]) -> str:
+    """The fixed colour of a law; others take the cycle in the order of `names`."""
+    others = [other for other in names if other not in LAW_COLOURS]
+    return LAW_COLOURS.get(name) or _MORE_COLOURS[others.index(name) % len(_MORE_COLOURS)]
+
+
+def smooth(values: np.ndarray, window: int) -> np.ndarray:
+    """Centred moving mean over `window` points (fewer at the ends), blind to NaN."""
+    half = window // 2
+    return np.array([_nanmean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))])
+
+
+def _nanmean(values: np.ndarray) -> float:
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if len(finite) else float("nan")
+
+
+def line(ax: Axes, x: np.ndarray, y: np.ndarray, colour: str, **kwargs) -> None:
+    """A line; with more than 60 points its moving mean over the faint raw values."""
+    if len(x) <= 60:
+        ax.plot(x, y, color=colour, marker="." if len(x) <= 30 else None, **kwargs)
+        return
+    ax.plot(x, y, color=colour, alpha=0.3, linewidth=0.7)
+    ax.plot(x, smooth(y, max(3, len(x) // 25)), color=colour, **kwargs)
+
+
+# Saving
+
+
+@styled
+def save_figure(fig: Figure, place: object, name: str, data: pd.DataFrame | None = None) -> Figure:
+    """Write `name`.pdf, .png (200 dpi) and .csv (the numbers behind it) and return the figure, to be shown by a cell.
+
+    `place` is a stage or its directory (the files go to its `figures/`), or any directory named `figures`. `data`
+    defaults to what the figure was drawn from. A small caption names the run. Each file is replaced atomically.
+    """
+    directory = Path(getattr(place, "dir", place))
+    directory = directory if directory.name == "figures" else directory / "figures"
+    source = getattr(fig, "source", None) or directory.parent
+    for old in [text for text in fig.texts if text.get_gid() == "caption"]:
+        old.remove()
+    words = f"run {source.parent.name} · {source.name}" if source.name[:2].isdigit() else f"run {source.name}"
+    words = getattr(fig, "caption", "") or words
+    fig.text(0.995, 0.006, words, ha="right", va="bottom", fontsize=5, color="#9a9a9a", gid="caption").set_in_layout(
+        False
+    )
+    fig.draw_without_rendering()
+    fig.set_layout_engine("none")  # settled: every format, and every later saving, shows the same places
+    frame = data if data is not None else getattr(fig, "data", pd.DataFrame())
+    write_bytes(directory / f"{name}.pdf", _rendered(fig, "pdf"))
+    write_bytes(directory / f"{name}.png", _rendered(fig, "png", dpi=200))
+    write_bytes(directory / f"{name}.csv", frame.to_csv(index=False).encode("utf-8"))
+    return fig
+
+
+def _rendered(fig: Figure, kind: str, dpi: float | None = None) -> bytes:
+    """File content without time stamps, so that the same results give the same bytes."""
+    stamps = {"pdf": {"CreationDate": None, "ModDate": None}, "png": {"Software": None}}
+    with io.BytesIO() as memory:
+        fig.savefig(memory, format=kind, dpi=dpi or STYLE["savefig.dpi"], metadata=stamps[kind])
+        return memory.getvalue()
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace a file atomically; raises C2FError when the folder cannot be written or the disk is full."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(content)
+        os.replace(partial, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):  # the folder itself may be what is wrong
+            partial.unlink()
+        raise C2FError(f"cannot write {path}: {error.strerror}; free space or choose another folder") from error

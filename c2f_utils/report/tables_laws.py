@@ -1,0 +1,206 @@
+"""Tables of notebook 04: what laws cost, what they bought at equal length, and the study over conditions.
+
+Inputs: stage 04 (its results and metrics), or the content of a study's JSON, {"runs": {condition: {law: {seed: run}}}}.
+Outputs: DataFrames with the interval over seeds beside every mean; one seed gives no interval.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from c2f_utils import stats
+from c2f_utils.files import read_jsonl
+from c2f_utils.report import law_study
+from c2f_utils.report.results import laws_of, load, target_tokens
+
+REFERENCE = "fixed_long"
+
+
+def cost_table(source: object, share: float = 0.95, metric: str = "utility") -> pd.DataFrame:
+    """Rollout tokens and seconds of each law until it has made `share` of fixed-long's gain in `metric`.
+
+    Means over the seeds that got there; where all did, the geometric mean of the ratio to fixed-long with its
+    t-interval over seeds. Seconds are wall time of the iterations without evaluations, as this machine was loaded; NaN
+    where the metrics of a law are not at hand (the law of 03, when another run lent it).
+    """
+    results, place = load(source, "04_length_schedules")
+    laws = laws_of(results)
+    frame = target_tokens(laws, metric, share)
+    clocks = _clocks(place) if place else {}
+    frame["seconds"] = [
+        _at(clocks.get((law, seed)), tokens)
+        for law, seed, tokens in zip(frame["law"], frame["seed"], frame["tokens"], strict=True)
+    ]
+    rows = []
+    for law, mine in frame.groupby("law", sort=False):
+        row = {"law": mine["label"].iloc[0], "seeds": len(mine), "reached": int(mine["tokens"].notna().sum())}
+        for unit in ("tokens", "seconds"):
+            row |= {unit: mine[unit].mean(), **_ratio(frame, law, unit)}
+        rows.append(row)
+    columns = ["law", "seeds", "reached"] + [
+        u + e for u in ("tokens", "seconds") for e in ("", " ratio", " low", " high")
+    ]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _clocks(place: Path) -> dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]:
+    """Cumulative (rollout tokens, seconds) by law and seed, from the stage's metrics and those of 03 beside it."""
+    rows = read_jsonl(place / "metrics.jsonl") if (place / "metrics.jsonl").is_file() else []
+    before = place.parent / "03_coarse_rlhf" / "metrics.jsonl"
+    if before.is_file() and (place / "config.json").is_file():
+        from c2f_utils.files import read_json
+        from c2f_utils.report.results import LAW_OF_03
+
+        seed = read_json(place / "config.json")["settings"]["seed"]
+        rows += [{"law": LAW_OF_03, "seed": seed, **row} for row in read_jsonl(before)]
+    found: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for row in rows:
+        if "seconds" in row and "rollout_tokens" in row:
+            found.setdefault((row["law"], str(row["seed"])), []).append((row["rollout_tokens"], row["seconds"]))
+    return {key: (np.array([t for t, _ in v]), np.cumsum([s for _, s in v])) for key, v in found.items()}
+
+
+def _at(clock: tuple[np.ndarray, np.ndarray] | None, tokens: float) -> float:
+    if clock is None or not np.isfinite(tokens):
+        return float("nan")
+    return float(np.interp(tokens, np.append(0, clock[0]), np.append(0, clock[1])))
+
+
+def _ratio(frame: pd.DataFrame, law: str, unit: str) -> dict[str, float | None]:
+    """Ratio to fixed-long, where both got there on every seed."""
+    by_seed = frame.pivot(index="seed", columns="law", values=unit)
+    mine = frame[frame["law"] == law]
+    both = by_seed[[law, REFERENCE]].dropna() if REFERENCE in by_seed and law != REFERENCE else by_seed.iloc[:0]
+    if len(both) < len(mine):  # a mean over the lucky seeds alone would flatter
+        return dict.fromkeys((f"{unit} ratio", f"{unit} low", f"{unit} high"))
+    found = stats.log_ratio_interval(both[law].tolist(), both[REFERENCE].tolist())
+    return {f"{unit} ratio": found.value, f"{unit} low": found.low, f"{unit} high": found.high}
+
+
+def prefix_reward_table(source: object) -> pd.DataFrame:
+    """Mean reward of the final answers cut after fixed numbers of tokens, law by law (mean over seeds)."""
+    results, _ = load(source, "04_length_schedules")
+    rows = []
+    for law in laws_of(results).values():
+        found = [run["prefix_rewards"] for run in law["seeds"].values() if run.get("prefix_rewards")]
+        if found:
+            means = {f"first {k} tokens": np.mean([row[k] for row in found]) for k in found[0]}
+            rows.append({"law": law["label"], "seeds": len(found), **means})
+    return pd.DataFrame(rows)
+
+
+# --- the study over conditions --------------------------------------------------------------------------------------
+
+
+def clocks_of(laws: dict, condition: str) -> tuple[list[str], list[str]]:
+    """(clocks of the grid, clocks that do not know the maximum) among the laws that one condition has."""
+    maximum = law_study.ALL[condition].maximum
+    return [n for n in law_study.grid(maximum) if n in laws], [n for n in law_study.agnostic(maximum) if n in laws]
+
+
+def regret_table(study: dict) -> pd.DataFrame:
+    """One row per condition and law: normalised regret against the best clock, t-interval over seeds, sign-flip p."""
+    rows = []
+    for condition, laws in study["runs"].items():
+        tied, free = clocks_of(laws, condition)
+        clocks = {name: laws[name] for name in (*tied, *free)}
+        if condition not in law_study.CONDITIONS or not law_study.complete_seeds(clocks) or not tied:
+            continue
+        kind = dict.fromkeys(tied, "clock") | dict.fromkeys(free, "agnostic clock")
+        kind |= {name: "averaged cut" for name in laws if name.endswith(law_study.AVERAGED)}
+        for name, found in law_study.regrets(laws, list(clocks)).items():
+            rows.append({"condition": condition, "law": name, "kind": kind.get(name, "law"), **found})
+    return pd.DataFrame(rows, columns=["condition", "law", "kind", "regret", "low", "high", "p", "n", "best"])
+
+
+def worst_table(study: dict) -> pd.DataFrame:
+    """Per law: worst normalised regret over all conditions, where, its interval there, and the mean; best law first.
+
+    "up to" is the largest upper bound of any condition, which is what a worst case may reach. Schedules that ran in
+    some conditions only come last: their worst is a maximum over fewer.
+    """
+    frame = regret_table(study)
+    rows = []
+    for law, mine in frame.groupby("law", sort=False):
+        worst = mine.loc[mine["regret"].idxmax()]
+        rows.append({
+            "law": law, "kind": worst["kind"], "conditions": len(mine), "worst regret": worst["regret"],
+            "low": worst["low"], "high": worst["high"], "where": worst["condition"], "up to": mine["high"].max(),
+            "mean": mine["regret"].mean(),
+        })  # fmt: skip
+    if not rows:
+        return pd.DataFrame()
+    table = pd.DataFrame(rows)
+    table["_missing"] = frame["condition"].nunique() - table["conditions"]
+    return table.sort_values(["_missing", "worst regret"], ignore_index=True).drop(columns="_missing")
+
+
+def savings_table(study: dict, law: str, share: float = 0.95) -> pd.DataFrame:
+    """Cost of one law to `share` of what clocks gain, over the cheapest clock of each family, with how many missed.
+
+    An arm with averaged cuts is also compared with the clock under that rule.
+    """
+    rows = []
+    for condition, laws in study["runs"].items():
+        if condition not in law_study.CONDITIONS or law not in laws:
+            continue
+        tied, free = clocks_of(laws, condition)
+        roomy = law_study.LONG if condition in law_study.ROOMY else law_study.BUDGET
+        families = {"knows the maximum": (tied, law_study.BUDGET), "agnostic": (free, roomy)}
+        if law.endswith(law_study.AVERAGED):
+            twin = [f"{name}{law_study.AVERAGED}" for name in free if f"{name}{law_study.AVERAGED}" in laws]
+            families["agnostic, averaged cut"] = ([name for name in twin if name != law], roomy)
+        for family, (names, budget) in families.items():
+            common = names and law_study.complete_seeds({name: laws[name] for name in (law, *names)})
+            for unit in ("tokens", "seconds") if common else ():
+                found = law_study.savings(laws, law, names, share, unit, budget)
+                rows.append({"condition": condition, "against": family, "unit": unit, "budget": budget, **found})
+    return pd.DataFrame(rows)
+
+
+def last_table(study: dict, against: str = "grow 12 %") -> pd.DataFrame:
+    """Utility at the end of the longer runs, law by law, and its difference to one clock's, paired by seed."""
+    rows = []
+    for condition in law_study.ROOMY:
+        laws = study["runs"].get(condition, {})
+        for law, by_seed in laws.items():
+            long = {seed: run for seed, run in by_seed.items() if run["curve"]["tokens"][-1] >= law_study.LONG}
+            if not long or against not in laws or not long.keys() & laws[against].keys():
+                continue
+            mean = np.mean([law_study.last_utility(run) for run in long.values()])
+            row = {"condition": condition, "law": law, "utility at the end": mean}
+            rows.append(row | law_study.differences(long, laws[against], law_study.last_utility))
+    return pd.DataFrame(rows)
+
+
+def averaging_table(study: dict) -> pd.DataFrame:
+    """What crediting cut answers by the mean over their last prefixes adds to mean utility over the budget."""
+    rows = []
+    for condition, laws in study["runs"].items():
+        for law in laws:
+            plain = law.removesuffix(law_study.AVERAGED)
+            if plain == law or plain not in laws or not laws[plain].keys() & laws[law].keys():
+                continue
+            row = {"condition": condition, "law": plain}
+            rows.append(row | law_study.differences(laws[law], laws[plain], law_study.mean_utility))
+    return pd.DataFrame(rows)
+
+
+def ends_table(study: dict, laws: Sequence[str] = ()) -> pd.DataFrame:
+    """Last limits where the reward pays for length alone, and where the right length is known; one row per law."""
+    rows = []
+    for name in (*law_study.HACKED, *law_study.KNOWN):
+        for law, by_seed in study["runs"].get(name, {}).items():
+            if laws and law not in laws:
+                continue
+            last = [run["limits"][-1] for run in by_seed.values()]
+            condition = law_study.ALL[name]
+            right = condition.right_length
+            off = max(abs(value / right - 1) for value in last) if right else None
+            rows.append({
+                "condition": name, "law": law, "seeds": len(last), "shortest end": min(last), "longest end": max(last),
+                "right length": right, "furthest off": off,
+            })  # fmt: skip
+    return pd.DataFrame(rows)

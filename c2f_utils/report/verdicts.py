@@ -1,0 +1,318 @@
+"""What the numbers say, in words computed from them; no outcome is written down beforehand.
+
+Inputs: results of stages 02, 04, 06 and 07 as read from disk. Outputs: sentences. A difference with a paired interval
+is judged by the interval; without one the plain difference is stated and said to be without interval. With one seed no
+law is called better than another. Nulls are named, never guessed.
+"""
+
+from collections.abc import Iterable
+
+from c2f_utils import stats
+from c2f_utils.report.results import operator_name
+from c2f_utils.report.verdicts_laws import schedules
+from c2f_utils.report.words import UNCHECKED, capital, difference_words, outcome, percent
+
+MAIN = ("base", "instruct", "coarse", "fine")
+
+QUANTITIES = {
+    "accuracy_last": "last-answer accuracy",
+    "accuracy_first": "first-answer accuracy",
+    "utility": "utility",
+    "reward": "reward",
+}
+
+
+def paired_row(paired: Iterable[dict], a: str, b: str, metric: str, decoding: str) -> dict | None:
+    """The recorded paired comparison a - b, turned round if it was recorded as b - a; None when there is none."""
+    for row in paired:
+        if row.get("metric") != metric or row.get("decoding") != decoding or row.get("difference") is None:
+            continue
+        if (row["a"], row["b"]) == (a, b):
+            return row
+        if (row["a"], row["b"]) == (b, a):
+            low, high = row.get("high"), row.get("low")
+            turned = {"low": None if low is None else -low, "high": None if high is None else -high}
+            return {**row, "a": a, "b": b, "difference": -row["difference"], **turned}
+    return None
+
+
+def parent_sentence(
+    fine: str, parent: str, quantity: str, values: tuple[float, float], interval: tuple = (None, None), after: str = ""
+) -> str:
+    """Is the merged model better than a model it was made from? `values` are (fine, parent)."""
+    difference = values[0] - values[1]
+    numbers = f"{values[0]:.3f} against {values[1]:.3f}, {difference_words(difference, *interval)}{after}"
+    return {
+        "better": f"{capital(fine)} is better than {parent} on {quantity}: {numbers}.",
+        "worse": f"{capital(fine)} is worse than {parent} on {quantity}: {numbers}.",
+        "tie": f"{capital(fine)} and {parent} cannot be told apart on {quantity}: {numbers}.",
+    }[outcome(difference, *interval)]
+
+
+def control_sentence(
+    control: str, quantity: str, values: tuple[float, float], interval: tuple = (None, None), after: str = ""
+) -> str:
+    """Is a control as good as the method? `values` are (method, control)."""
+    difference = values[0] - values[1]
+    numbers = f"{values[0]:.3f} against {values[1]:.3f}, {difference_words(difference, *interval)}{after}"
+    return {
+        "better": f"The method beats the control “{control}” on {quantity}: {numbers}.",
+        "worse": f"The control “{control}” is better than the method on {quantity}: {numbers}.",
+        "tie": f"The control “{control}” is as good as the method on {quantity}, as far as these problems can tell: "
+        f"{numbers}.",
+    }[outcome(difference, *interval)]
+
+
+def fine_against_all(results: dict, decoding: str = "sampled_t1") -> list[str]:
+    """The merged model against its parents, the base and every control, on last- and first-answer accuracy.
+
+    Falls back to the reward, with a sentence that says so, where the checker scored nothing. An interval that excludes
+    zero but does not survive Holm's correction over all comparisons listed is marked.
+    """
+    models, paired = results.get("models") or {}, results.get("paired") or []
+    fine = (models.get("fine") or {}).get(decoding)
+    if not fine:
+        return ["The merged model was not evaluated, so nothing is said about it."]
+    metrics, words = ["accuracy_last", "accuracy_first"], []
+    if fine.get("accuracy_last") is None and fine.get("accuracy_first") is None:
+        metrics = ["reward"]
+        words.append(
+            f"Accuracy is not available ({UNCHECKED}); the reward is compared instead, and it can favour length."
+        )
+    pairs = [(other, metric) for other in models if other != "fine" for metric in metrics]
+    rows = {pair: paired_row(paired, "fine", pair[0], pair[1], decoding) for pair in pairs}
+    tested = [pair for pair in pairs if rows[pair] and rows[pair].get("p") is not None]
+    adjusted = dict(zip(tested, stats.holm([rows[pair]["p"] for pair in tested]), strict=True))
+    for other, metric in pairs:
+        model, name = models[other], models[other].get("label") or other
+        mine, theirs = fine.get(metric), (model.get(decoding) or {}).get(metric)
+        quantity = QUANTITIES[metric]
+        if mine is None or theirs is None:
+            words.append(f"{capital(name)}: {quantity} was not measured, so it is not compared.")
+            continue
+        row = rows[other, metric] or {}
+        interval, after = (row.get("low"), row.get("high")), ""
+        p = adjusted.get((other, metric))
+        if p is not None and p > 0.05 and outcome(mine - theirs, *interval) != "tie":
+            after = f"; not after Holm's correction over {len(adjusted)} comparisons (p = {p:.3f})"
+        if model.get("role") == "control":
+            words.append(control_sentence(name, quantity, (mine, theirs), interval, after))
+        else:
+            label = models["fine"].get("label") or "fine"
+            words.append(parent_sentence(label, name, quantity, (mine, theirs), interval, after))
+    return words
+
+
+def rambling(coarse: dict, instruct: dict, base: dict | None = None, reference: str = "instruction model") -> list[str]:
+    """Does the coarse actor ramble, and is it more analytical than the base?
+
+    Rambling (our definition): under half of the answers end by themselves, and they are longer than the instruction
+    model's. Before there is one, `instruct` may be the metrics of another model, named by `reference`.
+    """
+    eos, tokens, other = coarse.get("eos_rate"), coarse.get("mean_tokens"), instruct.get("mean_tokens")
+    if None in (eos, tokens, other):
+        return ["Whether the Coarse Actor rambles is not known: its length or ending was not measured."]
+    numbers = f"{tokens:.0f} tokens on average ({tokens / max(other, 1e-9):.1f} times the {reference}'s)"
+    numbers += f", {percent(eos)} of answers end by themselves"
+    if coarse.get("rep4") is not None:
+        numbers += f", {percent(coarse['rep4'])} of 4-grams are repeats"
+    long, endless = tokens > other, eos < 0.5
+    verdict = "rambles" if long and endless else "does not ramble"
+    words = [f"The Coarse Actor {verdict}: {numbers}."]
+    first, last = coarse.get("accuracy_first"), coarse.get("accuracy_last")
+    if first is not None and last is not None:
+        if last < first - 0.02:
+            words.append(f"Going on costs it right answers: first answer {first:.3f}, last answer {last:.3f}.")
+        elif last > first + 0.02:
+            words.append(f"Going on mends wrong answers: first answer {first:.3f}, last answer {last:.3f}.")
+        else:
+            words.append(f"Going on changes little: first answer {first:.3f}, last answer {last:.3f}.")
+    steps, before = coarse.get("correct_steps"), (base or {}).get("correct_steps")
+    if steps is not None and before is not None:
+        more = "more analytical than" if steps > before + 0.1 else "less analytical than" if steps < before - 0.1 else (
+            "as analytical as"
+        )  # fmt: skip
+        words.append(f"It is {more} the base: {steps:.2f} correct steps per answer against {before:.2f}.")
+    return words
+
+
+def conciseness(fine: dict, coarse: dict) -> list[str]:
+    """What the merge does to length, repetition and ending, compared with the coarse actor."""
+    words = []
+    for key, name, digits in (("mean_tokens", "length", 0), ("rep4", "share of repeated 4-grams", 3)):
+        mine, theirs = fine.get(key), coarse.get(key)
+        if mine is None or theirs is None:
+            words.append(f"The {name} of the two actors was not measured.")
+            continue
+        change = "lowers" if mine < theirs else "raises" if mine > theirs else "leaves"
+        ratio = f" ({mine / theirs:.2f} times)" if theirs else ""
+        unit = " tokens" if key == "mean_tokens" else ""
+        words.append(f"The merge {change} the {name} from {theirs:.{digits}f} to {mine:.{digits}f}{unit}{ratio}.")
+    mine, theirs = fine.get("eos_rate"), coarse.get("eos_rate")
+    if mine is not None and theirs is not None:
+        word = (
+            "ends by itself more often"
+            if mine > theirs
+            else "ends by itself less often"
+            if mine < theirs
+            else "ends as often"
+        )
+        words.append(f"The Fine Actor {word}: {percent(mine)} of answers against {percent(theirs)}.")
+    return words
+
+
+def reward_against_accuracy(fine: dict, coarse: dict) -> list[str]:
+    """Do reward and accuracy choose the same actor? If not, the reward model is no guide to the merge."""
+    rewards, accuracies = (
+        (fine.get("reward"), coarse.get("reward")),
+        (fine.get("accuracy_last"), coarse.get("accuracy_last")),
+    )
+    if None in rewards or None in accuracies:
+        return []
+    numbers = (
+        f"reward {rewards[0]:.2f} against {rewards[1]:.2f}, accuracy {accuracies[0]:.3f} against {accuracies[1]:.3f}"
+    )
+    by_reward, by_accuracy = outcome(rewards[0] - rewards[1]), outcome(accuracies[0] - accuracies[1])
+    if {by_reward, by_accuracy} == {"better", "worse"}:
+        liked = "Coarse" if by_reward == "worse" else "Fine"
+        return [
+            f"Reward and accuracy disagree: the reward model prefers the {liked} Actor; fine against coarse: {numbers}."
+        ]
+    return [f"Reward and accuracy do not disagree on fine against coarse: {numbers}."]
+
+
+def at_fixed_prefixes(results: dict, least: int = 50) -> list[str]:
+    """Is the merged model less redundant at equal length, or only shorter? (At the longest prefix that both reach.)"""
+    found = results.get("prefix_redundancy") or {}
+    rows = {
+        name: {row["prefix"]: row for row in found.get(name) or [] if row.get("rep4") is not None and row["n"] >= least}
+        for name in ("fine", "coarse")
+    }
+    shared = sorted(set(rows["fine"]) & set(rows["coarse"]))
+    if not shared:
+        return [f"Redundancy at equal length is not compared: no prefix is reached by {least} answers of both actors."]
+    fine, coarse = (rows[name][shared[-1]] for name in ("fine", "coarse"))
+    word = {True: "less redundant", False: "more redundant"}[fine["rep4"] < coarse["rep4"]]
+    if abs(fine["rep4"] - coarse["rep4"]) <= 0.02:
+        word = "about as redundant (within 0.02)"
+    numbers = f"{fine['rep4']:.3f} (n {fine['n']}) against {coarse['rep4']:.3f} (n {coarse['n']}) repeated 4-grams"
+    return [f"Over the first {shared[-1]} tokens of answers that long, the Fine Actor is {word}: {numbers}."]
+
+
+def evaluation(results: dict, decoding: str = "sampled_t1") -> list[str]:
+    """Every sentence about stage 07."""
+    rows = {name: model[decoding] for name, model in (results.get("models") or {}).items() if model.get(decoding)}
+    words = fine_against_all(results, decoding)
+    if "coarse" in rows and "instruct" in rows:
+        words += rambling(rows["coarse"], rows["instruct"], rows.get("base"))
+    if "coarse" in rows and "fine" in rows:
+        words += conciseness(rows["fine"], rows["coarse"]) + at_fixed_prefixes(results)
+        words += reward_against_accuracy(rows["fine"], rows["coarse"])
+    return words
+
+
+# Reward model and merge
+
+
+def reward_model(results: dict) -> list[str]:
+    """Does the reward model rank better than chance, and does it favour length?"""
+    words, accuracy, n = [], results.get("pair_accuracy"), results.get("held_out_pairs", results.get("n_pairs"))
+    if accuracy is None or not n:
+        words.append("The reward model was not tried on held-out pairs.")
+    else:
+        found = stats.wilson(accuracy * n, n)
+        numbers = f"{accuracy:.3f} of {n} held-out pairs, 95 % interval {found.low:.3f} to {found.high:.3f}"
+        word = {
+            "better": "ranks better than chance",
+            "worse": "ranks worse than chance",
+            "tie": "does not rank better than chance",
+        }
+        words.append(f"The reward model {word[outcome(accuracy - 0.5, found.low - 0.5, found.high - 0.5)]}: {numbers}.")
+    bias = results.get("length_bias") or {}
+    if bias.get("pearson") is not None:
+        direction = "longer" if bias["pearson"] > 0.1 else "shorter" if bias["pearson"] < -0.1 else ""
+        start = f"It scores {direction} answers higher" if direction else "Its score hardly depends on length"
+        words.append(f"{start} (correlation {bias['pearson']:+.2f}).")
+        partial = bias.get("partial_given_utility")
+        if partial is None:
+            words.append(f"Whether the length deserves it is not known: {UNCHECKED}.")
+        elif partial > 0.1:
+            words.append(f"At equal utility it still prefers length (partial correlation {partial:+.2f}).")
+        elif partial < -0.1:
+            words.append(f"At equal utility it prefers brevity (partial correlation {partial:+.2f}).")
+        else:
+            words.append(f"At equal utility length hardly matters (partial correlation {partial:+.2f}).")
+    return words
+
+
+def merging(results: dict) -> list[str]:
+    """Was the chosen coefficient an inner optimum, and did another operator score better?"""
+    chosen, words = results.get("chosen") or {}, []
+    scored = [(row["coefficient"], row["score"]) for row in results.get("sweep") or [] if row.get("score") is not None]
+    if not scored or chosen.get("coefficient") is None:
+        return ["No coefficient was chosen by score."]
+    scored.sort()
+    best, value = max(scored, key=lambda pair: pair[1])
+    where = (
+        "at the edge of the range that was tried"
+        if best in (scored[0][0], scored[-1][0])
+        else "inside the range that was tried"
+    )
+    words.append(f"The best score, {value:.3f}, is {where} (coefficient {best:g}).")
+    if abs(best - chosen["coefficient"]) > 1e-9:
+        words.append(f"The chosen coefficient is {chosen['coefficient']:g}, not the one that scores best.")
+    operator = operator_name(chosen.get("operator"))
+    operators = [row for row in results.get("operators") or [] if row.get("score") is not None]
+    mine = [row["score"] for row in operators if row.get("operator") == operator]
+    if mine and len(operators) > 1:
+        better = sorted(row["operator"] for row in operators if row["score"] > mine[0])
+        top = max(row["score"] for row in operators) - mine[0]
+        words.append(
+            f"Operators that score better than {operator}: {', '.join(better)}, by at most {top:.3f}."
+            if better
+            else f"No other operator scores better than {operator}."
+        )
+    return words + _carriers(results) + _variants(results)
+
+
+def _carriers(results: dict) -> list[str]:
+    """Which parts of the network carry the behaviour, by what leaving each out costs (paired interval)."""
+    rows = [row for row in results.get("layers") or [] if str(row.get("name", "")).startswith("without ")]
+    rows = sorted((row for row in rows if row.get("difference") is not None), key=lambda row: row["difference"])
+    needed = [row for row in rows if row["high"] < 0]
+    idle = [row["name"].removeprefix("without ") for row in rows if row["low"] <= 0 <= row["high"]]
+    words = [
+        f"Without the residue in {row['name'].removeprefix('without ')} the score falls: "
+        f"{difference_words(row['difference'], row['low'], row['high'])}."
+        for row in needed
+    ]
+    if idle:
+        words.append(f"Whether the residue is needed in {', '.join(idle)} cannot be told: the interval contains zero.")
+    return words
+
+
+def _variants(results: dict) -> list[str]:
+    """Which variants beat one coefficient for all tensors on validation problems, interval included."""
+    keys = ("layers", "depths", "operators", "averages", "proxies")
+    rows = [row for key in keys for row in results.get(key) or [] if row.get("difference") is not None]
+    if not rows:
+        return []
+    better = sorted((row for row in rows if row["low"] > 0), key=lambda row: -row["difference"])
+    if not better:
+        return [f"None of {len(rows)} variants scores better than one coefficient with an interval above zero."]
+    listed = "; ".join(
+        f"{row.get('name') or row.get('operator')} {difference_words(row['difference'], row['low'], row['high'])}"
+        for row in better
+    )
+    return [f"Of {len(rows)} variants these score better than one coefficient, before any correction: {listed}."]
+
+
+def everything(results: dict[str, dict | None], decoding: str = "sampled_t1") -> dict[str, list[str]]:
+    """Sentences per stage for the results at hand (stage name -> results or None)."""
+    makers = {
+        "02_reward_model": reward_model,
+        "04_length_schedules": schedules,
+        "06_residue_merging": merging,
+        "07_evaluation": lambda found: evaluation(found, decoding),
+    }
+    return {stage: make(results[stage]) for stage, make in makers.items() if results.get(stage)}

@@ -1,0 +1,27 @@
+"""How a difference with its interval is put into words, the same everywhere."""
+
+UNCHECKED = "the exact checker knows only the embedded domain"
+
+
+def outcome(difference: float, low: float | None = None, high: float | None = None) -> str:
+    """better, worse or tie for a - b by its interval; without interval by sign (a tie only when exactly equal)."""
+    if low is not None and high is not None:
+        return "better" if low > 0 else "worse" if high < 0 else "tie"
+    return "better" if difference > 1e-12 else "worse" if difference < -1e-12 else "tie"
+
+
+def difference_words(difference: float, low: float | None, high: float | None, digits: int = 3) -> str:
+    """The difference with its 95 % interval, or with the remark that there is none."""
+    shown = f"difference {difference:+.{digits}f}"
+    if low is None or high is None:
+        return f"{shown}, no interval recorded"
+    return f"{shown}, 95 % interval {low:+.{digits}f} to {high:+.{digits}f}"
+
+
+def capital(words: str) -> str:
+    """Words with their first letter as it stands at the beginning of a sentence."""
+    return words[:1].upper() + words[1:]
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.0f} %"

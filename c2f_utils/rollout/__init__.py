@@ -1,0 +1,1 @@
+"""How answers are made: samplers behind one protocol."""

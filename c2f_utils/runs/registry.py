@@ -1,0 +1,105 @@
+"""Everything that has been run: stages on disk, the latest that fits, and the table of all of them. Needs no torch."""
+
+from collections.abc import Iterator
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+from c2f_utils.errors import C2FError
+from c2f_utils.files import outputs, read_jsonl
+from c2f_utils.runs import provenance
+from c2f_utils.runs.stage import Stage, age
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+OF_SETTINGS = {"source": "the settings'"}  # what 03 records for a law or reward that is not an object of the user's
+
+
+def stages(name: str = "*", run_id: str = "*") -> Iterator[Stage]:
+    """Every stage on disk that has begun, by run and stage name; set-aside ones (`.old-k`) are left out."""
+    for config in sorted(outputs().glob(f"{run_id}/{name}/config.json")):
+        if ".old-" not in config.parent.name:
+            yield Stage(config.parent)
+
+
+def latest(stage: str, profile: str, seed: int, prefer: dict | None = None) -> Stage | None:
+    """The stage finished last with equal profile and seed, or None; those with exactly the settings `prefer` first.
+
+    An actor trained under a law or reward of the user's own serves its own run only: no setting would tell of it.
+    """
+    found = [item for item in stages(stage) if item.done and _kind(item) == (profile, seed) and not own_parts(item)]
+    return max(found, key=lambda item: (item.config()["settings"] == prefer, item.status()["finished"]), default=None)
+
+
+def own_parts(stage: Stage) -> list[str]:
+    """Which of law and reward the stage was made with as an object of the user's own, not by its settings."""
+    inputs, usual = stage.provenance().get("inputs", {}), provenance.fingerprint(OF_SETTINGS)
+    return [name for name in ("law", "reward") if inputs.get(name, usual) != usual]
+
+
+def _kind(stage: Stage) -> tuple[str, int]:
+    settings = stage.config()["settings"]
+    return settings["profile"], settings["seed"]
+
+
+def began_since(stage: Stage, moment: datetime) -> bool:
+    """Whether the stage was begun (or continued) after a time, and so by whoever started then."""
+    started = stage.status().get("started")
+    return bool(started) and datetime.fromisoformat(started) >= moment
+
+
+def threads_of(run_id: str) -> int | None:
+    """The thread count that the stages of a run were begun with (the last one's), or None for a new run."""
+    counts = [stage.config()["threads"] for stage in stages(run_id=run_id)]
+    return counts[-1] if counts else None
+
+
+def table(run_id: str = "*") -> "pd.DataFrame":
+    """One row per stage on disk, the latest last: state, where training stands, time, memory, parents, alarms.
+
+    `changed` names the settings that differ from the profile's. Units: `minutes` of wall time, `peak_mb` in MiB.
+    """
+    import pandas as pd
+
+    rows = sorted((_row(item) for item in stages(run_id=run_id)), key=lambda row: row["started"])
+    return pd.DataFrame(rows, columns=_COLUMNS)
+
+
+_PROGRESS = ("iteration", "reward", "kl_per_token", "mean_tokens")
+
+_COLUMNS = [
+    "run", "stage", "profile", "seed", "status", *_PROGRESS, "started", "minutes", "peak_mb",
+    "changed", "parents", "alarms",
+]  # fmt: skip
+
+
+def _row(stage: Stage) -> dict[str, object]:
+    settings, status = stage.config()["settings"], stage.status()
+    last = (read_jsonl(stage.dir / "metrics.jsonl") or [{}])[-1]
+    end = status["finished"] or status["heartbeat"]
+    return {
+        "run": stage.run_id,
+        "stage": stage.name,
+        "profile": settings["profile"],
+        "seed": settings["seed"],
+        "status": stage.state(),
+        **{key: last.get(key) for key in _PROGRESS},
+        "started": status["started"][:19],
+        "minutes": round((age(status["started"]) - age(end)) / 60, 1),
+        "peak_mb": status["peak_mb"],
+        "changed": "; ".join(_changed(stage.name, settings)),
+        "parents": ", ".join(f"{run}/{name[:2]}" for name, run in stage.provenance().get("parents", {}).items()),
+        "alarms": "; ".join(status["alarms"]),
+    }
+
+
+def _changed(name: str, settings: dict) -> list[str]:
+    from c2f_utils.settings.load import load_settings
+
+    try:
+        usual = load_settings(settings["profile"], settings["seed"], study=settings.get("study", False)).for_stage(name)
+    except C2FError as error:  # a profile of an older version
+        return [str(error)]
+    theirs, ours = provenance.flat(settings), provenance.flat(usual)
+    return [f"{key}={value!r}" for key, value in theirs.items() if ours.get(key, ...) != value]

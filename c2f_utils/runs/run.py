@@ -1,0 +1,137 @@
+"""Runs: the way from one stage to those it builds on, and the table of everything that has been run.
+
+A stage finds its parents in its own run, else in the latest run with equal profile and seed, and says so. Stages
+talk to each other through run directories (`stage.py`) only. Needs no torch.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from c2f_utils.errors import C2FError, problems
+from c2f_utils.files import outputs, root
+from c2f_utils.runs import provenance
+from c2f_utils.runs.stage import ALWAYS_REDONE, Stage, run_folder
+
+if TYPE_CHECKING:
+    from c2f_utils.settings.config import Settings
+from c2f_utils.runs.registry import OF_SETTINGS, _kind, latest, stages, table
+
+__all__ = ["OF_SETTINGS", "PARENTS", "Run", "Stage", "latest", "outputs", "root", "run_folder", "stages", "table"]
+
+# What each stage is made from. A missing one is refused before work starts; a changed one makes the stage another
+# stage.
+PARENTS: dict[str, tuple[str, ...]] = {
+    "00_environment_and_data": (),
+    "01_base_model": (),
+    "02_reward_model": ("01_base_model",),
+    "03_coarse_rlhf": ("01_base_model", "02_reward_model"),
+    "04_length_schedules": ("01_base_model", "02_reward_model", "03_coarse_rlhf"),
+    "05_instruction_model": ("01_base_model",),
+    "06_residue_merging": (
+        "01_base_model", "02_reward_model", "03_coarse_rlhf", "04_length_schedules", "05_instruction_model",
+    ),
+    "07_evaluation": (
+        "01_base_model", "02_reward_model", "03_coarse_rlhf", "05_instruction_model", "06_residue_merging",
+    ),
+    "08_report": (),  # reports what is there and names what is missing
+}  # fmt: skip
+
+
+@dataclass
+class Run:
+    """One run: settings, thread count and device, and the way to its stages and to those it builds on."""
+
+    settings: "Settings"
+    threads: int = 1
+    device: str = "cpu"
+    here: Stage | None = None  # the stage a notebook works on
+    _found: dict[str, Stage] = field(default_factory=dict, repr=False)
+
+    @property
+    def id(self) -> str:
+        return self.settings.run_id
+
+    @property
+    def dir(self) -> Path:
+        """Folder of the run."""
+        return run_folder(self.id)
+
+    @property
+    def report(self) -> Path:
+        """Folder of the run's report, beside its stages."""
+        return self.dir / "report"
+
+    def stage(self, name: str) -> Stage:
+        """A stage of this run, begun or not; raises C2FError for a name that is no stage."""
+        if name not in PARENTS:
+            raise C2FError(f"there is no stage {name!r}; expected one of {', '.join(PARENTS)}")
+        return Stage(self.dir / name, self.settings)
+
+    def parent(self, name: str) -> Stage:
+        """The finished stage `name` to build on.
+
+        This run's, else the one used before, else the latest with equal profile and seed. A stage of another run is
+        printed and recorded. Raises C2FError that names the notebook to run first.
+        """
+        found = self._find(name, self.here.name if self.here else None)
+        if self.here and self.here.config():
+            self.here.add_input(name, found.fingerprint())
+        return found
+
+    def inputs(self, stage: str, expected: Collection[str] = ()) -> tuple[dict[str, str], dict[str, str]]:
+        """Fingerprints of a stage's parents, and the runs they come from, both by name.
+
+        Parents in `expected`, which are about to be made, are left out. Raises C2FError naming every missing one.
+        """
+        missing, fingerprints, origins = [], {}, {}
+        for name in PARENTS[stage]:
+            if name in expected:
+                continue
+            try:
+                found = self._find(name, stage)
+            except C2FError as error:
+                missing.append(str(error))
+            else:
+                fingerprints[name], origins[name] = found.fingerprint(), found.run_id
+        if missing:
+            raise problems(f"{stage} lacks earlier stages:", missing)
+        return fingerprints, origins
+
+    def refuse_mixture(self, stage: str) -> None:
+        """Raise C2FError if the run already holds finished stages of another profile or seed.
+
+        00 is about the present and may be run anywhere.
+        """
+        asked = self.settings.profile, self.settings.seed
+        made = [_kind(item) for item in stages(run_id=self.id) if item.done and item.name not in ALWAYS_REDONE]
+        found = next((kind for kind in made if kind != asked), None)
+        if found and stage != ALWAYS_REDONE[0]:
+            flags = zip(("--profile", "--seed"), found, asked, strict=True)
+            advice = " ".join(f"{flag} {there}" for flag, there, here in flags if there != here)
+            raise C2FError(
+                f"run {self.id!r} holds profile {found[0]}, seed {found[1]}; {stage} asks for {asked[0]}, seed "
+                f"{asked[1]}: add {advice} (in a notebook: in its first cell) or choose another run_id (--run-id)"
+            )
+
+    def _find(self, name: str, user: str | None) -> Stage:
+        if name in self._found:
+            return self._found[name]
+        before = self.stage(user).provenance().get("parents", {}).get(name) if user else None
+        own = (Stage(run_folder(run_id) / name) for run_id in (self.id, before) if run_id)
+        kind, wanted = (self.settings.profile, self.settings.seed), self.settings.for_stage(name)
+        found = next((item for item in own if item.done and _kind(item) == kind), None) or latest(name, *kind, wanted)
+        if found is None:
+            state = Stage(self.dir / name).state()
+            there = f"it is {state} in run {self.id!r}" if state else f"run {self.id!r} has none"
+            flags = f"--profile {kind[0]} --seed {kind[1]} --run-id {self.id}"
+            raise C2FError(
+                f"no finished {name} for profile {kind[0]!r} and seed {kind[1]} ({there}, nor has any other run); "
+                f"run notebooks/{name}.ipynb first: c2f run {name[:2]} {flags}"
+            )
+        changed = provenance.differences(found.config()["settings"], wanted)
+        if found.run_id != self.id or changed:
+            print(f"{name}: from run {found.run_id!r}" + (f", made with {'; '.join(changed)}" if changed else ""))
+        self._found[name] = found
+        return found

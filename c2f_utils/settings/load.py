@@ -1,0 +1,68 @@
+"""From a profile and overrides to checked settings: read, merged, validated, and opened (`preflight.py`)."""
+
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from c2f_utils.errors import C2FError, problems
+from c2f_utils.files import read_yaml
+from c2f_utils.settings.config import PROFILES, Settings
+from c2f_utils.settings.in_words import explained
+
+
+def load_settings(
+    profile: str,
+    seed: int = 0,
+    run_id: str = "lab",
+    overrides: dict[str, object] | None = None,
+    study: bool = False,
+) -> Settings:
+    """Profile, then overrides (nested or dotted keys), checked as a whole.
+
+    Raises C2FError listing every unknown key and every value of the wrong type, with the spelling to use; then
+    everything that the files it names make impossible (`preflight.py`).
+    """
+    if profile not in PROFILES:
+        raise C2FError(f"unknown profile {profile!r}; expected one of {', '.join(PROFILES)}")
+    values = read_yaml(Path(__file__).parent / "profiles" / f"{profile}.yaml")
+    for key, value in (overrides or {}).items():
+        _merge(values, _nested(str(key), value))
+    values |= {"profile": profile, "seed": seed, "run_id": run_id, "study": study}
+    for section, key in _PATHS:
+        _locate(values.get(section), key)
+    from c2f_utils.settings import preflight  # opens what these types name, and so comes after them
+
+    try:
+        settings = Settings.model_validate(values)
+    except ValidationError as error:
+        raise problems("the settings cannot be used:", explained(Settings, error)) from None
+    if found := preflight.findings(settings):
+        raise problems("the settings cannot be used:", found)
+    return settings
+
+
+_PATHS = (("models", "base"), ("models", "instruct"), ("models", "reward"), ("data", "preferences"))
+
+
+def _locate(section: object, key: str) -> None:
+    """Let a relative path that the working folder lacks mean the project's: a notebook's kernel starts elsewhere."""
+    from c2f_utils.files import root
+
+    value = section.get(key) if isinstance(section, dict) else None
+    if isinstance(value, str) and not Path(value).exists() and (root() / value).exists():
+        section[key] = str(root() / value)
+
+
+def _nested(key: str, value: object) -> dict[str, object]:
+    first, _, rest = key.partition(".")
+    return {first: _nested(rest, value)} if rest else {first: value}
+
+
+def _merge(into: dict, update: dict) -> None:
+    for key, value in update.items():
+        # A law is one choice: where another is named, half of the old one's keys must not survive in it.
+        whole = isinstance(value, dict) and "name" in value
+        if isinstance(value, dict) and isinstance(into.get(key), dict) and not whole:
+            _merge(into[key], value)
+        else:
+            into[key] = value

@@ -1,0 +1,164 @@
+"""Notebook parameters: what a notebook declares, and whether the values it was given are of that kind.
+
+papermill only warns about a name it does not know, and its YAML turns `1e-6` and `-p flag false` into text. Here
+both are refused, before a kernel starts (`jobs.py`) and again in the first code cell (`notebook/cells.py`),
+since a notebook may be run by papermill itself. A parameter is a line `name: type = literal  # help` of the cell
+tagged `parameters`.
+"""
+
+import ast
+import difflib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from c2f_utils.errors import C2FError
+from c2f_utils.settings.config import Settings
+from c2f_utils.settings.in_words import places
+
+_TYPES = {"str": str, "int": int, "float": (int, float), "bool": bool, "dict": dict, "list": list}
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A declared parameter; `type` is one of str, int, float, bool, dict, list."""
+
+    name: str
+    type: str
+    default: object
+    optional: bool = False
+
+    def problem(self, value: object) -> str | None:
+        """What is wrong with a value, with the spelling to use; None when it fits."""
+        if value is None and self.optional:
+            return None
+        if isinstance(value, _TYPES[self.type]) and (self.type == "bool" or not isinstance(value, bool)):
+            return None
+        return f"{self.name} = {value!r} is {_kind(value)}; expected {self.type}: {self._spelling(value)}"
+
+    def parse(self, text: str) -> object:
+        """The value a command line means, e.g. `True`, `1e-6`, `{'coarse.iterations': 5}`."""
+        if self.type == "str":
+            return text
+        return literal(text)
+
+    def _spelling(self, value: object) -> str:
+        words = str(value).strip().lower()
+        if self.type == "bool":
+            flag = {"true": "True", "1": "True", "false": "False", "0": "False"}.get(words, "True or False")
+            return f"write {flag}, without quotes"
+        if self.type in ("int", "float") and isinstance(value, str | float):
+            try:
+                number = float(words)
+            except ValueError:
+                return "write a number, without quotes"
+            whole = int(number) if number.is_integer() else None
+            if self.type == "int":
+                return f"write {whole}, without quotes" if whole is not None else "write a whole number"
+            return f"write {value} without quotes (in papermill's own YAML: {number:.1e})"
+        if self.type == "str" and isinstance(value, int | float):
+            return f"write {str(value)!r} with quotes (papermill: -r {self.name} {value})"
+        return {"dict": "write {'section.key': value}", "list": "write ['a', 'b']"}.get(
+            self.type, f"write a {self.type}"
+        )
+
+
+STANDARD = {
+    item.name: item
+    for item in (
+        Parameter("profile", "str", "smoke"),
+        Parameter("seed", "int", 0),
+        Parameter("run_id", "str", "lab"),
+        Parameter("overrides", "dict", {}),
+        Parameter("study", "bool", False),
+        Parameter("overwrite", "bool", False),
+    )
+}
+
+
+def literal(text: str) -> object:
+    """A Python literal, or the text itself when it is none."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def declared(source: str) -> dict[str, Parameter]:
+    """The parameters of a parameters cell, by name; raises C2FError for a line that is not `name: type = literal`."""
+    found = {}
+    for line in ast.parse(source).body:
+        if isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant):
+            continue  # a text
+        if not (isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and line.value):
+            raise C2FError(f"parameters cell: {ast.unparse(line)!r}; expected lines of the form 'name: type = literal'")
+        name, annotation = line.target.id, ast.unparse(line.annotation)
+        kind = annotation.removeprefix("Optional[")
+        optional = kind != annotation
+        kind = kind.partition("[")[0].removesuffix("]")
+        if kind not in _TYPES:
+            raise C2FError(f"parameters cell: {name} has type {annotation}; expected one of {', '.join(_TYPES)}")
+        try:
+            found[name] = Parameter(name, kind, ast.literal_eval(line.value), optional)
+        except ValueError:
+            raise C2FError(f"parameters cell: {name} = {ast.unparse(line.value)}; expected a literal") from None
+    return found
+
+
+def of_notebook(path: Path) -> dict[str, Parameter]:
+    """The parameters that a notebook file declares; raises C2FError unless exactly one cell is tagged `parameters`."""
+    try:
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    except (OSError, json.JSONDecodeError, KeyError) as error:
+        raise C2FError(f"{path} is not a readable notebook ({error!r}); expected an .ipynb file") from None
+    tagged = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
+    if len(tagged) != 1:
+        raise C2FError(f"{path} has {len(tagged)} cells tagged 'parameters'; expected exactly one")
+    return declared("".join(tagged[0]["source"]))
+
+
+def check(known: dict[str, Parameter], values: dict[str, object]) -> list[str]:
+    """One line per unknown name or value of the wrong type."""
+    found = []
+    for name, value in values.items():
+        if name in known:
+            found += filter(None, [known[name].problem(value)])
+        else:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            if settings := places(Settings, name):
+                written = " or ".join(f"{place}={value}" for place in settings)
+                hint = f"a setting is written with its section: {written}; "
+            found.append(f"there is no parameter {name!r}; {hint}known: {', '.join(known)}")
+    return found
+
+
+def of_session(namespace: dict[str, object]) -> tuple[dict[str, object], list[str]]:
+    """Values of a running notebook's parameters, and what is wrong with them.
+
+    Read from IPython's record of executed cells, `In`: the parameters cell run last, and papermill's `# Parameters`
+    cell if it came after. Variables of other cells do not matter, so the first cell may be run again at any time.
+    Outside IPython the standard parameters are taken from the namespace.
+    """
+    known, injected = STANDARD, set()
+    for source in namespace.get("In", []):
+        tree = _parsed(source)
+        annotated = {ast.unparse(line.target) for line in tree if isinstance(line, ast.AnnAssign)}
+        if {"profile", "run_id"} <= annotated:
+            known, injected = declared(source), set()
+        elif source.startswith("# Parameters"):
+            injected = {target.id for line in tree if isinstance(line, ast.Assign) for target in line.targets}
+    values = {name: namespace.get(name, item.default) for name, item in known.items()}
+    unknown = {name: namespace.get(name) for name in sorted(injected - set(known))}
+    return {**{name: item.default for name, item in STANDARD.items()}, **values}, check(known, values | unknown)
+
+
+def _parsed(source: str) -> list[ast.stmt]:
+    try:
+        return ast.parse(source).body
+    except SyntaxError:  # a cell with magics, or one that failed
+        return []
+
+
+def _kind(value: object) -> str:
+    return {"str": "text", "NoneType": "nothing"}.get(type(value).__name__, f"a {type(value).__name__}")

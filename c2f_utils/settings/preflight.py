@@ -1,0 +1,279 @@
+"""What settings and files alone already show to be impossible, found before a kernel starts and without torch.
+
+Types and unknown keys are `config.py`'s; this room opens what the settings name: model folders, the preference file,
+the laws' limits beside the model's positions. Hub ids pass: what they hold is checked when they are loaded.
+"""
+
+import difflib
+import json
+import sys
+from pathlib import Path
+
+from c2f_utils.domain import preferences
+from c2f_utils.errors import C2FError
+from c2f_utils.files import root
+from c2f_utils.settings.config import PAIR_ANSWER_TOKENS, CriticFree, Settings
+
+FEWEST_PROMPTS = 4  # one for validation, one for test, two to train on
+# An embedded question with n steps: begin-of-sequence, 7 words, 4 per step, 4 words; a forced beginning adds 6.
+_SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size")
+_QUESTION, _STEP, _FORCED = 12, 4, 6
+# The operators that are there and their own keys; the registry itself (`merge/operators.py`) needs torch.
+OPERATORS = {
+    "residue": (), "lerp": (), "slerp": (), "trim": ("density", "scope"), "dare": ("density", "seed"),
+    "ties": ("density", "scope"), "orthogonal": (), "tsv": ("rank",),
+}  # fmt: skip
+
+
+def findings(settings: Settings) -> list[str]:
+    """One line per impossibility: the setting, its value, what was expected, what to do; empty if there is none."""
+    found: list[str] = []
+    for check in (_models, _pretrain, _compiled, _preferences, _laws, _baselines, _operators, _positions):
+        found += check(settings)
+    return found
+
+
+def check_folder(source: str, what: str) -> None:
+    """Raise C2FError if `source` is a local path that does not hold a readable safetensors model; hub ids pass."""
+    path = Path(source)
+    if not path.exists():
+        if source.startswith((".", "/", "~")) or source.count("/") != 1:
+            raise C2FError(
+                f"{what} = {source!r} does not exist; expected a model folder or a hub id such as 'owner/name'"
+            )
+        return
+    said = f"{what} = {source!r} is not a model:"
+    if not (path / "config.json").is_file():
+        raise C2FError(f"{said} no config.json in it; expected a Hugging Face model folder")
+    if not isinstance(_config(path), dict) or "model_type" not in _config(path):
+        raise C2FError(f"{said} its config.json names no model_type; expected a Hugging Face model folder")
+    weights = sorted(path.glob("*.safetensors"))
+    if not weights:
+        raise C2FError(
+            f"{what} = {source!r} has no *.safetensors file; "
+            "expected safetensors weights (pickled checkpoints are not loaded)"
+        )
+    from safetensors import SafetensorError, safe_open
+
+    for file in weights:
+        try:
+            with safe_open(file, framework="np"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise C2FError(f"{said} {file.name} is damaged or half copied ({error}); copy it again") from None
+
+
+def not_found(source: str | Path) -> str:
+    """What to add to a failure to load where `source` is no folder: a path with one slash passes for a hub id."""
+    if Path(source).exists():
+        return ""
+    places = " or ".join(dict.fromkeys(map(str, (Path.cwd(), root()))))
+    return (
+        f"; there is no folder {str(source)!r} in {places}, and the hub has no such model or cannot be reached: "
+        "mend the path, or the hub id 'owner/name'"
+    )
+
+
+def _config(folder: Path) -> object:
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _models(settings: Settings) -> list[str]:
+    models = settings.models
+    named = [(getattr(models, key), f"models.{key}") for key in ("base", "instruct", "reward") if getattr(models, key)]
+    found = [line for source, what in named for line in _said(check_folder, source, what)]
+    base, instruct = (_config(Path(source)) if source else None for source in (models.base, models.instruct))
+    if not found and base and instruct:  # both local; a hub model is compared when it is loaded
+        found += [
+            f"models.instruct = {models.instruct!r} has {key} {instruct.get(key)}, models.base has {base.get(key)}; "
+            "a residue merge needs an instruction model that was fine-tuned from the same base"
+            for key in _SHAPE
+            if base.get(key) != instruct.get(key)
+        ]
+    return found
+
+
+def _compiled(settings: Settings) -> list[str]:
+    engine, where = settings.coarse.engine, settings.models.device
+    if not settings.models.compile or (engine == "kv" and where != "cpu"):
+        return []
+    return [
+        f"models.compile = true with coarse.engine = {engine!r} and models.device = {where!r}: layers are compiled on "
+        "a GPU and for engine 'kv' only; set models.compile to false"
+    ]
+
+
+def _preferences(settings: Settings) -> list[str]:
+    data = settings.data
+    if settings.embedded or not data.preferences or not preferences.is_local(data.preferences):
+        return []
+    try:
+        pairs, _ = preferences.read(data.preferences, data.preference_split, data.preference_subsets)
+    except C2FError as error:
+        return [str(error)]
+    prompts = len({pair.prompt for pair in pairs})
+    if prompts < FEWEST_PROMPTS:
+        return [
+            f"data.preferences = {data.preferences!r} holds {prompts} different prompts; "
+            f"expected at least {FEWEST_PROMPTS}: add more pairs"
+        ]
+    return []
+
+
+def _used_laws(settings: Settings) -> dict[str, object]:
+    schedules = settings.schedules
+    others = {f"schedules.laws.{name}": law for name, law in schedules.laws.items()}
+    study = {f"schedules.study_laws.{name}": law for name, law in schedules.study_laws.items()}
+    study |= {f"schedules.critic_free.{name}": entry.law for name, entry in schedules.critic_free.items()}
+    return {"coarse.law": settings.coarse.law} | others | (study if settings.study else {})
+
+
+def _laws(settings: Settings) -> list[str]:
+    from c2f_utils.settings.laws import make_law
+
+    found = []
+    for where, law in _used_laws(settings).items():
+        for line in _said(make_law, law):
+            whole = f"; a law is named whole, with all its keys: {where}={{'name': '{law.name}', 'KEY': VALUE, ...}}"
+            found.append(f"{where}: {line}" + whole * ("missing: " in line))
+    return found
+
+
+def _operators(settings: Settings) -> list[str]:
+    """Operators that notebook 06 would refuse; a name unlike all of ours may be registered in that notebook."""
+    merge, found = settings.merge, []
+    named = {"merge.operator": {"name": merge.operator}}
+    named |= {f"merge.other_operators.{number}": spec for number, spec in enumerate(merge.other_operators)}
+    loaded = sys.modules.get("c2f_utils.merge.operators")
+    own = set(loaded.known_operators()) - set(OPERATORS) if loaded else set()
+    for where, spec in named.items():
+        name = spec.get("name")
+        if not isinstance(name, str):
+            found.append(f"{where} = {spec!r} has no name; expected {{'name': 'trim', 'density': 0.3}} or the like")
+        elif name in OPERATORS:
+            keys = OPERATORS[name]
+            found += [
+                f"{where}: {name} has no key {key!r}; its own keys: {', '.join(keys) or 'none'}"
+                for key in spec
+                if key not in ("name", *keys)
+            ]
+        elif name not in own and (near := difflib.get_close_matches(name, OPERATORS, n=1, cutoff=0.85)):
+            found.append(
+                f"{where}: there is no operator {name!r}; did you mean {near[0]!r}? known: {', '.join(OPERATORS)} (one "
+                "of your own with so similar a name must be registered before the cell that starts notebook 06)"
+            )
+    return found
+
+
+def _pretrain(settings: Settings) -> list[str]:
+    if not settings.embedded:
+        return []
+    found, pretrain = [], settings.pretrain
+    for key, by in (("hidden_size", "heads"), ("heads", "key_value_heads")):
+        whole, part = getattr(pretrain, key), getattr(pretrain, by)
+        if whole % part:
+            found.append(
+                f"pretrain.{by} = {part} does not divide pretrain.{key} = {whole}; choose one that does, e.g. "
+                f"{max(n for n in range(1, part) if whole % n == 0)}"
+            )
+    return found
+
+
+def _baselines(settings: Settings) -> list[str]:
+    schedules = settings.schedules
+    taken = {"logistic", *schedules.laws, *schedules.study_laws} & set(schedules.critic_free)
+    found = [f"schedules.critic_free.{name}: a law has this name already; choose another" for name in sorted(taken)]
+    for name, entry in schedules.critic_free.items() if settings.study else ():
+        found += [f"schedules.critic_free.{name}: {line}" for line in refused_baseline(entry, settings)]
+    return found
+
+
+def refused_baseline(entry: CriticFree, settings: Settings) -> list[str]:
+    """What makes a critic-free baseline impossible under these settings, one line each; its law must be possible."""
+    from c2f_utils.limits import refuse_unfed
+    from c2f_utils.settings.laws import make_law
+
+    coarse = settings.coarse
+    found = _said(lambda: refuse_unfed(make_law(entry.law)))
+    for count, what in ((coarse.minibatches, "coarse.minibatches"), (entry.generations, "generations")):
+        if coarse.prompts % count:
+            found.append(f"coarse.prompts = {coarse.prompts} is no multiple of {what} = {count}; choose one that is")
+    if coarse.cut == "bootstrap":
+        found.append("coarse.cut = 'bootstrap' asks the critic what would have followed; choose 'score' or 'penalty'")
+    if coarse.cut == "average":
+        found.append("coarse.cut = 'average' is known to our trainer only; choose 'score' or 'penalty'")
+    if coarse.processes > 1:
+        found.append(f"coarse.processes = {coarse.processes}: these baselines run in one process; set it to 1")
+    if settings.data.stop_strings:
+        found.append("data.stop_strings: these trainers end answers at EOS only; leave schedules.critic_free empty")
+    if entry.reward == "verifiable" and not settings.embedded:
+        found.append("reward 'verifiable' needs problems with known answers, which hub data has not; choose 'model'")
+    return found
+
+
+def _positions(settings: Settings) -> list[str]:
+    """Every limit plus the longest prompt must fit the model's positions; those of hub ids are checked when loaded."""
+    limits = {
+        f"{where}, largest limit": max(n for n in (law.limit, law.start, law.maximum, *(law.steps or [])) if n)
+        if _any(law)
+        else 0
+        for where, law in _used_laws(settings).items()
+    }
+    limits |= {
+        "coarse.evaluation_tokens": settings.coarse.evaluation_tokens,
+        "evaluation.max_tokens": settings.evaluation.max_tokens,
+    }
+    if settings.embedded:
+        fewest, most = settings.data.operations
+        if not 2 <= fewest <= most <= 5:
+            return [
+                f"data.operations = {[fewest, most]}: expected two numbers from 2 to 5, the smaller first: write [3, 5]"
+            ]
+        positions, prompt, name = (
+            settings.pretrain.max_positions,
+            _QUESTION + _STEP * most + _FORCED,
+            "pretrain.max_positions",
+        )
+        if settings.reward.base_share:
+            limits["answers in preference pairs"] = PAIR_ANSWER_TOKENS
+        advice = f"lower the limit or raise {name}"
+    else:
+        prompt, name = settings.data.max_prompt_tokens, "models.base"
+        positions = _positions_of(settings.models.base)
+        advice = "lower the limit or data.max_prompt_tokens, or choose a model with more positions"
+    if positions is None:
+        return []
+    found = [
+        f"{where} = {limit} tokens: with a prompt of up to {prompt} tokens that is beyond the model's "
+        f"{positions} positions ({name}); {advice}"
+        for where, limit in limits.items()
+        if limit + prompt > positions
+    ]
+    if not settings.embedded and settings.reward.max_tokens > positions:
+        found.append(
+            f"reward.max_tokens = {settings.reward.max_tokens} is beyond the model's {positions} positions "
+            f"({name}); lower it"
+        )
+    return found
+
+
+def _any(law) -> bool:
+    return any((law.limit, law.start, law.maximum, law.steps))
+
+
+def _positions_of(source: str) -> int | None:
+    config = _config(Path(source))
+    if not isinstance(config, dict) or not isinstance(config.get("max_position_embeddings"), int):
+        return None
+    return min(config["max_position_embeddings"], config.get("sliding_window") or config["max_position_embeddings"])
+
+
+def _said(check, *arguments) -> list[str]:
+    try:
+        check(*arguments)
+    except C2FError as error:
+        return [str(error)]
+    return []

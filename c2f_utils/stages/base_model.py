@@ -1,0 +1,53 @@
+"""01: which base do we start from? The embedded one is pretrained; any other is loaded and checked."""
+
+from c2f_utils.domain import stories
+from c2f_utils.domain.samples import make_prompts
+from c2f_utils.measure import answers
+from c2f_utils.models import pretrain
+from c2f_utils.models.loading import save_model
+from c2f_utils.runs.run import Run
+from c2f_utils.stages.inputs import Inputs, keep_samples
+
+
+def make(run: Run) -> dict:
+    """Results of 01: loss curve, what the base can do when its answer's beginning is forced, how it behaves on its
+    own."""
+    here, settings = run.here, run.settings
+    if here.loaded:
+        return here.results()
+    inputs = Inputs(run)
+    losses: list[dict] = []
+    if settings.embedded:
+        inputs.__dict__ |= {"base_source": str(here.dir / "model"), "tokenizer": stories.make_tokenizer()}
+        with here.timer("pretraining"):
+            model = pretrain.pretrain(settings, losses.append)
+        save_model(model, inputs.tokenizer, here.path("model"))
+    else:
+        model = inputs.base()
+    with here.timer("evaluation"):
+        prompts = inputs.prompts("validation")
+        samples = inputs.answers(model, prompts)
+        results = {
+            "source": settings.models.base or "embedded",
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "loss": losses,
+            "validation": _forced(inputs, model, prompts) if settings.embedded else {},
+            "behaviour": answers.measure(samples),
+        }
+    keep_samples(here, answers.rows(samples, "base", "sampled_t1"), settings)
+    here.save_results(results)
+    return results
+
+
+def _forced(inputs: Inputs, model, prompts) -> dict[str, float]:
+    """Greedy first-answer accuracy after a forced analysis and after a forced direct answer: where the knowledge
+    sits."""
+    problems = [p.problem for p in prompts]
+    shares = {}
+    for name, prefix in (
+        ("forced_accuracy", stories.FORCED_ANALYSIS),
+        ("forced_direct_accuracy", stories.FORCED_ANSWER),
+    ):
+        samples = inputs.answers(model, make_prompts(problems, prefix), "greedy")
+        shares[name] = answers.measure(samples)["accuracy_first"]
+    return shares

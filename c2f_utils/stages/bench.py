@@ -1,0 +1,97 @@
+"""The bench of notebook 06: merge in memory, answer validation problems, score with a price on length."""
+
+from torch import Tensor, nn
+
+from c2f_utils import merge, stats
+from c2f_utils.domain.samples import Sample
+from c2f_utils.measure import answers
+from c2f_utils.rollout.sampler import Sampler
+from c2f_utils.runs.run import Run
+from c2f_utils.stages.inputs import Inputs
+
+State = dict[str, Tensor]
+
+
+def state_of(model: nn.Module) -> State:
+    """The model's tensors by name, detached, not copied."""
+    return {name: value.detach() for name, value in model.state_dict().items()}
+
+
+class Bench:
+    """Merges with the kernels of the streaming merger and measures on validation problems, T=1.
+
+    One model object is reused for all merges. Once `compare_with` has set a reference, every row also carries its
+    paired difference to it: `difference`, `low`, `high` (score, 95 % bootstrap interval over problems).
+    """
+
+    def __init__(self, run: Run):
+        self.inputs = Inputs(run)
+        self.settings = run.settings
+        self.prompts = self.inputs.prompts("validation")
+        self.model = self.inputs.instruct()
+        instruct = {name: value.clone() for name, value in state_of(self.model).items()}
+        self.states: dict[str, State] = {
+            "base": state_of(self.inputs.base()), "instruct": instruct, "coarse": state_of(self.inputs.coarse())
+        }  # fmt: skip
+        self._reference: list[float] | None = None
+
+    @property
+    def score_text(self) -> str:
+        quality = "utility" if self.settings.embedded else "reward"
+        return f"{quality} - {self.settings.merge.token_price:g} x mean tokens, validation problems, T=1"
+
+    def recipe(self, operator: dict, coefficient: float, **shape: object) -> merge.Recipe:
+        """A recipe on the run's own checkpoints; `shape` may hold `knots` and `rules` of the coefficient."""
+        return merge.Recipe(
+            base=self.inputs.base_source,
+            instruct=self.inputs.instruct_source,
+            coarse=self.inputs.coarse_source,
+            operator=operator,
+            coefficient={"default": float(coefficient), **shape},
+            out_dtype=self.settings.merge.out_dtype,
+            seed=self.settings.seed,
+        )
+
+    def merged(self, recipe: merge.Recipe, coarse: State | None = None) -> nn.Module:
+        """The bench's model with merged weights; valid until the next call."""
+        state = merge.merge_state_dicts(
+            recipe, self.states["base"], self.states["instruct"], coarse or self.states["coarse"]
+        )
+        return self.loaded(state)
+
+    def loaded(self, state: State) -> nn.Module:
+        """The bench's model with these weights; valid until the next call."""
+        self.model.load_state_dict(state, strict=False)
+        return self.model
+
+    def measure(self, recipe: merge.Recipe, coarse: State | None = None) -> dict:
+        """Metrics and score of one merge."""
+        return self.row(self.inputs.answers(self.merged(recipe, coarse), self.prompts))
+
+    def sampled(self, sampler: Sampler) -> dict:
+        """Metrics and score of answers from another sampler than the bench's model."""
+        limits = [self.settings.evaluation.max_tokens] * len(self.prompts)
+        return self.row(sampler(self.prompts, limits, temperature=1.0, seed=self.settings.seed * 1000))
+
+    def row(self, samples: list[Sample]) -> dict:
+        scores = self.scores(samples)
+        row = answers.measure(samples, self.inputs.reward) | {"score": round(sum(scores) / len(scores), 6)}
+        if self._reference is not None:
+            found = stats.paired_bootstrap(scores, self._reference, resamples=2000, seed=self.settings.seed)
+            row |= {"difference": round(found.difference, 6), "low": round(found.low, 6), "high": round(found.high, 6)}
+        return row
+
+    def scores(self, samples: list[Sample]) -> list[float]:
+        """Utility (reward where no checker exists) minus the price of its tokens, answer by answer."""
+        values = answers.per_answer(samples)
+        quality = values["utility"] if "utility" in values else self.inputs.reward(samples).tolist()
+        return [q - self.settings.merge.token_price * n for q, n in zip(quality, values["tokens"], strict=True)]
+
+    def compare_with(self, recipe: merge.Recipe) -> None:
+        """Take this merge as the reference of later rows."""
+        self._reference = self.scores(self.inputs.answers(self.merged(recipe), self.prompts))
+
+    def sweep(self, operator: dict, coarse: State | None = None) -> list[dict]:
+        """Metrics and score for every coefficient of the grid."""
+        grid = self.settings.merge.coefficients
+        return [{"coefficient": c, **self.measure(self.recipe(operator, c), coarse)} for c in grid]

@@ -1,0 +1,82 @@
+"""Controls of notebook 06: what the merge must beat, each made with the same care.
+
+A control gets the same grid of coefficients and the same score, or the coefficient chosen for the method where only
+that compares like with like; its note says which.
+"""
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from c2f_utils import merge
+from c2f_utils.models import loading
+from c2f_utils.runs.run import Run
+from c2f_utils.settings.laws import make_law
+from c2f_utils.stages import coarse_rlhf
+from c2f_utils.stages.bench import Bench, state_of
+
+
+def make(run: Run, bench: Bench, coefficient: float) -> Iterator[tuple[str, dict]]:
+    """Make and save the control models to `controls/<name>/`; yields each name and how it was made."""
+    wanted = run.settings.merge.controls
+    makers = {
+        "interpolation": _interpolation,
+        "random_residue": _random,
+        "fixed_long_residue": _fixed_long,
+        "ppo_instruct": _ppo,
+    }
+    for name in wanted:
+        model, note = makers[name](run, bench, coefficient)
+        keep(run, bench, name, model)
+        yield name, note
+
+
+def keep(run: Run, bench: Bench, name: str, model: nn.Module) -> None:
+    loading.save_model(model, bench.inputs.tokenizer, run.here.path("controls", name))
+
+
+def _interpolation(run: Run, bench: Bench, coefficient: float) -> tuple[nn.Module, dict]:
+    base = bench.states["base"]
+    sweep = bench.sweep({"name": "lerp"}, base)
+    chosen = max(sweep, key=lambda row: row["score"])["coefficient"]
+    note = "instruct + c (base - instruct), c chosen on the same grid by the same score"
+    return bench.merged(bench.recipe({"name": "lerp"}, chosen), base), {
+        "coefficient": chosen,
+        "sweep": sweep,
+        "note": note,
+    }
+
+
+def _random(run: Run, bench: Bench, coefficient: float) -> tuple[nn.Module, dict]:
+    state = merge.random_residue(bench.states["base"], bench.states["coarse"], run.settings.seed)
+    note = "Gaussian residue of equal norm per tensor, the chosen coefficient"
+    return bench.merged(bench.recipe({"name": "residue"}, coefficient), state), {
+        "coefficient": coefficient,
+        "note": note,
+    }
+
+
+def _fixed_long(run: Run, bench: Bench, coefficient: float) -> tuple[nn.Module, dict]:
+    folder = run.parent("04_length_schedules").dir / "models" / f"fixed_long-s{run.settings.seed}"
+    state = state_of(loading.load_actor(folder, run.settings.models))
+    sweep = bench.sweep({"name": "residue"}, state)
+    chosen = max(sweep, key=lambda row: row["score"])["coefficient"]
+    note = "residue of the actor trained under the fixed long limit, c chosen on the same grid by the same score"
+    made = {"coefficient": chosen, "sweep": sweep, "note": note}
+    return bench.merged(bench.recipe({"name": "residue"}, chosen), state), made
+
+
+def _ppo(run: Run, bench: Bench, coefficient: float) -> tuple[nn.Module, dict]:
+    process = coarse_rlhf.trainer(
+        bench.inputs,
+        make_law(run.settings.coarse.law),
+        run.here.path("checkpoints", "ppo_instruct"),
+        start=bench.inputs.instruct(),
+        evaluated=False,
+    )
+    coarse_rlhf.restore_rows(run, process, control="ppo_instruct")
+    with run.here.timer("ppo_instruct"):
+        for row in process:
+            run.here.log({"control": "ppo_instruct", **row})
+    note = "the same RLHF started from the instruction model, which is also its reference"
+    return process.policy.actor, {"rollout_tokens": process.rollout_tokens, "note": note}

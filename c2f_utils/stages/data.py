@@ -1,0 +1,159 @@
+"""Prompts and preference pairs as token ids: from the embedded domain, or from preference files in the HH-RLHF
+format."""
+
+import random
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from c2f_utils.domain import preferences, stories
+from c2f_utils.domain.samples import Prompt, make_prompts
+from c2f_utils.errors import C2FError
+from c2f_utils.files import sha256
+from c2f_utils.models.rewards import Pair
+from c2f_utils.rollout.decoder import KVDecoder
+from c2f_utils.settings.config import PAIR_ANSWER_TOKENS, Settings
+
+
+def checksum(settings: Settings) -> dict[str, str]:
+    """SHA-256 of the local data files a run reads, by path, for its provenance."""
+    data = settings.data
+    if settings.embedded or not data.preferences:
+        return {}
+    files = preferences.files(data.preferences, data.preference_split, data.preference_subsets)
+    return {str(file): sha256(file) for file in files}
+
+
+def preference_texts(settings: Settings) -> tuple[list[preferences.Preference], int]:
+    """The pairs that the settings name, as texts, and the number of rows left out."""
+    data = settings.data
+    return preferences.read(data.preferences, data.preference_split, data.preference_subsets)
+
+
+def prompts(
+    settings: Settings, split: stories.Split, count: int, tokenizer=None, seed: int | None = None
+) -> list[Prompt]:
+    """`count` prompts of one split, disjoint from the other splits; on hub data fewer when the data runs out.
+
+    On the embedded domain every seed has problems of its own, in every split. Raises C2FError when no prompt is short
+    enough.
+    """
+    if settings.embedded:
+        seed = settings.seed if seed is None else seed
+        return make_prompts(stories.problems(split, count, seed, settings.data.operations))
+    return _hub_prompts(settings, split, count, tokenizer)
+
+
+def _hub_prompts(settings: Settings, split: stories.Split, count: int, tokenizer) -> list[Prompt]:
+    data = settings.data
+    texts = list(dict.fromkeys(p.prompt for p in preference_texts(settings)[0]))
+    random.Random("prompts").shuffle(texts)
+    mine = [text for text in texts if hub_split(text) == split]
+    encoded = (Prompt(tuple(tokenizer(text)["input_ids"]), text) for text in mine)
+    fitting = [p for p in encoded if len(p.ids) <= data.max_prompt_tokens][:count]
+    if not fitting:
+        raise C2FError(
+            f"none of the {len(mine)} {split} prompts of {data.preferences} has at most "
+            f"data.max_prompt_tokens = {data.max_prompt_tokens} "
+            "tokens; raise it or add pairs"
+        )
+    return fitting
+
+
+def hub_split(prompt: str) -> stories.Split:
+    """The split of a dialogue, by its first turn: the same dialogue cut at several turns is never in two splits."""
+    opening = prompt.split(preferences.ASSISTANT)[0]
+    return {0: "validation", 1: "test"}.get(zlib.crc32(opening.encode()) % 8, "train")
+
+
+@dataclass(frozen=True)
+class HubPair:
+    """Two answers to one dialogue as full token sequences, the preferred one first."""
+
+    prompt: str
+    tokens: Pair
+
+    def prompt_tokens(self, tokenizer) -> int:
+        """Length of the prompt in tokens, tokenised by itself."""
+        return len(tokenizer(self.prompt)["input_ids"])
+
+
+def hub_pairs(settings: Settings, tokenizer) -> tuple[list[HubPair], list[HubPair], int]:
+    """Training and held-out pairs of token sequences (EOS after each complete answer), and how many were too long.
+
+    Training pairs are on training dialogues, held-out pairs on validation dialogues. Raises C2FError without either.
+    """
+    reward = settings.reward
+    texts, _ = preference_texts(settings)
+    random.Random("pairs").shuffle(texts)
+    wanted = {"train": reward.pairs, "validation": reward.held_out_pairs, "test": 0}
+    pairs: dict[str, list[HubPair]] = {split: [] for split in wanted}
+    too_long = 0
+    for text in texts:
+        split = hub_split(text.prompt)
+        if len(pairs[split]) >= wanted[split]:
+            continue
+        pair = tuple(
+            [*tokenizer(text.prompt + answer)["input_ids"], tokenizer.eos_token_id]
+            for answer in (text.chosen, text.rejected)
+        )
+        if max(map(len, pair)) > reward.max_tokens:
+            too_long += 1
+        else:
+            pairs[split].append(HubPair(text.prompt, pair))
+    training, held_out = pairs["train"], pairs["validation"]
+    if not training or not held_out:
+        raise C2FError(
+            f"{len(training)} training and {len(held_out)} held-out pairs of {settings.data.preferences} have at "
+            "most reward.max_tokens = "
+            f"{reward.max_tokens} tokens ({too_long} are longer); "
+            "expected at least one of each: raise reward.max_tokens or add pairs"
+        )
+    return training, held_out, too_long
+
+
+@dataclass(frozen=True)
+class EmbeddedPair:
+    """Two answers to one problem with their true utilities; `first` is the labelled winner."""
+
+    problem: stories.Problem
+    first: list[int]
+    second: list[int]
+    utilities: tuple[float, float]
+
+    @property
+    def tokens(self) -> Pair:
+        prompt = self.problem.prompt_ids
+        return prompt + self.first, prompt + self.second
+
+
+def embedded_pairs(settings: Settings, base, tokenizer, count: int, seed: int) -> list[EmbeddedPair]:
+    """Labelled pairs on training problems: synthetic answers of mixed quality and samples of the base model, some of
+    them cut.
+
+    The label compares utility plus a small length bonus under Gaussian noise; see `Reward` for the sizes.
+    """
+    reward = settings.reward
+    rng = random.Random(f"pairs-{seed}")
+    questions = stories.problems("train", count, rng.getrandbits(32), settings.data.operations)
+    sampled = round(count * reward.base_share)
+    decoder = KVDecoder(base, tokenizer)
+    base_answers = decoder(
+        make_prompts([q for q in questions[:sampled] for _ in (0, 1)]), PAIR_ANSWER_TOKENS, seed=rng.getrandbits(32)
+    )
+    pairs = []
+    for index, problem in enumerate(questions):
+        if index < sampled:
+            answers = [_maybe_cut(s.ids, rng, reward.cut_share) for s in base_answers[2 * index : 2 * index + 2]]
+        else:
+            answers = [stories.synthetic_answer(problem, rng, reward.cut_share) for _ in (0, 1)]
+        verdicts = [stories.check(problem, a) for a in answers]
+        labels = [stories.labelled_utility(v, rng, reward.label_noise, reward.length_bonus) for v in verdicts]
+        order = (0, 1) if labels[0] >= labels[1] else (1, 0)
+        pairs.append(EmbeddedPair(problem, *(answers[i] for i in order), tuple(verdicts[i].utility for i in order)))
+    rng.shuffle(pairs)
+    return pairs
+
+
+def _maybe_cut(ids: Sequence[int], rng: random.Random, share: float) -> list[int]:
+    return list(ids[: rng.randint(4, max(5, len(ids)))]) if rng.random() < share else list(ids)

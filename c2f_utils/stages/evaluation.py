@@ -1,0 +1,101 @@
+"""07: is the Fine Actor better, and is it less redundant? Test problems, fixed limits, every control beside the
+method."""
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from c2f_utils import redundancy, stats
+from c2f_utils.domain import stories
+from c2f_utils.domain.samples import Prompt, Sample, make_prompts
+from c2f_utils.measure import answers
+from c2f_utils.models import loading
+from c2f_utils.runs.run import Run
+from c2f_utils.stages.inputs import Inputs, keep_samples
+
+LABELS = {
+    "base": "base",
+    "instruct": "instruct",
+    "coarse": "coarse actor",
+    "fine": "fine actor",
+    "interpolation": "instruct + base, no RL",
+    "random_residue": "instruct + random residue",
+    "instruct_forced": "instruct, analysis forced",
+    "base_forced": "base, analysis forced",
+    "ppo_instruct": "RLHF from instruct",
+    "fixed_long_residue": "residue of fixed-long",
+    "best_recipe": "best recipe of all tried",
+    "one_coefficient": "one coefficient for all",
+}
+ROLES = ("base", "instruct", "coarse", "fine")
+PAIRED = ("accuracy_last", "accuracy_first", "utility", "tokens", "rep4")
+
+
+def make(run: Run) -> dict:
+    """Results of 07: metrics of every model under every decoding, redundancy at fixed prefixes, paired differences
+    to the fine actor."""
+    here, settings = run.here, run.settings
+    if here.loaded:
+        return here.results()
+    inputs = Inputs(run)
+    test = inputs.prompts("test")
+    found: dict[str, dict] = {}
+    single: dict[str, dict[str, dict[str, list[float]]]] = {}
+    prefixes: dict[str, list[dict]] = {}
+    table: list[dict] = []
+    with here.timer("generation and scoring"):
+        for name, model, prompts in _models(run, inputs, test):
+            found[name] = {"label": LABELS[name], "role": name if name in ROLES else "control"}
+            single[name] = {}
+            for decoding in settings.evaluation.decodings:
+                samples = inputs.answers(model, prompts, decoding)
+                found[name][decoding] = answers.measure(samples, inputs.reward)
+                single[name][decoding] = answers.per_answer(samples)
+                table += answers.rows(samples[: settings.evaluation.samples_kept], name, decoding, inputs.reward)
+                if decoding == settings.evaluation.decodings[0]:
+                    prefixes[name] = _prefixes(samples, settings.evaluation.prefixes)
+    keep_samples(here, table, settings)
+    here.save_results({
+        "models": found, "prefix_redundancy": prefixes, "decoding_of_prefixes": settings.evaluation.decodings[0],
+        "paired": _paired(single, settings.seed), "limit": settings.evaluation.max_tokens,
+    })  # fmt: skip
+    return here.results()
+
+
+def _models(run: Run, inputs: Inputs, test: list[Prompt]) -> Iterator[tuple[str, nn.Module, list[Prompt]]]:
+    """Name, model and prompts of everything that is compared; one model is in memory at a time."""
+    merged = run.parent("06_residue_merging")
+    yield "base", inputs.base(), test
+    yield "instruct", inputs.instruct(), test
+    yield "coarse", inputs.coarse(), test
+    yield "fine", loading.load_causal(merged.dir / "model", run.settings.models), test
+    other = "one_coefficient" if run.settings.merge.select == "best_recipe" else "best_recipe"
+    for name in (other, *run.settings.merge.controls):
+        yield name, loading.load_actor(merged.dir / "controls" / name, run.settings.models), test
+    if run.settings.embedded:
+        forced = make_prompts([p.problem for p in test], stories.FORCED_ANALYSIS)
+        yield "instruct_forced", inputs.instruct(), forced
+        yield "base_forced", inputs.base(), forced
+
+
+def _prefixes(samples: list[Sample], sizes: list[int]) -> list[dict]:
+    """Mean rep4 of the first `prefix` tokens over the answers that are long enough (their count is `n`)."""
+    rows = []
+    for prefix in sizes:
+        values = [v for v in (redundancy.rep4_at(s.answer, prefix) for s in samples) if v is not None]
+        rows.append({"prefix": prefix, "rep4": sum(values) / len(values) if values else None, "n": len(values)})
+    return rows
+
+
+def _paired(single: dict[str, dict[str, dict[str, list[float]]]], seed: int) -> list[dict]:
+    """Fine minus every other model, problem by problem: difference, 95 % bootstrap interval and p value."""
+    rows = []
+    for other in single:
+        if other == "fine":
+            continue
+        for decoding, values in single["fine"].items():
+            for metric in PAIRED:
+                if metric in values:
+                    result = stats.paired_bootstrap(values[metric], single[other][decoding][metric], seed=seed)
+                    rows.append({"a": "fine", "b": other, "metric": metric, "decoding": decoding, **result._asdict()})
+    return rows

@@ -1,0 +1,51 @@
+"""05: what instruction model do we merge into?"""
+
+from c2f_utils.errors import C2FError
+from c2f_utils.measure import answers
+from c2f_utils.models import instruct
+from c2f_utils.models.loading import save_model
+from c2f_utils.runs.run import Run
+from c2f_utils.stages.inputs import Inputs, keep_samples
+
+
+def make(run: Run) -> dict:
+    """Results of 05: fine-tune the embedded base (TRL `SFTTrainer`), or load the user's model and check that it fits
+    the base."""
+    here, settings = run.here, run.settings
+    if here.loaded:
+        return here.results()
+    inputs = Inputs(run)
+    losses: list[dict] = []
+    examples = 0
+    if settings.embedded:
+        with here.timer("training"):
+            model, examples = instruct.train(inputs.base_source, inputs.tokenizer, settings, losses.append)
+        save_model(model, inputs.tokenizer, here.path("model"))
+    else:
+        model = inputs.instruct()
+        _refuse_other_shape(inputs.base(), model, settings.models.instruct)
+    with here.timer("evaluation"):
+        samples = inputs.answers(model, inputs.prompts("validation"))
+        behaviour = answers.measure(samples)
+    keep_samples(here, answers.rows(samples, "instruct", "sampled_t1"), settings)
+    results = {
+        "source": settings.models.instruct or "embedded",
+        "examples": examples,
+        "loss": losses,
+        "behaviour": behaviour,
+    }
+    here.save_results(results)
+    return results
+
+
+def _refuse_other_shape(base, instruct_model, source: str) -> None:
+    ours, theirs = base.state_dict(), instruct_model.state_dict()
+    wrong = sorted(
+        n for n in ours.keys() | theirs.keys() if n not in ours or n not in theirs or ours[n].shape != theirs[n].shape
+    )
+    if wrong:
+        raise C2FError(
+            f"models.instruct = {source!r} is not of the base model's shape: {len(wrong)} tensors differ, the "
+            f"first is {wrong[0]}; "
+            "a residue merge needs an instruction model that was fine-tuned from the same base"
+        )

@@ -1,0 +1,131 @@
+"""Variants of the merge that notebook 06 compares with one coefficient for all tensors.
+
+Parts of the network, profiles over depth, other operators, averages of coarse actors, decode-time merging, output
+dtypes. All on validation problems, each with its paired difference to the one-coefficient merge.
+"""
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from c2f_utils import merge
+from c2f_utils.merge.names import layer_count
+from c2f_utils.models import loading
+from c2f_utils.rollout.proxy import ProxyDecoder
+from c2f_utils.runs.run import Run
+from c2f_utils.stages.bench import Bench, State, state_of
+
+# Multiples of the chosen coefficient at depth 0, 1/2 and 1; each has mean 1 over depth.
+PROFILES = {"rising": (0.5, 1.0, 1.5), "falling": (1.5, 1.0, 0.5), "middle": (0.5, 1.5, 0.5), "ends": (1.5, 0.5, 1.5)}
+
+
+def operator_text(operator: dict) -> str:
+    """An operator and its numbers as short text."""
+    options = ", ".join(
+        f"{k} {v:g}" for k, v in operator.items() if k not in ("name", "seed") and isinstance(v, int | float)
+    )
+    return f"{operator['name']} ({options})" if options else operator["name"]
+
+
+def parts(bench: Bench, operator: dict, coefficient: float) -> list[dict]:
+    """The residue kept in one part only, and everywhere but there; deep networks are cut into four blocks of layers."""
+    layers = layer_count(bench.states["instruct"])
+    blocks = [(i * layers // min(4, layers), (i + 1) * layers // min(4, layers)) for i in range(min(4, layers))]
+    inside = {}
+    for low, high in blocks:
+        numbers = "|".join(str(n) for n in range(low, high))
+        inside[f"layer {low}" if high == low + 1 else f"layers {low}-{high - 1}"] = rf"\.layers\.({numbers})\."
+    inside |= {"attention": r"self_attn\.", "mlp": r"\.mlp\.", "embedding, head, norms": r"embed_tokens|lm_head|norm"}
+    only = [(f"only {name}", [{"match": f"^(?!.*({pattern}))", "set": 0.0}]) for name, pattern in inside.items()]
+    without = [(f"without {name}", [{"match": pattern, "set": 0.0}]) for name, pattern in inside.items()]
+    return [
+        {"name": name, "rules": rules, **bench.measure(bench.recipe(operator, coefficient, rules=rules))}
+        for name, rules in only + without
+    ]
+
+
+def depths(bench: Bench, operator: dict, coefficient: float) -> list[dict]:
+    """The coefficient as a function of depth, with the chosen one as its mean."""
+    rows = []
+    for name, heights in PROFILES.items():
+        knots = [
+            [depth, round(coefficient * height, 6)] for depth, height in zip((0.0, 0.5, 1.0), heights, strict=True)
+        ]
+        rows.append({"name": name, "knots": knots, **bench.measure(bench.recipe(operator, coefficient, knots=knots))})
+    return rows
+
+
+def others(bench: Bench, operators: list[dict]) -> list[dict]:
+    """Every other operator at the best coefficient of the same grid."""
+    rows = []
+    for spec in operators:
+        row = max(bench.sweep(spec), key=lambda row: row["score"])
+        rows.append({"operator": operator_text(spec), "spec": spec, **row})
+    return rows
+
+
+def averages(run: Run, bench: Bench, operator: dict, coefficient: float) -> list[dict]:
+    """Residues of averaged coarse actors: over the run's own snapshots, and over actors of other laws and seeds from
+    the same base."""
+    rows = []
+    for name, states in _families(run, bench):
+        if len(states) > 1:
+            state = _weighted(states)
+            row = bench.measure(bench.recipe(operator, coefficient), state)
+            rows.append({"name": name, "actors": len(states), **row})
+    return rows
+
+
+def _families(run: Run, bench: Bench) -> Iterator[tuple[str, list[tuple[float, State]]]]:
+    """Names and weighted actors. SWA: equal weights (Izmailov et al. 2018); EMA: halved per step back; LaWA: the
+    latest three (Kaddour 2022); ratatouille: fine-tunings of one base that differ in law or seed (after Rame et al.
+    2023)."""
+    folder = run.parent("03_coarse_rlhf").dir / "snapshots"
+    snapshots = [load_file(path) for path in sorted(folder.glob("*.safetensors"))] if folder.exists() else []
+    equal = [(1.0, state) for state in snapshots]
+    yield "SWA over snapshots", equal
+    yield "EMA over snapshots", [(0.5 ** (len(snapshots) - 1 - i), state) for i, state in enumerate(snapshots)]
+    yield "LaWA, latest three", equal[-3:]
+    kept = run.parent("04_length_schedules").dir / "models"
+    actors = (
+        [state_of(loading.load_actor(path, run.settings.models)) for path in sorted(kept.glob("*"))]
+        if kept.exists()
+        else []
+    )
+    yield "ratatouille over laws and seeds", [(1.0, bench.states["coarse"])] + [(1.0, state) for state in actors]
+
+
+def _weighted(states: list[tuple[float, State]]) -> State:
+    total = sum(weight for weight, _ in states)
+    names = states[0][1].keys()
+    return {n: sum(w / total * s[n].double() for w, s in states).to(states[0][1][n].dtype) for n in names}
+
+
+def proxies(bench: Bench, coefficient: float) -> list[dict]:
+    """Merging at decode time: instruct logits + c (coarse - base) logits, three models per token (after Liu et al.
+    2024)."""
+    inputs = bench.inputs
+    trio = inputs.instruct(), inputs.coarse(), inputs.base()
+    return [
+        {"name": f"proxy-tuning, c = {c:g}", "coefficient": c, "forward_passes_per_token": 3, **bench.sampled(decoder)}
+        for c in dict.fromkeys((coefficient, 1.0))
+        for decoder in [ProxyDecoder(*trio, inputs.tokenizer, c, stop_strings=inputs.settings.data.stop_strings)]
+    ]
+
+
+def roundings(run: Run, bench: Bench, recipe: merge.Recipe) -> list[dict]:
+    """How much of the wanted change is left after each output dtype, and what that does to the answers."""
+    rows = []
+    for dtype in ("float32", "bfloat16", "bfloat16_stochastic"):
+        with tempfile.TemporaryDirectory(dir=run.here.dir) as scratch:
+            report = merge.run_merge(
+                merge.plan_merge(recipe.model_copy(update={"out_dtype": dtype})), Path(scratch) / "model"
+            )
+            state = load_file(Path(scratch) / "model" / "model.safetensors")
+        state = {name: value.to(torch.float32) for name, value in state.items()}
+        row = bench.row(bench.inputs.answers(bench.loaded(state), bench.prompts))
+        rows.append({"out_dtype": dtype, "survival": report.survival, **row})
+    return rows

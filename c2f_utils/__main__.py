@@ -22,10 +22,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from c2f_utils.files import read_yaml
+    from c2f_utils.files import read_mapping
     from c2f_utils.headless import jobs as batch
 
-    overrides = read_yaml(options.overrides) if options.overrides else {}
+    overrides = read_mapping(options.overrides) if options.overrides else {}
     names = ("profile", "seed", "run_id", "study", "overwrite")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     twice = {text.partition("=")[0] for text in options.parameter} & set(given)

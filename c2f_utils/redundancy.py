@@ -125,7 +125,7 @@ def prefix_table(answers: Sequence[Sequence[Hashable]], prefixes: Iterable[int] 
     rows = []
     for prefix in prefixes:
         values = [value for answer in answers if (value := rep4_at(answer, prefix)) is not None]
-        rows.append({"prefix": prefix, "rep4": float(np.mean(values)) if values else None, "n": len(values)})
+        rows.append({"prefix": prefix, "rep4": sum(values) / len(values) if values else None, "n": len(values)})
     return rows
 
 

@@ -12,7 +12,6 @@ from c2f_utils.runs.stage import Stage, age
 if TYPE_CHECKING:
     import pandas as pd
 
-
 OF_SETTINGS = {"source": "the settings'"}  # what 03 records for a law or reward that is not an object of the user's
 
 
@@ -28,7 +27,7 @@ def latest(stage: str, profile: str, seed: int, prefer: dict | None = None) -> S
 
     An actor trained under a law or reward of the user's own serves its own run only: no setting would tell of it.
     """
-    found = [item for item in stages(stage) if item.done and _kind(item) == (profile, seed) and not own_parts(item)]
+    found = [item for item in stages(stage) if item.done and kind_of(item) == (profile, seed) and not own_parts(item)]
     return max(found, key=lambda item: (item.config()["settings"] == prefer, item.status()["finished"]), default=None)
 
 
@@ -38,7 +37,8 @@ def own_parts(stage: Stage) -> list[str]:
     return [name for name in ("law", "reward") if inputs.get(name, usual) != usual]
 
 
-def _kind(stage: Stage) -> tuple[str, int]:
+def kind_of(stage: Stage) -> tuple[str, int]:
+    """Profile and seed that a stage was made with."""
     settings = stage.config()["settings"]
     return settings["profile"], settings["seed"]
 

@@ -365,9 +365,7 @@ class _Builder:
         """A run that was cut short may hold odd results: the rest of the report is still made, and says so."""
         if isinstance(error, CannotWrite):
             raise error
-        ours = (
-            "" if isinstance(error, C2FError) else f"not as expected: {type(error).__name__} "
-        )
+        ours = "" if isinstance(error, C2FError) else f"not as expected: {type(error).__name__} "
         words = f"{kind} {name}: could not be made ({ours}{error})"
         self.missing.append(words)
         self.document.text(f"Not shown: {words}.")

@@ -35,7 +35,7 @@ CURVE = "curve.json"  # in every checkpoint folder, written last: a checkpoint t
 class Baseline:
     """One run of a critic-free trainer; built on a folder with checkpoints it continues.
 
-    Has what `workflow.coarse.summary` reads: `history`, `curve`, `iteration`, `rollout_tokens`. Raises C2FError before
+    Has what `coarse_rlhf.summary` reads: `history`, `curve`, `iteration`, `rollout_tokens`. Raises C2FError before
     any model is loaded for a law that needs a critic, and before training for everything else that is impossible.
     """
 

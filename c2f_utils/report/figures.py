@@ -1,12 +1,12 @@
 """Every figure of the workbench, as a function of results on disk; the notebooks and the report draw from here.
 
-    plots.save_figure(plots.training_panel(run.here), run.here, "training_panel")
+    figures.save_figure(figures.training_panel(run.here), run.here, "training_panel")
 
 Inputs: a stage, its directory, the run's directory, or data already read. Output: a matplotlib figure that carries the
 numbers behind it (`fig.data`). A metric that is null is named in the figure, with the reason, never drawn as zero.
-Rooms: `plots_training` (01 to 05), `plots_reward` (02: several reward models, over-optimisation), `plots_laws` (04: the
-study), `plots_merge` (06), `plots_models` (07, several seeds, the README's picture), `plots_style` (one look, reading,
-saving) and `plots_labels` (names beside lines and points).
+Rooms: `figures_training` (01 to 05), `figures_reward` (02: several reward models, over-optimisation), `figures_laws`
+(the study of laws), `figures_merge` (06), `figures_models` (07, several seeds, the README's picture), `style` (one
+look, saving) and `labels` (names beside lines and points).
 """
 
 from c2f_utils.report.figures_laws import limit_paths, regret_map

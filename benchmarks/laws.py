@@ -10,7 +10,7 @@ do not know the maximum run where cost to a target counts, the other laws that l
 hacked or the right length is known.
 Every finished run is one file under outputs/laws-<seed>/study/, so a stopped study continues where it was. One run
 takes about 15 seconds of one core, a seed with all conditions, clocks and laws about half an hour; use one thread per
-lane. Conditions, clocks and measures: `c2f_utils/law_study.py`.
+lane. Conditions, clocks and measures: `c2f_utils/report/law_study.py`.
 """
 
 import argparse

@@ -169,7 +169,7 @@ class Recipe(_Frozen):
         if not isinstance(fields, dict):
             raise C2FError(
                 f"a recipe is a mapping with base, instruct and coarse, got {type(fields).__name__}; see "
-                f"the README's example"
+                f"the example in notebook 06"
             )
         return cls(**{str(key): value for key, value in fields.items()})
 

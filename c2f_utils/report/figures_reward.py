@@ -38,9 +38,10 @@ def pair_scores(rows: list[dict]) -> Figure:
         ax.plot(x, y, color=colour)
         ax.plot(x[-1:], y[-1:], "o", color=colour)
         ends.append((x[-1], y[-1], f"{answer} {y[-1]:+.2f}", colour))
-    ax.set(xlabel="tokens of the answer read so far", ylabel=LABELS["reward"], xlim=(0, None))
+    ax.set(
+        xlabel="tokens of the answer read so far; the last point is its reward", ylabel=LABELS["reward"], xlim=(0, None)
+    )
     end_labels(ax, ends)
-    note(ax, "the answer's reward is the last point", "lower right")
     return fig
 
 

@@ -178,13 +178,13 @@ def credit_of_one_answer(rows: list[dict], stopped: str = "") -> Figure:
     )
     paid, critic, policy = axes[:, 0]
     paid.bar(x, price, color=ROLE_COLOURS["control"])
-    paid.set(ylabel="price of KL")
+    paid.set(ylabel="paid for KL")
     paid.margins(y=0.35)
     final = rows[-1]["reward"] - rows[-1]["kl_price"]
-    note(paid, f"each token is paid minus its price of KL; the last one also the answer's reward, {final:+.2f}")
+    note(paid, f"what each token is paid for KL to the base; the last one also earns the answer's reward, {final:+.2f}")
     line(critic, x, value, ROLE_COLOURS["instruct"])
     line(critic, x, target, ROLE_COLOURS["coarse"])
-    critic.set(ylabel="reward still to come", xlim=(0.2, x[-1] * 1.12 + 0.3))
+    critic.set(ylabel="reward still to come", xlim=(0.2, x[-1] + 0.8))
     ends = [(x[-1], value[-1], "critic's value", ROLE_COLOURS["instruct"])]
     end_labels(critic, [*ends, (x[-1], target[-1], "its target", ROLE_COLOURS["coarse"])], 6.5)
     policy.bar(x, advantage, color=np.where(advantage < 0, MUTED, ROLE_COLOURS["fine"]))

@@ -1,4 +1,4 @@
-"""Tables of notebook 04: what laws cost, what they bought at equal length, and the study over conditions.
+"""Tables of notebooks 04 and 09: what laws cost, what they bought at equal length, and the study over conditions.
 
 Inputs: stage 04 (its results and metrics), or the content of a study's JSON, {"runs": {condition: {law: {seed: run}}}}.
 Outputs: DataFrames with the interval over seeds beside every mean; one seed gives no interval.

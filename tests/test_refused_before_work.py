@@ -293,7 +293,7 @@ def test_a_full_run_folder(outputs, capsys, monkeypatch):
         pytest.param(["-p", "study", "false"], "write False, without quotes", marks=pytest.mark.slow),
         pytest.param(["-y", "overrides: {reward.learning_rate: 1e-6}"], "'1e-6' is text", marks=pytest.mark.slow),
         pytest.param(["-p", "profile", "huge"], "unknown profile 'huge'", marks=pytest.mark.slow),
-        pytest.param([], "c2f run 01 --profile smoke --seed 0 --run-id lab", marks=pytest.mark.slow),
+        pytest.param([], "c2f run 01 --profile tiny --seed 0 --run-id lab", marks=pytest.mark.slow),
     ],
 )
 def test_plain_papermill_is_refused_by_the_first_code_cell(tmp_path, parameters, said):

@@ -235,7 +235,8 @@ def test_a_run_keeps_to_one_profile_and_seed():
     with pytest.raises(C2FError, match=r"run 't1' holds profile tiny, seed 0; 02_reward_model asks for smoke, seed 3: "
                        r"add --profile tiny --seed 0 .* or choose another run_id"):  # fmt: skip
         other.refuse_mixture("02_reward_model")
-    other.refuse_mixture("00_environment_and_data")
+    for about_no_run in ("00_environment_and_data", "09_studies"):
+        other.refuse_mixture(about_no_run)
 
 
 def test_a_changed_parent_counts_as_another_input():

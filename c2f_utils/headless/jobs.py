@@ -128,7 +128,7 @@ def run(jobs: Sequence[Job], thread_count: int | None = None) -> int:
                 return STOPPED
     if len(jobs) > 1:
         print(f"{'total':28}{'':8}{time.perf_counter() - started:8.1f} s")
-    if jobs[-1].stage == STAGES[-1]:
+    if any(job.stage == "08_report" for job in jobs):
         print(summary(run_id))
     return DONE
 

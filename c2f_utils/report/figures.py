@@ -4,9 +4,9 @@
 
 Inputs: a stage, its directory, the run's directory, or data already read. Output: a matplotlib figure that carries the
 numbers behind it (`fig.data`). A metric that is null is named in the figure, with the reason, never drawn as zero.
-Rooms: `figures_training` (01 to 05), `figures_reward` (02: several reward models, over-optimisation), `figures_laws`
-(04: the study), `figures_merge` (06), `figures_models` (07, several seeds, the README's picture), `style` (one look,
-saving), `labels` (names beside lines and points), `results` (reading).
+Rooms: `figures_training` (01 to 05), `figures_reward` (02: one pair, several reward models, over-optimisation),
+`figures_laws` (09: the study of laws), `figures_merge` (06), `figures_models` (07, several seeds, the README's
+picture), `style` (one look, saving), `results` (reading) and `labels` (names beside lines and points).
 """
 
 from c2f_utils.report.figures_laws import limit_paths, regret_map
@@ -24,8 +24,9 @@ from c2f_utils.report.figures_models import (
     quality_redundancy_frontier,
     seed_overview,
 )
-from c2f_utils.report.figures_reward import length_bias_models, overoptimisation
+from c2f_utils.report.figures_reward import length_bias_models, overoptimisation, pair_scores
 from c2f_utils.report.figures_training import (
+    credit_of_one_answer,
     length_bias,
     loss_curve,
     prefix_reward,
@@ -38,6 +39,7 @@ from c2f_utils.report.style import save_figure
 
 __all__ = [
     "coefficient_sweep",
+    "credit_of_one_answer",
     "hero",
     "layer_sweep",
     "length_bias",
@@ -46,6 +48,7 @@ __all__ = [
     "loss_curve",
     "operator_table",
     "overoptimisation",
+    "pair_scores",
     "prefix_redundancy",
     "prefix_reward",
     "quality_length_frontier",

@@ -9,8 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from c2f_utils.files import read_json
+from c2f_utils.report.labels import end_labels
 from c2f_utils.report.overoptimisation import root_kl, smooth
-from c2f_utils.report.results import LABELS, load
+from c2f_utils.report.results import LABELS, column, load
 from c2f_utils.report.style import DOUBLE, INK, MUTED, ROLE_COLOURS, new_figure, note, say, styled
 
 ARM_COLOURS = {"single": ROLE_COLOURS["control"], "warm": ROLE_COLOURS["coarse"]}
@@ -23,6 +24,25 @@ _PANELS = (
     ("longer answer preferred (share)", (("longer_preferred", "model"), ("longer_labelled", "labels"))),
     ("ranked right (share)", (("accuracy_longer", "longer better"), ("accuracy_shorter", "shorter better"))),
 )
+
+
+@styled
+def pair_scores(rows: list[dict]) -> Figure:
+    """Reward of every prefix of a preferred and of a rejected answer; rows hold `answer`, `position` and `reward`."""
+    fig, axes = new_figure(1, 1, DOUBLE, 2.3, "One pair: the reward after every token")
+    fig.data, ax = pd.DataFrame(rows), axes[0, 0]
+    ends = []
+    for answer, colour in (("chosen", ROLE_COLOURS["fine"]), ("rejected", MUTED)):
+        mine = [row for row in rows if row["answer"] == answer]
+        x, y = column(mine, "position"), column(mine, "reward")
+        ax.plot(x, y, color=colour)
+        ax.plot(x[-1:], y[-1:], "o", color=colour)
+        ends.append((x[-1], y[-1], f"{answer} {y[-1]:+.2f}", colour))
+    ax.set(
+        xlabel="tokens of the answer read so far; the last point is its reward", ylabel=LABELS["reward"], xlim=(0, None)
+    )
+    end_labels(ax, ends)
+    return fig
 
 
 @styled

@@ -172,6 +172,18 @@ def with_baselines(results: dict) -> dict:
     return results | {"laws": results["laws"] | results.get("critic_free", {})}
 
 
+def committed_seeds(name: str, labels: dict[str, str]) -> tuple[list[dict], list[str]]:
+    """Committed evaluations of several seeds (`benchmarks/tiny_seeds.py`) as results of 07, and the seeds' names."""
+    study = committed(name)
+    runs = []
+    for models in study["models"].values():
+        rows = {
+            key: {"label": labels.get(key, key), "role": key, study["decoding"]: row} for key, row in models.items()
+        }
+        runs.append({"models": rows})
+    return runs, [f"seed {seed}" for seed in study["models"]]
+
+
 def committed(name: str) -> dict:
     """The results of a larger study that are committed with the project, `benchmarks/results/<name>.json`.
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from c2f_utils.errors import C2FError, problems
 from c2f_utils.runs import provenance
 from c2f_utils.runs.registry import kind_of, latest, stages
-from c2f_utils.runs.stage import ALWAYS_REDONE, Stage, run_folder
+from c2f_utils.runs.stage import ALWAYS_REDONE, OF_NO_RUN, Stage, run_folder
 
 if TYPE_CHECKING:
     from c2f_utils.settings.config import Settings
@@ -33,6 +33,7 @@ PARENTS: dict[str, tuple[str, ...]] = {
         "01_base_model", "02_reward_model", "03_coarse_rlhf", "05_instruction_model", "06_residue_merging",
     ),
     "08_report": (),  # reports what is there and names what is missing
+    "09_studies": (),  # draws what is committed with the project
 }  # fmt: skip
 
 
@@ -99,12 +100,12 @@ class Run:
     def refuse_mixture(self, stage: str) -> None:
         """Raise C2FError if the run already holds finished stages of another profile or seed.
 
-        00 is about the present and may be run anywhere.
+        00 and 09, which are about no run, may be run anywhere.
         """
         asked = self.settings.profile, self.settings.seed
         made = [kind_of(item) for item in stages(run_id=self.id) if item.done and item.name not in ALWAYS_REDONE]
         found = next((kind for kind in made if kind != asked), None)
-        if found and stage != ALWAYS_REDONE[0]:
+        if found and stage not in OF_NO_RUN:
             flags = zip(("--profile", "--seed"), found, asked, strict=True)
             advice = " ".join(f"{flag} {there}" for flag, there, here in flags if there != here)
             raise C2FError(

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from c2f_utils.settings.config import Settings
 from c2f_utils.files import outputs, root
 
-ALWAYS_REDONE = ("00_environment_and_data", "08_report")  # cheap, and about the present: never loaded, never in the way
+OF_NO_RUN = ("00_environment_and_data", "09_studies")  # about this machine, and about what the project comes with
+ALWAYS_REDONE = (*OF_NO_RUN, "08_report")  # cheap, and about the present: never loaded, never in the way
 
 HEARTBEAT = 15.0  # seconds
 

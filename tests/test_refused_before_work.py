@@ -53,10 +53,7 @@ def refuse(capsys, monkeypatch, *arguments: str) -> str:
         (["-p", "merge.operator=residu"], ["no operator 'residu'", "did you mean 'residue'"]),
         (["-p", "merge.other_operators=[{'name': 'trimm'}]"], ["other_operators.0", "did you mean 'trim'"]),
         (["-p", "merge.other_operators=[{'density': 1}]"], ["{'density': 1} has no name"]),
-        (
-            ["-p", "merge.other_operators=[{'name': 'trim', 'densty': 1}]"],
-            ["densty: trim has no such key", "density"],
-        ),
+        (["-p", "merge.other_operators=[{'name': 'trim', 'densty': 1}]"], ["densty: trim has no such key", "density"]),
         (["-p", "merge.other_operators=[{'name': 'trim', 'density': 3.0}]"], ["density: 3.0 must lie within 0 and 1"]),
         (["-p", "pretrain.heads=3"], ["pretrain.heads = 3 does not divide pretrain.hidden_size = 32", "e.g. 2"]),
         (["-p", "iterations=5"], ["no parameter 'iterations'", "written with its section: coarse.iterations=5"]),

@@ -101,13 +101,7 @@ def register_operator(
     if found:
         raise problems(f"operator {name!r} cannot be registered:", found)
     _REGISTRY[name] = Operator(
-        name,
-        kernel,
-        formula,
-        options,
-        statistics=tuple(statistics),
-        zero_is_instruct=zero_is_instruct,
-        several=several,
+        name, kernel, formula, options, statistics=tuple(statistics), zero_is_instruct=zero_is_instruct, several=several
     )
     return _REGISTRY[name]
 

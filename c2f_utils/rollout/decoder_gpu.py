@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from c2f_utils.domain.samples import longest_stop
+
 CHECK = 8  # steps between two looks at who has finished
 COMPACT = 0.5  # share of live rows at which the others leave the cache
 BUCKET = 256  # attended positions grow in steps of this many: one capture each
@@ -201,9 +203,7 @@ class Endings:
         self.limits, self.eos, self.stop_strings, self.tokenizer = limits, eos, stop_strings, tokenizer
         self.lengths: list[int | None] = [None] * len(limits)
         self.stops = ["limit"] * len(limits)
-        # A token may begin before the string and another end after it: look at a tail long enough for one token per
-        # character.
-        self.tail = max(map(len, stop_strings), default=0) + 1
+        self.tail = longest_stop(stop_strings)
 
     def look(self, row: int, ids: list[int], before: int) -> bool:
         """Whether the answer so far, `ids`, is finished; its first `before` tokens were looked at before."""

@@ -88,7 +88,7 @@ class Baseline:
         settings, config, inputs = self.inputs.settings, self.config, self.inputs
         _refuse_prompts(self.prompts, inputs.tokenizer)
         model = inputs.base()
-        self.ends = eos_ids(inputs.tokenizer, model.config)
+        self.ends = eos_ids(inputs.tokenizer, model)
         _refuse_positions(model.config, self.prompts, self.law.largest)
         make, configure = {"grpo": (GRPOTrainer, GRPOConfig), "rloo": (RLOOTrainer, RLOOConfig)}[self.entry.trainer]
         # A token normaliser that l(t) does not move; RLOO has none, its loss is one ratio per answer.

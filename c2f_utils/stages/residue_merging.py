@@ -47,8 +47,10 @@ def make(run: Run) -> dict:
         found["roundings"] = variants.roundings(run, bench, fine) if "roundings" in sections else []
     for name, recipe in made.items():
         controls.keep(run, bench, name, bench.merged(recipe))
+    form = {"instruct": settings.models.instruct_form}
     parents = {
-        name: bench.row(bench.inputs.answers(bench.loaded(bench.states[name]), bench.prompts)) for name in bench.states
+        name: bench.row(bench.inputs.answers(bench.loaded(bench.states[name]), bench.prompts, form=form.get(name)))
+        for name in bench.states
     }
     here.save_results(
         {
@@ -70,7 +72,7 @@ def make(run: Run) -> dict:
         }
     )
     fine = loading.load_causal(here.dir / "model", settings.models)
-    samples = bench.inputs.answers(fine, bench.prompts)
+    samples = bench.answers(fine)
     keep_samples(here, answers.rows(samples, "fine", "sampled_t1", bench.inputs.reward), settings)
     return here.results()
 

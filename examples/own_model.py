@@ -95,7 +95,7 @@ def make(pairs: Path, out: Path, config: Pretrain, vocabulary: int, instruct_tok
 
 def _say(config: Pretrain):
     def log(row: dict) -> None:
-        if row["step"] % 10 == 0 or row["tokens"] >= config.tokens:
+        if row["step"] % 5 == 0 or row["tokens"] >= config.tokens:
             print(f"{row['tokens']:>9,} of {config.tokens:,} tokens: {row['loss']:.3f} nats per token", flush=True)
 
     return log

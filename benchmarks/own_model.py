@@ -100,8 +100,9 @@ def second_reward_model(inputs: Inputs, samples: list[Sample]) -> rewards.Reward
 
 
 def trained_on_headers(inputs: Inputs) -> torch.nn.Module:
-    """The coarse actor of 03 with the header left in what is scored."""
-    process = coarse_rlhf.trainer(inputs, make_law(inputs.settings.coarse.law), None, evaluated=False)
+    """The coarse actor of 03 with the header left in what is scored; its checkpoints lie beside the run's stages."""
+    folder = inputs.run.dir / "header_scored"
+    process = coarse_rlhf.trainer(inputs, make_law(inputs.settings.coarse.law), folder, evaluated=False)
     clean = process.sampler
     process.sampler = lambda *given, **options: as_sampled(clean(*given, **options))
     for row in process:

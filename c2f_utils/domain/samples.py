@@ -93,6 +93,19 @@ def longest_stop(stop_strings: Sequence[str]) -> int:
     return max((len(s.encode()) for s in stop_strings), default=0) + 1
 
 
+def stopped_at(ids: Sequence[int], tokenizer, stop_strings: Sequence[str], before: int = 0) -> int | None:
+    """Index of the first token from `before` on that completes a stop string; None without one."""
+    tail = longest_stop(stop_strings)
+
+    def held(part: Sequence[int]) -> bool:
+        text = tokenizer.decode(part)
+        return any(string in text for string in stop_strings)
+
+    if not stop_strings or len(ids) <= before or not held(ids[max(0, before + 1 - tail) :]):
+        return None
+    return next((i for i in range(before, len(ids)) if held(ids[max(0, i + 1 - tail) : i + 1])), None)
+
+
 def finish(
     prompt: Prompt,
     sampled: Sequence[int],

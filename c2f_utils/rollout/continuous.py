@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from c2f_utils.domain.samples import Prompt, Sample, finish, longest_stop
+from c2f_utils.domain.samples import Prompt, Sample, finish, stopped_at
 from c2f_utils.errors import C2FError
 from c2f_utils.rollout.sampler import eos_ids, refuse_overlong
 
@@ -82,21 +82,10 @@ class ContinuousBatching:
     def _sample_of(self, prompt: Prompt, limit: int, output) -> Sample:
         ids, logps = list(output.generated_tokens), torch.tensor(output.logprobs, dtype=torch.float32)
         ended = ids[-1] in self.eos
-        kept = self._to_stop_string(ids[:-1] if ended else ids)
-        stop = "string" if kept else "eos" if ended else "limit"
-        ids, logps = ids[:kept], logps[:kept]
-        return finish(prompt, ids, stop, limit, logps, self.tokenizer, self.eos, self.stop_strings)
-
-    def _to_stop_string(self, ids: list[int]) -> int | None:
-        """Tokens up to and including the one that completes a stop string; None without one."""
-        if not self.stop_strings or not any(s in self.tokenizer.decode(ids) for s in self.stop_strings):
-            return None
-        tail = longest_stop(self.stop_strings)
-        for end in range(1, len(ids) + 1):
-            text = self.tokenizer.decode(ids[max(0, end - tail) : end])
-            if any(s in text for s in self.stop_strings):
-                return end
-        return None
+        last = stopped_at(ids[:-1] if ended else ids, self.tokenizer, self.stop_strings)
+        stop = ("eos" if ended else "limit") if last is None else "string"
+        whole = len(ids) if last is None else last + 1
+        return finish(prompt, ids[:whole], stop, limit, logps[:whole], self.tokenizer, self.eos, self.stop_strings)
 
 
 def _collect(manager, names: list[str]) -> list:

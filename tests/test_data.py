@@ -196,7 +196,7 @@ def test_pairs_of_a_file_end_with_eos_and_held_out_ones_are_not_trained_on(hub):
     texts = {item["chosen"] for item in offline_mistral.pairs()}
     assert all(tokenizer.decode(chosen[:-1]) in texts for chosen, _ in tokens)
     for pair in held_out:  # what is scored as the answer begins where the prompt ends
-        assert tokenizer.decode(pair.tokens[1][: pair.prompt_tokens(tokenizer)]) == pair.prompt
+        assert tokenizer.decode(pair.tokens[1][: pair.prompt_tokens]) == pair.prompt
     assert data.hub_pairs(settings(), tokenizer) == (training, held_out, too_long)
 
 

@@ -69,7 +69,7 @@ def test_length_bias_is_reported_for_every_model_on_the_real_pairs(trained):
     assert [row["model"] for row in rows] == ["member 1", "member 2", "average of 2"]
     tokenizer = loading.load_tokenizer(run.settings.models.base)
     _, held_out, _ = data.hub_pairs(run.settings, tokenizer)
-    lengths = tokens_of([p.tokens for p in held_out], [p.prompt_tokens(tokenizer) for p in held_out])
+    lengths = tokens_of([p.tokens for p in held_out], [p.prompt_tokens for p in held_out])
     assert (lengths > 0).all()
     chosen, rejected = lengths[lengths[:, 0] != lengths[:, 1]].T
     for row in rows:

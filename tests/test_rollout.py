@@ -105,7 +105,7 @@ def test_a_stop_string_ends_an_answer_and_is_not_shown(model):
     word = stories.VOCABULARY[free[0].ids[2]]
     stopped = KVDecoder(model, TOKENIZER, stop_strings=[word])(prompts(6), 24, temperature=0.0)[0]
     assert stopped.stop == "string" and not stopped.cut and word not in stopped.text
-    assert stopped.ids == free[0].ids[: stopped.tokens] and stopped.tokens <= 3
+    assert stopped.sampled == free[0].ids[: len(stopped.sampled)] and len(stopped.sampled) <= 3
 
 
 def test_a_stop_string_of_several_tokens_ends_an_answer(model):

@@ -28,7 +28,7 @@ class Experience:
     samples: list[Sample]
     limit: int
     rewards: Tensor | None = None  # [B] as the reward function gave them
-    prefix_rewards: list[Tensor] | None = None  # per answer, after each token
+    prefix_rewards: list[Tensor] | None = None  # per answer, after each of its `ids` (values are per `sampled` token)
     mask: Tensor | None = None
     logps: Tensor | None = None  # of the old policy
     reference: Tensor | None = None
@@ -68,12 +68,13 @@ def pool(
     if ranks.world == 1:
         return samples, columns
     ids = ranks.gather([torch.tensor(s.ids) for s in samples])
+    sampled = ranks.gather([torch.tensor(s.sampled) for s in samples])
     logps = ranks.gather([s.logps for s in samples])
     facts = ranks.gather([torch.tensor([STOPS.index(s.stop), s.limit]) for s in samples])
     texts = ranks.gather([torch.tensor(list(s.text.encode()), dtype=torch.uint8) for s in samples])
     whole = [
-        Sample(prompt, i.tolist(), STOPS[int(stop)], int(limit), logp, bytes(text.tolist()).decode())
-        for prompt, i, logp, (stop, limit), text in zip(prompts, ids, logps, facts, texts, strict=True)
+        Sample(prompt, i.tolist(), STOPS[int(stop)], int(limit), logp, bytes(text.tolist()).decode(), chosen.tolist())
+        for prompt, i, logp, (stop, limit), text, chosen in zip(prompts, ids, logps, facts, texts, sampled, strict=True)
     ]
     return whole, {name: ranks.gather(rows) for name, rows in columns.items()}
 

@@ -143,7 +143,7 @@ class CoarseTrainer:
             self._refuse_non_finite(
                 torch.stack([row.sum() for row in e.prefix_rewards]), "reward of a prefix", e.samples
             )
-        e.mask = ppo.token_mask([s.tokens for s in e.samples])
+        e.mask = ppo.token_mask([len(s.sampled) for s in e.samples])
         e.logps = ppo.pad(columns.get("logps") or [s.logps for s in e.samples])
         e.reference, e.values = ppo.pad(columns["reference"]), ppo.pad(columns["values"])
         return e
@@ -164,7 +164,7 @@ class CoarseTrainer:
         # A bootstrapped cut gets no score: the critic says what would have followed.
         e.shaped = shaped.masked_fill(bootstrapped, 0.0)
         rewards = -self.kl.coefficient * ppo.kl_k1(e.logps, e.reference) * e.mask
-        rewards[torch.arange(len(tokens)), tokens.long() - 1] += e.shaped
+        rewards[torch.arange(len(tokens)), e.mask.sum(1) - 1] += e.shaped  # on the last token that was sampled
         e.paid = rewards
         final = e.final_values * bootstrapped
         lam = ppo.adaptive_lambda(e.limit, c.lambda_alpha) if c.lambda_policy == "adaptive" else c.lambda_policy
@@ -180,7 +180,7 @@ class CoarseTrainer:
         count."""
         rows, updates, ratio_error = [], 0, 0.0
         for chosen in self._minibatches(len(e.samples)):
-            step_tokens = sum(e.samples[i].tokens for i in chosen)
+            step_tokens = sum(len(e.samples[i].sampled) for i in chosen)
             mine = self._share(e, chosen)
             lengths = [e.samples[i].positions for i in mine]
             for attempt in self.budget.attempts(max(lengths, default=0)):
@@ -205,7 +205,7 @@ class CoarseTrainer:
         and what is logged of them."""
         c = self.config
         warming = self.iteration < c.critic_warmup  # only the critic learns
-        batch = collate([e.samples[i] for i in group], self.pad_id, self.device)
+        batch = collate([e.samples[i] for i in group], self.pad_id, self.device, sampled=True)
         old_logp, advantage, old_value, target = (
             torch.cat([array[i, :n] for i, n in zip(group, batch.lengths, strict=True)]).to(self.device)
             for array in (e.logps, e.advantages, e.values, e.returns)
@@ -238,7 +238,7 @@ class CoarseTrainer:
         self.ranks.agree(next_limit, f"the next limit of law {type(self.law).__name__}")
         self.kl.update(seen.kl_per_token)
         tokens = [s.tokens for s in e.samples]
-        self.rollout_tokens += sum(tokens)
+        self.rollout_tokens += int(e.mask.sum())
         self.iteration += 1
         row = {
             "iteration": self.iteration,
@@ -345,7 +345,7 @@ class CoarseTrainer:
         names = ("reference", "values", "final") if recorded else ("reference", "values", "final", "logps")
         found: dict[str, list] = {name: [None] * len(samples) for name in names}
         for group in pack([s.positions for s in samples], budget):
-            batch = collate([samples[i] for i in group], self.pad_id, self.device)
+            batch = collate([samples[i] for i in group], self.pad_id, self.device, sampled=True)
             logps, _, values = self.policy(batch, c.temperature, actor=not recorded)
             reference = self.policy.reference_logps(batch, c.temperature)
             final = self.policy.final_values(batch) if c.cut == "bootstrap" else torch.zeros(len(group))

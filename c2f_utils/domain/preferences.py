@@ -17,6 +17,7 @@ from pathlib import Path
 
 from c2f_utils.errors import C2FError
 
+HUMAN = "\n\nHuman:"
 ASSISTANT = "\n\nAssistant:"
 _FORMAT = "expected one JSON object per line, {'chosen': dialogue, 'rejected': dialogue}"
 

@@ -42,15 +42,19 @@ class Batch:
         return list(flat.split(self.lengths))
 
 
-def collate(samples: Sequence[Sample], pad_id: int, device: torch.device | str = "cpu") -> Batch:
-    """Build a batch from unpadded samples; raises ValueError for an answer without tokens."""
-    if any(not s.ids for s in samples):
+def collate(
+    samples: Sequence[Sample], pad_id: int, device: torch.device | str = "cpu", *, sampled: bool = False
+) -> Batch:
+    """Build a batch from unpadded samples, of the tokens that the policy `sampled` or of the answers that they are;
+    raises ValueError for an answer without tokens."""
+    answers = [s.sampled if sampled else s.ids for s in samples]
+    if not all(answers):
         raise ValueError("a sample has no answer tokens; expected at least one (EOS counts)")
-    sequences = [torch.tensor([*s.prompt.ids, *s.ids]) for s in samples]
+    sequences = [torch.tensor([*s.prompt.ids, *ids]) for s, ids in zip(samples, answers, strict=True)]
     ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=pad_id)
-    lengths = [len(s.ids) for s in samples]
+    lengths = [len(ids) for ids in answers]
     rows = torch.repeat_interleave(torch.arange(len(samples)), torch.tensor(lengths))
     columns = torch.cat([torch.arange(n) + len(s.prompt.ids) - 1 for s, n in zip(samples, lengths, strict=True)])
-    targets = torch.tensor([token for s in samples for token in s.ids])
+    targets = torch.tensor([token for ids in answers for token in ids])
     last = torch.tensor([len(s) - 1 for s in sequences])
     return Batch(ids.to(device), rows.to(device), columns.to(device), targets.to(device), last.to(device), lengths)

@@ -51,7 +51,7 @@ class RewardModel:
         """Per sample the normalised reward after each answer token, [len(ids)] float32: what the reward had been,
         cut there."""
         scores: list[Tensor] = [torch.empty(0)] * len(samples)
-        for group in pack([s.positions for s in samples], self.tokens_per_batch):
+        for group in pack([len(s.prompt.ids) + s.tokens for s in samples], self.tokens_per_batch):
             batch = collate([samples[i] for i in group], self.pad_id, self.model.score.weight.device)
             hidden = self.model.model(input_ids=batch.ids, use_cache=False).last_hidden_state[
                 batch.rows, batch.columns + 1

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from c2f_utils.domain.samples import Prompt, Sample
+from c2f_utils.domain.samples import Prompt, Sample, finish, stopped_at
 from c2f_utils.errors import C2FError
 from c2f_utils.rollout.sampler import eos_ids, refuse_overlong
 
@@ -31,7 +31,7 @@ class ContinuousBatching:
         self.causal = model.get_base_model() if hasattr(model, "get_base_model") else model
         if not hasattr(self.causal, "init_continuous_batching"):
             raise C2FError(f"{type(self.causal).__name__} cannot be batched continuously; set coarse.engine to 'kv'")
-        self.tokenizer, self.eos = tokenizer, eos_ids(tokenizer, self.causal.config)
+        self.tokenizer, self.eos = tokenizer, eos_ids(tokenizer, self.causal)
         self.tokens_in_cache, self.stop_strings = tokens_in_cache, tuple(stop_strings)
 
     @torch.no_grad()
@@ -82,26 +82,10 @@ class ContinuousBatching:
     def _sample_of(self, prompt: Prompt, limit: int, output) -> Sample:
         ids, logps = list(output.generated_tokens), torch.tensor(output.logprobs, dtype=torch.float32)
         ended = ids[-1] in self.eos
-        kept = self._before_stop_string(ids[:-1] if ended else ids)
-        text = self.tokenizer.decode(
-            [i for i in ids[: kept or len(ids)] if i not in self.eos], skip_special_tokens=True
-        )
-        if kept is not None:
-            for string in self.stop_strings:
-                text = text.split(string)[0]
-            return Sample(prompt, ids[:kept], "string", limit, logps[:kept], text)
-        return Sample(prompt, ids, "eos" if ended else "limit", limit, logps, text)
-
-    def _before_stop_string(self, ids: list[int]) -> int | None:
-        """Tokens up to and including the one that completes a stop string; None without one."""
-        if not self.stop_strings or not any(s in self.tokenizer.decode(ids) for s in self.stop_strings):
-            return None
-        tail = max(map(len, self.stop_strings)) + 1
-        for end in range(1, len(ids) + 1):
-            text = self.tokenizer.decode(ids[max(0, end - tail) : end])
-            if any(s in text for s in self.stop_strings):
-                return end
-        return None
+        last = stopped_at(ids[:-1] if ended else ids, self.tokenizer, self.stop_strings)
+        stop = ("eos" if ended else "limit") if last is None else "string"
+        whole = len(ids) if last is None else last + 1
+        return finish(prompt, ids[:whole], stop, limit, logps[:whole], self.tokenizer, self.eos, self.stop_strings)
 
 
 def _collect(manager, names: list[str]) -> list:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from c2f_utils.domain.samples import Prompt, Sample, Stop
+from c2f_utils.domain.samples import Prompt, Sample, Stop, finish, longest_stop
 from c2f_utils.errors import C2FError
 from c2f_utils.rollout import decoder_gpu
 from c2f_utils.rollout.decoder_gpu import rotate
@@ -37,7 +37,7 @@ class KVDecoder:
             )
         self.config = self.causal.config
         self.tokenizer = tokenizer
-        self.eos = eos_ids(tokenizer, self.config)
+        self.eos = eos_ids(tokenizer, self.causal)
         self.tokens_in_cache = tokens_in_cache
         self.stop_strings = tuple(stop_strings)
 
@@ -146,18 +146,12 @@ class KVDecoder:
         ]
 
     def _sample_of(self, prompt: Prompt, ids: Tensor, logps: Tensor, stop: Stop, limit: int) -> Sample:
-        ids = ids.tolist()
-        text = self.tokenizer.decode([i for i in ids if i not in self.eos], skip_special_tokens=True)
-        for string in self.stop_strings:
-            text = text.split(string)[0]
-        return Sample(prompt, ids, stop, limit, logps.cpu(), text)
+        return finish(prompt, ids.tolist(), stop, limit, logps.cpu(), self.tokenizer, self.eos, self.stop_strings)
 
     def _ends_with_stop_string(self, chosen: Tensor, alive: Tensor, step: int) -> Tensor:
         if not self.stop_strings:
             return torch.zeros(len(alive), dtype=torch.bool, device=chosen.device)
-        # A token may begin before the string and another end after it: look at a tail long enough for one token per
-        # character.
-        tail = max(map(len, self.stop_strings)) + 1
+        tail = longest_stop(self.stop_strings)
         texts = self.tokenizer.batch_decode(chosen[alive, max(0, step + 1 - tail) : step + 1].tolist())
         return torch.tensor([any(s in text for s in self.stop_strings) for text in texts], device=chosen.device)
 

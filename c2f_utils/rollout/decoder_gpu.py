@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from c2f_utils.domain.samples import longest_stop, stopped_at
+
 CHECK = 8  # steps between two looks at who has finished
 COMPACT = 0.5  # share of live rows at which the others leave the cache
 BUCKET = 256  # attended positions grow in steps of this many: one capture each
@@ -201,9 +203,7 @@ class Endings:
         self.limits, self.eos, self.stop_strings, self.tokenizer = limits, eos, stop_strings, tokenizer
         self.lengths: list[int | None] = [None] * len(limits)
         self.stops = ["limit"] * len(limits)
-        # A token may begin before the string and another end after it: look at a tail long enough for one token per
-        # character.
-        self.tail = max(map(len, stop_strings), default=0) + 1
+        self.tail = longest_stop(stop_strings)
 
     def look(self, row: int, ids: list[int], before: int) -> bool:
         """Whether the answer so far, `ids`, is finished; its first `before` tokens were looked at before."""
@@ -213,21 +213,11 @@ class Endings:
         if (end is None and len(ids) > limit) or (end is not None and end > limit):
             end, stop = limit, "limit"
         last = len(ids) if end is None else end + (stop != "eos")
-        if (found := self._string(ids[:last], before)) is not None:
+        if (found := stopped_at(ids[:last], self.tokenizer, self.stop_strings, before)) is not None:
             end, stop = found, "string"
         if end is not None:
             self.lengths[row], self.stops[row] = end + 1, stop
         return end is not None
-
-    def _string(self, ids: list[int], before: int) -> int | None:
-        """Index of the token that completes a stop string."""
-        if not self.stop_strings or len(ids) <= before or not self._in(ids[max(0, before + 1 - self.tail) :]):
-            return None
-        return next((i for i in range(before, len(ids)) if self._in(ids[max(0, i + 1 - self.tail) : i + 1])), None)
-
-    def _in(self, ids: list[int]) -> bool:
-        text = self.tokenizer.decode(ids)
-        return any(string in text for string in self.stop_strings)
 
 
 @torch.no_grad()

@@ -25,15 +25,16 @@ def refuse_overlong(config, prompts: Sequence[Prompt], limits: Sequence[int]) ->
             raise C2FError(f"{said}; lower the law's maximum, evaluation.max_tokens or data.max_prompt_tokens")
 
 
-def eos_ids(tokenizer, config) -> frozenset[int]:
-    """Ids that end an answer, of tokenizer and model together; raises C2FError when there is none."""
-    found = {
-        tokenizer.eos_token_id,
-        *(config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]),
-    }
-    if not (found := found - {None}):
+def eos_ids(tokenizer, model) -> frozenset[int]:
+    """Ids that end an answer, of tokenizer, model config and generation config together; raises C2FError when there
+    is none."""
+    named = [tokenizer.eos_token_id]
+    for config in (model.config, getattr(model, "generation_config", None)):
+        ids = getattr(config, "eos_token_id", None)
+        named += ids if isinstance(ids, list | tuple) else [ids]
+    if not (found := frozenset(named) - {None}):
         raise C2FError(
             "the tokenizer has no EOS token; expected one in tokenizer_config.json (eos_token), or answers could "
             "never end"
         )
-    return frozenset(found)
+    return found

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from c2f_utils.domain.forms import Form
 from c2f_utils.settings.kinds import Count, NonNegative, Positive, Rate, Section, Share
 from c2f_utils.settings.laws import Law
 
@@ -53,6 +54,14 @@ class Models(Section):
     base_revision: str | None = Field(None, description="hub revision of the base model")
     instruct: str | None = Field(
         None, description="local folder or hub id of an instruction model derived from the same base"
+    )
+    base_form: Form = Field(
+        "raw",
+        description="how the base is prompted, and so how the coarse actor is trained: raw = as the data has it, "
+        "human_assistant = the same, and the next turn's header ends an answer, template = its tokenizer's template",
+    )
+    instruct_form: Form = Field(
+        "raw", description="the same for the instruction model and all merges; 07 measures both, if there is a template"
     )
     reward: str | None = Field(None, description="local folder or hub id of a finished reward model; null trains one")
     lora: Lora | None = Field(None, description="adapters for actor and reward model; null trains all weights")
@@ -302,6 +311,12 @@ class Settings(Section):
                 "models.base, models.instruct and models.reward need data.source 'preferences': the embedded "
                 "domain has its own tokenizer"
             )
+        found += [
+            f"models.{key} = {value!r} needs data.source 'preferences': the embedded domain knows no dialogues; "
+            f"leave it 'raw'"
+            for key in ("base_form", "instruct_form")
+            if self.embedded and (value := getattr(self.models, key)) != "raw"
+        ]
         for key in ("preferences", "preference_subsets"):
             if self.embedded and (value := getattr(self.data, key)):
                 found.append(

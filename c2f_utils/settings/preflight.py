@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-from c2f_utils.domain import preferences
+from c2f_utils.domain import forms, preferences
 from c2f_utils.errors import C2FError
 from c2f_utils.files import root
 from c2f_utils.positions import positions_of
@@ -90,7 +90,22 @@ def _models(settings: Settings) -> list[str]:
             for key in _SHAPE
             if base.get(key) != instruct.get(key)
         ]
+    for key in ("base", "instruct"):
+        source, setting = getattr(models, key), f"models.{key}_form"
+        if getattr(models, f"{key}_form") == "template" and source and not _has_template(Path(source)):
+            found.append(forms.no_template(setting, source))
     return found
+
+
+def _has_template(folder: Path) -> bool:
+    """Whether a local model has a chat template; what a hub model has is seen when it is loaded."""
+    if not folder.is_dir() or (folder / "chat_template.jinja").is_file():
+        return True
+    try:
+        tokenizer = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return bool(isinstance(tokenizer, dict) and tokenizer.get("chat_template"))
 
 
 def _compiled(settings: Settings) -> list[str]:
@@ -199,8 +214,10 @@ def refused_baseline(entry: CriticFree, settings: Settings) -> list[str]:
         found.append("coarse.cut = 'average' is known to our trainer only; choose 'score' or 'penalty'")
     if coarse.processes > 1:
         found.append(f"coarse.processes = {coarse.processes}: these baselines run in one process; set it to 1")
-    if settings.data.stop_strings:
+    if forms.stop_strings(settings.models.base_form, settings.data.stop_strings):
         found.append("data.stop_strings: these trainers end answers at EOS only; leave schedules.critic_free empty")
+    if settings.models.base_form == "template":
+        found.append("models.base_form = 'template': these trainers are given transcripts; set it to 'raw'")
     if entry.reward == "verifiable" and not settings.embedded:
         found.append("reward 'verifiable' needs problems with known answers, which hub data has not; choose 'model'")
     return found

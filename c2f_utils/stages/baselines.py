@@ -88,7 +88,7 @@ class Baseline:
         settings, config, inputs = self.inputs.settings, self.config, self.inputs
         _refuse_prompts(self.prompts, inputs.tokenizer)
         model = inputs.base()
-        self.ends = eos_ids(inputs.tokenizer, model.config)
+        self.ends = eos_ids(inputs.tokenizer, model)
         if said := beyond(max(len(p.ids) for p in self.prompts), self.law.largest, model.config):
             raise problems("the law does not fit the model:", [f"{said}; lower the law's maximum"])
         make, configure = {"grpo": (GRPOTrainer, GRPOConfig), "rloo": (RLOOTrainer, RLOOConfig)}[self.entry.trainer]

@@ -67,12 +67,16 @@ class Bench:
         self.model.load_state_dict(state, strict=False)
         return self.model
 
+    def answers(self, model: nn.Module) -> list[Sample]:
+        """Answers of a merge to the validation prompts, in the instruction model's form."""
+        return self.inputs.answers(model, self.prompts, form=self.settings.models.instruct_form)
+
     def measure(self, recipe: merge.Recipe, coarse: State | None = None) -> dict:
         """Metrics and score of one merge."""
-        return self.row(self.inputs.answers(self.merged(recipe, coarse), self.prompts))
+        return self.row(self.answers(self.merged(recipe, coarse)))
 
     def sampled(self, sampler: Sampler) -> dict:
-        """Metrics and score of answers from another sampler than the bench's model."""
+        """Metrics and score of answers from another sampler than the bench's model, in the base's form."""
         limits = [self.settings.evaluation.max_tokens] * len(self.prompts)
         return self.row(sampler(self.prompts, limits, temperature=1.0, seed=self.settings.seed * 1000))
 
@@ -92,7 +96,7 @@ class Bench:
 
     def compare_with(self, recipe: merge.Recipe) -> None:
         """Take this merge as the reference of later rows."""
-        self._reference = self.scores(self.inputs.answers(self.merged(recipe), self.prompts))
+        self._reference = self.scores(self.answers(self.merged(recipe)))
 
     def sweep(self, operator: dict, coarse: State | None = None) -> list[dict]:
         """Metrics and score for every coefficient of the grid."""

@@ -66,7 +66,7 @@ def trainer(
     if settings.models.compile:
         policy.compile_layers()
     engine = {"kv": KVDecoder, "continuous": ContinuousBatching}[config.engine]
-    decoder = engine(actor, inputs.tokenizer, config.tokens_in_cache, settings.data.stop_strings)
+    decoder = engine(actor, inputs.tokenizer, config.tokens_in_cache, inputs.stop_strings())
     return CoarseTrainer(
         policy, reward or inputs.reward, decoder, prompts or inputs.prompts("train", seed=seed), law, config,
         folder=folder,

@@ -6,8 +6,8 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from c2f_utils.domain import preferences, stories
-from c2f_utils.domain.samples import Prompt, make_prompts
+from c2f_utils.domain import forms, preferences, stories
+from c2f_utils.domain.samples import Prompt, content, make_prompts
 from c2f_utils.errors import C2FError
 from c2f_utils.files import sha256
 from c2f_utils.models.rewards import Pair
@@ -49,7 +49,7 @@ def _hub_prompts(settings: Settings, split: stories.Split, count: int, tokenizer
     texts = list(dict.fromkeys(p.prompt for p in preference_texts(settings)[0]))
     random.Random("prompts").shuffle(texts)
     mine = [text for text in texts if hub_split(text) == split]
-    encoded = (Prompt(tuple(tokenizer(text)["input_ids"]), text) for text in mine)
+    encoded = (Prompt(tuple(forms.prompt_ids(text, settings.models.base_form, tokenizer)), text) for text in mine)
     fitting = [p for p in encoded if len(p.ids) <= data.max_prompt_tokens][:count]
     if not fitting:
         raise C2FError(
@@ -68,22 +68,21 @@ def hub_split(prompt: str) -> stories.Split:
 
 @dataclass(frozen=True)
 class HubPair:
-    """Two answers to one dialogue as full token sequences, the preferred one first."""
+    """Two answers to one dialogue as full token sequences, the preferred one first, and their prompt's length."""
 
     prompt: str
     tokens: Pair
-
-    def prompt_tokens(self, tokenizer) -> int:
-        """Length of the prompt in tokens, tokenised by itself."""
-        return len(tokenizer(self.prompt)["input_ids"])
+    prompt_tokens: int
 
 
 def hub_pairs(settings: Settings, tokenizer) -> tuple[list[HubPair], list[HubPair], int]:
-    """Training and held-out pairs of token sequences (EOS after each complete answer), and how many were too long.
+    """Training and held-out pairs of token sequences in the base's form, and how many were too long.
 
-    Training pairs are on training dialogues, held-out pairs on validation dialogues. Raises C2FError without either.
+    An answer is what a sampler makes of one (`samples.finish`): up to a stop string, then EOS. Training pairs are on
+    training dialogues, held-out pairs on validation dialogues. Raises C2FError without either.
     """
-    reward = settings.reward
+    reward, form = settings.reward, settings.models.base_form
+    stops = forms.stop_strings(form, settings.data.stop_strings)
     texts, _ = preference_texts(settings)
     random.Random("pairs").shuffle(texts)
     wanted = {"train": reward.pairs, "validation": reward.held_out_pairs, "test": 0}
@@ -93,14 +92,16 @@ def hub_pairs(settings: Settings, tokenizer) -> tuple[list[HubPair], list[HubPai
         split = hub_split(text.prompt)
         if len(pairs[split]) >= wanted[split]:
             continue
+        prompt = forms.prompt_ids(text.prompt, form, tokenizer)
+        answers = (content(answer, stops) for answer in (text.chosen, text.rejected))
         pair = tuple(
-            [*tokenizer(text.prompt + answer)["input_ids"], tokenizer.eos_token_id]
-            for answer in (text.chosen, text.rejected)
+            [*prompt, *forms.answer_ids(answer, text.prompt, form, tokenizer), tokenizer.eos_token_id]
+            for answer in answers
         )
         if max(map(len, pair)) > reward.max_tokens:
             too_long += 1
         else:
-            pairs[split].append(HubPair(text.prompt, pair))
+            pairs[split].append(HubPair(text.prompt, pair, len(prompt)))
     training, held_out = pairs["train"], pairs["validation"]
     if not training or not held_out:
         raise C2FError(

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from torch import nn
 
 from c2f_utils import redundancy, stats
-from c2f_utils.domain import stories
+from c2f_utils.domain import forms, stories
+from c2f_utils.domain.forms import Form
 from c2f_utils.domain.samples import Prompt, make_prompts
 from c2f_utils.measure import answers
 from c2f_utils.models import loading
@@ -44,11 +45,11 @@ def make(run: Run) -> dict:
     prefixes: dict[str, list[dict]] = {}
     table: list[dict] = []
     with here.timer("generation and scoring"):
-        for name, model, prompts in _models(run, inputs, test):
-            found[name] = {"label": LABELS[name], "role": name if name in ROLES else "control"}
+        for name, model, prompts, form in _models(run, inputs, test):
+            found[name] = {"label": _label(name, form, inputs), "role": name if name in ROLES else "control"}
             single[name] = {}
             for decoding in settings.evaluation.decodings:
-                samples = inputs.answers(model, prompts, decoding)
+                samples = inputs.answers(model, prompts, decoding, form=form)
                 found[name][decoding] = answers.measure(samples, inputs.reward)
                 single[name][decoding] = answers.per_answer(samples)
                 table += answers.rows(samples[: settings.evaluation.samples_kept], name, decoding, inputs.reward)
@@ -62,20 +63,34 @@ def make(run: Run) -> dict:
     return here.results()
 
 
-def _models(run: Run, inputs: Inputs, test: list[Prompt]) -> Iterator[tuple[str, nn.Module, list[Prompt]]]:
-    """Name, model and prompts of everything that is compared; one model is in memory at a time."""
-    merged = run.parent("06_residue_merging")
-    yield "base", inputs.base(), test
-    yield "instruct", inputs.instruct(), test
-    yield "coarse", inputs.coarse(), test
-    yield "fine", loading.load_causal(merged.dir / "model", run.settings.models), test
-    other = "one_coefficient" if run.settings.merge.select == "best_recipe" else "best_recipe"
-    for name in (other, *run.settings.merge.controls):
-        yield name, loading.load_actor(merged.dir / "controls" / name, run.settings.models), test
+def _models(run: Run, inputs: Inputs, test: list[Prompt]) -> Iterator[tuple[str, nn.Module, list[Prompt], Form]]:
+    """Name, model, prompts and form of everything that is compared; one model is in memory at a time.
+
+    What the instruction model or the fine actor is in the other form is a row of its own, `<name>_<form>`.
+    """
+    merged, models = run.parent("06_residue_merging"), run.settings.models
+    form, *others = inputs.instruct_forms
+    yield "base", inputs.base(), test, models.base_form
+    model = inputs.instruct()
+    for each in (form, *others):
+        yield "instruct" if each == form else f"instruct_{each}", model, test, each
+    yield "coarse", inputs.coarse(), test, models.base_form
+    model = loading.load_causal(merged.dir / "model", models)
+    for each in (form, *others):
+        yield "fine" if each == form else f"fine_{each}", model, test, each
+    recipe = "one_coefficient" if run.settings.merge.select == "best_recipe" else "best_recipe"
+    for name in (recipe, *run.settings.merge.controls):
+        yield name, loading.load_actor(merged.dir / "controls" / name, models), test, form
     if run.settings.embedded:
         forced = make_prompts([p.problem for p in test], stories.FORCED_ANALYSIS)
-        yield "instruct_forced", inputs.instruct(), forced
-        yield "base_forced", inputs.base(), forced
+        yield "instruct_forced", inputs.instruct(), forced, form
+        yield "base_forced", inputs.base(), forced, form
+
+
+def _label(name: str, form: Form, inputs: Inputs) -> str:
+    """What tables call a row; it says the form where a model is measured in two."""
+    label = LABELS[name.removesuffix(f"_{form}")]
+    return f"{label}, {forms.IN_WORDS[form]}" if len(inputs.instruct_forms) > 1 else label
 
 
 def _paired(single: dict[str, dict[str, dict[str, list[float]]]], seed: int) -> list[dict]:

@@ -1,12 +1,14 @@
 """What a stage works on: models and prompts of the earlier stages, loaded when first asked for."""
 
 import json
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
 from torch import nn
 
-from c2f_utils.domain import stories
+from c2f_utils.domain import forms, stories
+from c2f_utils.domain.forms import Form
 from c2f_utils.domain.samples import Prompt, Sample
 from c2f_utils.files import write_text
 from c2f_utils.measure.answers import answers
@@ -42,7 +44,26 @@ class Inputs:
 
     @cached_property
     def tokenizer(self):
-        return loading.load_tokenizer(self.base_source, self.settings.models.base_revision)
+        """The base's tokenizer, in which answers are scored; C2FError when it lacks the template it is asked for."""
+        found = loading.load_tokenizer(self.base_source, self.settings.models.base_revision)
+        forms.refuse_missing(self.settings.models.base_form, found, "models.base_form")
+        return found
+
+    @cached_property
+    def instruct_tokenizer(self):
+        """The instruction model's own tokenizer, of its chat template; C2FError as for the base's."""
+        found = loading.load_tokenizer(self.instruct_source)
+        forms.refuse_missing(self.settings.models.instruct_form, found, "models.instruct_form")
+        return found
+
+    @property
+    def instruct_forms(self) -> list[Form]:
+        """The forms in which instruction models are measured: that of the settings, then the other one, if there is a
+        template."""
+        form = self.settings.models.instruct_form
+        if not self.instruct_tokenizer.chat_template:
+            return [form]
+        return [form, "raw" if form == "template" else "template"]
 
     def base(self) -> nn.Module:
         """A fresh copy of the base model; callers may train it."""
@@ -77,13 +98,38 @@ class Inputs:
         return data.prompts(self.settings, split, count or sizes[split], self.tokenizer, seed)
 
     def answers(
-        self, model: nn.Module, prompts: list[Prompt], decoding: str = "sampled_t1", limit: int | None = None
+        self,
+        model: nn.Module,
+        prompts: list[Prompt],
+        decoding: str = "sampled_t1",
+        limit: int | None = None,
+        form: Form | None = None,
     ) -> list[Sample]:
-        """One answer per prompt under the evaluation's limit (tokens) and this run's seed."""
+        """One answer per prompt under the evaluation's limit (tokens) and this run's seed.
+
+        In another `form` than the base's the prompts are put in that form with the instruction model's tokenizer, and
+        the answers are handed back as answers to `prompts`, so that they can be scored beside all others.
+        """
         limit = limit or self.settings.evaluation.max_tokens
-        return answers(
-            model, self.tokenizer, prompts, decoding, limit, self.settings.seed, self.settings.data.stop_strings
-        )
+        base = self.settings.models.base_form
+        stops = self.stop_strings(form)
+        if "template" not in (base, form) or form in (None, base):
+            return answers(model, self.tokenizer, prompts, decoding, limit, self.settings.seed, stops)
+        own = self.instruct_tokenizer
+        asked = [replace(p, ids=tuple(forms.prompt_ids(p.text, form, own))) for p in prompts]
+        samples = answers(model, own, asked, decoding, limit, self.settings.seed, stops)
+        return [self._as_answer_to(p, s, base) for p, s in zip(prompts, samples, strict=True)]
+
+    def stop_strings(self, form: Form | None = None) -> list[str]:
+        """The texts that end an answer in this form (default: the base's)."""
+        return forms.stop_strings(form or self.settings.models.base_form, self.settings.data.stop_strings)
+
+    def _as_answer_to(self, prompt: Prompt, sample: Sample, form: Form) -> Sample:
+        # In transcripts a space follows the header that a template's answers do not begin with.
+        text = f" {sample.text.strip()}"
+        ids = forms.answer_ids(text, prompt.text, form, self.tokenizer)
+        ids += [] if sample.cut and ids else [self.tokenizer.eos_token_id]
+        return replace(sample, prompt=prompt, ids=ids, text=text)
 
 
 def keep_samples(stage, table: list[dict], settings: Settings) -> None:

@@ -22,10 +22,11 @@ def make(run: Run) -> dict:
             model, examples = instruct.train(inputs.base_source, inputs.tokenizer, settings, losses.append)
         save_model(model, inputs.tokenizer, here.path("model"))
     else:
+        _ = inputs.instruct_forms  # a missing template is refused before anything is loaded
         model = inputs.instruct()
         _refuse_other_shape(inputs.base(), model, settings.models.instruct)
     with here.timer("evaluation"):
-        samples = inputs.answers(model, inputs.prompts("validation"))
+        samples = inputs.answers(model, inputs.prompts("validation"), form=settings.models.instruct_form)
         behaviour = answers.measure(samples)
     keep_samples(here, answers.rows(samples, "instruct", "sampled_t1"), settings)
     results = {

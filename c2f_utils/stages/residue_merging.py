@@ -117,8 +117,9 @@ class Merging:
             return self.results
         self.merge()
         bench, c = self.bench, self.choose()["coefficient"]
+        form = {"instruct": self.settings.models.instruct_form}
         parents = {
-            name: bench.row(bench.inputs.answers(bench.loaded(bench.states[name]), bench.prompts))
+            name: bench.row(bench.inputs.answers(bench.loaded(bench.states[name]), bench.prompts, form=form.get(name)))
             for name in bench.states
         }
         self.found["controls"] = dict(controls.make(self.run, bench, c))
@@ -143,7 +144,7 @@ class Merging:
             }
         )
         fine = loading.load_causal(self.here.dir / "model", self.settings.models)
-        samples = bench.inputs.answers(fine, bench.prompts)
+        samples = bench.answers(fine)
         keep_samples(self.here, answers.rows(samples, "fine", "sampled_t1", bench.inputs.reward), self.settings)
         return self.results
 

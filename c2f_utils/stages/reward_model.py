@@ -134,7 +134,7 @@ def pairs(inputs: Inputs, base) -> tuple[list[rewards.Pair], HeldOut, int]:
     settings = inputs.settings
     if not settings.embedded:
         training, held_out, too_long = data.hub_pairs(settings, inputs.tokenizer)
-        lengths = [p.prompt_tokens(inputs.tokenizer) for p in held_out]
+        lengths = [p.prompt_tokens for p in held_out]
         return [p.tokens for p in training], HeldOut([p.tokens for p in held_out], lengths, []), too_long
     config = settings.reward
     made = data.embedded_pairs(settings, base, inputs.tokenizer, config.pairs + config.held_out_pairs, settings.seed)

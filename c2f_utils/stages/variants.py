@@ -112,7 +112,7 @@ def proxies(bench: Bench, coefficient: float) -> list[dict]:
     return [
         {"name": f"proxy-tuning, c = {c:g}", "coefficient": c, "forward_passes_per_token": 3, **bench.sampled(decoder)}
         for c in dict.fromkeys((coefficient, 1.0))
-        for decoder in [ProxyDecoder(*trio, inputs.tokenizer, c, stop_strings=inputs.settings.data.stop_strings)]
+        for decoder in [ProxyDecoder(*trio, inputs.tokenizer, c, stop_strings=inputs.stop_strings())]
     ]
 
 
@@ -126,6 +126,6 @@ def roundings(run: Run, bench: Bench, recipe: merge.Recipe) -> list[dict]:
             )
             state = load_file(Path(scratch) / "model" / "model.safetensors")
         state = {name: value.to(torch.float32) for name, value in state.items()}
-        row = bench.row(bench.inputs.answers(bench.loaded(state), bench.prompts))
+        row = bench.row(bench.answers(bench.loaded(state)))
         rows.append({"out_dtype": dtype, "survival": report.survival, **row})
     return rows

@@ -1,0 +1,79 @@
+"""How a dialogue is put to a model: as the data has it, or in the chat template of the model's own tokenizer.
+
+Question: what does a model read before its answer, and how does its answer read in a transcript? A dialogue is a
+transcript as HH-RLHF has it. A base model knows such text; an instruction model was often trained on a template with
+tokens of its own, and is weaker without it. Scores are compared on transcripts, in which the reward model was trained.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Literal
+
+from c2f_utils.domain.preferences import ASSISTANT, HUMAN
+from c2f_utils.errors import C2FError
+
+# As the data has it; the same, and the next turn's header ends an answer; the tokenizer's chat template.
+Form = Literal["raw", "human_assistant", "template"]
+
+IN_WORDS = {"raw": "transcript", "human_assistant": "transcript", "template": "chat template"}
+
+
+def messages(transcript: str) -> list[dict[str, str]]:
+    """The turns of a transcript as {"role", "content"}; an empty last turn of the assistant is the question's end and
+    left out."""
+    parts = re.split(f"({re.escape(HUMAN)}|{re.escape(ASSISTANT)})", transcript)
+    roles = {HUMAN: "user", ASSISTANT: "assistant"}
+    turns = [
+        {"role": roles[header], "content": said.strip()} for header, said in zip(parts[1::2], parts[2::2], strict=True)
+    ]
+    return turns[:-1] if turns and turns[-1] == {"role": "assistant", "content": ""} else turns
+
+
+def prompt_ids(transcript: str, form: Form, tokenizer) -> list[int]:
+    """Token ids of a dialogue that waits for the assistant's answer; raises C2FError for a dialogue that the template
+    refuses."""
+    if form != "template":
+        return _encoded(transcript, tokenizer)
+    try:
+        text = tokenizer.apply_chat_template(messages(transcript), tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template is a program of the model's author and may raise anything
+        raise C2FError(
+            f"the chat template of {tokenizer.name_or_path!r} refuses the dialogue {transcript[:60]!r} ({error}); set "
+            "models.base_form and models.instruct_form to 'raw', or leave such dialogues out"
+        ) from error
+    return _encoded(text, tokenizer, add_special_tokens=False)
+
+
+def _encoded(text: str, tokenizer, **options) -> list[int]:
+    """Token ids without the EOS that some tokenizers put after every text."""
+    ids = tokenizer(text, **options)["input_ids"]
+    return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
+
+
+def answer_ids(answer: str, transcript: str, form: Form, tokenizer) -> list[int]:
+    """Token ids of a text as the answer to a dialogue, without EOS; in a transcript they continue its last header."""
+    if form == "template":
+        return _encoded(answer.strip(), tokenizer, add_special_tokens=False)
+    prompt, whole = _encoded(transcript, tokenizer), _encoded(transcript + answer, tokenizer)
+    if whole[: len(prompt)] == prompt:
+        return whole[len(prompt) :]
+    return _encoded(answer, tokenizer, add_special_tokens=False)
+
+
+def stop_strings(form: Form, of_data: Sequence[str]) -> list[str]:
+    """The texts that end an answer, beside EOS."""
+    return [*of_data, *([HUMAN] if form == "human_assistant" and HUMAN not in of_data else [])]
+
+
+def refuse_missing(form: Form, tokenizer, setting: str) -> None:
+    """Raise C2FError when a form asks for a chat template that the tokenizer does not have."""
+    if form == "template" and not tokenizer.chat_template:
+        raise C2FError(no_template(setting, tokenizer.name_or_path))
+
+
+def no_template(setting: str, source: str) -> str:
+    """What to say of a model without the chat template that `setting` asks for."""
+    return (
+        f"{setting} = 'template', but the tokenizer of {source!r} has no chat template; expected one in "
+        f"chat_template.jinja or tokenizer_config.json: add it, or set {setting} to 'raw' or 'human_assistant'"
+    )

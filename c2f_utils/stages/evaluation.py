@@ -68,10 +68,10 @@ def _models(run: Run, inputs: Inputs, test: list[Prompt]) -> Iterator[tuple[str,
     yield "base", inputs.base(), test
     yield "instruct", inputs.instruct(), test
     yield "coarse", inputs.coarse(), test
-    yield "fine", loading.load_causal(merged.dir / "model", run.settings.models), test
+    yield "fine", loading.load_causal(merged.model(), run.settings.models), test
     other = "one_coefficient" if run.settings.merge.select == "best_recipe" else "best_recipe"
     for name in (other, *run.settings.merge.controls):
-        yield name, loading.load_actor(merged.dir / "controls" / name, run.settings.models), test
+        yield name, loading.load_actor(merged.model(f"controls/{name}"), run.settings.models), test
     if run.settings.embedded:
         forced = make_prompts([p.problem for p in test], stories.FORCED_ANALYSIS)
         yield "instruct_forced", inputs.instruct(), forced

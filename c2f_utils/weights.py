@@ -119,6 +119,11 @@ def identity(source: str) -> str | None:
     return f"sha256:{digest(Path(source).expanduser())}"
 
 
+def short(identity: str) -> str:
+    """An identity for a message: a commit whole, as the settings may name it, of a digest the first digits."""
+    return identity if identity.startswith("commit:") else identity[:19]
+
+
 def pinned(source: str, revision: str | None, what: str) -> str:
     """The source with the commit that its revision stands for, `owner/name@commit`; a folder stays as it is.
 
@@ -152,15 +157,15 @@ def locate(source: str, label: str) -> Path:
     from huggingface_hub import snapshot_download
 
     name, revision = split(source)
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=WANTED, local_files_only=True))
-    except Exception:  # the hub client has many error classes; each means "not in the cache"
-        pass
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=WANTED))
-    except Exception as error:
-        reason = remedy(error, source, revision) or first_line(error)
-        raise C2FError(f"{label}: {source} is neither a folder nor available from the hub: {reason}") from None
+    for local in (True, False):  # first what the cache holds, if that is the whole model
+        try:
+            found = snapshot_download(name, revision=revision, allow_patterns=WANTED, local_files_only=local)
+            if not local or files(Path(found)):
+                return Path(found)
+        except Exception as error:  # the client has many error classes; what each means is said in one sentence
+            if not local:
+                reason = remedy(error, source, revision) or first_line(error)
+                raise C2FError(f"{label}: {source} is neither a folder nor available from the hub: {reason}") from None
 
 
 def _cached(name: str, revision: str | None) -> Path | None:

@@ -393,3 +393,24 @@ def test_the_models_of_a_laptop_ask_for_nothing_worth_a_word(profile):
     run = Run(load_settings(profile))
     for name in ("01_base_model", "03_coarse_rlhf", "04_length_schedules", "06_residue_merging"):
         assert 0 < run.stage(name).disk_needed() < 200e6
+
+
+def test_what_differs_between_the_settings_of_small_gpus_pair_does_not_stop_their_merge(tmp_path):
+    """Qwen3-0.6B beside its base at toy size: other positions, another EOS, the tied head stored twice."""
+    from safetensors.torch import save_file
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": 90, "tie_word_embeddings": True}
+    kinds = {"base": (64, 2), "instruct": (96, 3), "coarse": (64, 2)}
+    for seed, (name, (positions, end)) in enumerate(kinds.items()):
+        torch.manual_seed(seed)
+        config = Qwen3Config(**shape, max_position_embeddings=positions, eos_token_id=end, bos_token_id=1)
+        Qwen3ForCausalLM(config).save_pretrained(tmp_path / name)
+    file = tmp_path / "instruct" / "model.safetensors"
+    state = load_file(file)
+    save_file(state | {"lm_head.weight": state["model.embed_tokens.weight"].clone()}, file, {"format": "pt"})
+    recipe = merge.Recipe(**{name: str(tmp_path / name) for name in kinds}, coefficient=0.5)
+    merge.run_merge(merge.plan_merge(recipe), tmp_path / "fine")
+    made = json.loads((tmp_path / "fine" / "config.json").read_text())
+    assert (made["max_position_embeddings"], made["eos_token_id"]) == kinds["instruct"]

@@ -136,17 +136,17 @@ class Run:
             return
         named = f"models.{role}" if getattr(self.settings.models, role) else _MADE_BY[role]
         raise C2FError(
-            f"{stage.name} of run {stage.run_id!r} was made with other weights of {named} ({known[:19]} there, "
-            f"{identity[:19]} here): put those back (a hub model's commit goes into models.{role}_revision), choose "
-            f"another run_id, or delete {stage.dir} and make it again: c2f run {stage.name[:2]} --profile "
-            f"{self.settings.profile} --seed {self.settings.seed} --run-id {self.id}"
+            f"{stage.name} of run {stage.run_id!r} was made with other weights of {named} ({weights.short(known)} "
+            f"there, {weights.short(identity)} here): put those back (a hub model's commit goes into "
+            f"models.{role}_revision), choose another run_id, or delete {stage.dir} and make it again: c2f run "
+            f"{stage.name[:2]} --profile {self.settings.profile} --seed {self.settings.seed} --run-id {self.id}"
         )
 
     def use_weights(self, role: str, identity: str) -> None:
         """Record the weights that this run's stage loads; C2FError if it, or a stage it builds on, had others."""
         for stage in self._found.values():
             self.refuse_foreign(stage, role, identity)
-        self.here.add_input(f"{WEIGHTS}{role}", identity, identity[:19])
+        self.here.add_input(f"{WEIGHTS}{role}", identity)
 
     def _lacks_a_law(self, stage: str, expected: Collection[str]) -> list[str]:
         """06's control `fixed_long_residue` is made of the actor that 04 trained under its law `fixed_long`."""

@@ -377,7 +377,7 @@ class Stage:
         what = {name: "its settings or results have changed since, or its models" for name in changed}
         for name in changed:
             if name.startswith(WEIGHTS):
-                what[name] = f"other weights ({known[name][:19]} then, {inputs[name][:19]} now)"
+                what[name] = f"other weights ({weights.short(known[name])} then, {weights.short(inputs[name])} now)"
         return [f"input {name}: {what[name]}" for name in changed]
 
     def _archive(self) -> Path:

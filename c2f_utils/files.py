@@ -4,6 +4,7 @@ under its final name, read with errors that say what was expected."""
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -66,6 +67,27 @@ def read_json(path: Path) -> object:
         raise C2FError(f"{path} does not exist") from None
     except json.JSONDecodeError as error:
         raise C2FError(f"{path} is not valid JSON ({error}); delete it and run its stage again") from None
+
+
+def plain(value: object, where: str = "results") -> object:
+    """JSON-able copy with numpy and torch values as Python ones; raises C2FError naming the first NaN or infinity."""
+    if isinstance(value, dict):
+        return {str(key): plain(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
+    if hasattr(value, "tolist"):
+        return plain(value.tolist(), where)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise C2FError(f"{where} is {value}; results must be finite: null stands for a metric that does not exist here")
+    return value
+
+
+def or_null(value: object) -> object:
+    """A JSON-able copy, or None where a number in it is not finite."""
+    try:
+        return plain(value)
+    except C2FError:
+        return None
 
 
 def append_jsonl(path: Path, row: object) -> None:

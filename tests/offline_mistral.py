@@ -8,6 +8,7 @@ overrides that put all of it in the place of the profile's hub ids: `python test
 
 import json
 import random
+import shutil
 import sys
 from pathlib import Path
 
@@ -105,7 +106,9 @@ def build(folder: Path = HERE / ".offline_mistral", overrides: Path = OVERRIDES,
             with torch.no_grad():
                 for weight in base.parameters():
                     weight.add_(0.02 * weight.abs().mean() * torch.randn_like(weight))
-        base.save_pretrained(folder / name)
+        shutil.rmtree(folder / name, ignore_errors=True)  # of an earlier build, in other files
+        # The sibling comes in shards, as large models do.
+        base.save_pretrained(folder / name, max_shard_size="40KB" if name == "instruct" else "1GB")
         words.save_pretrained(folder / name)
     overrides.write_text(yaml.safe_dump(settings(folder, dtype), sort_keys=False), encoding="utf-8")
     return overrides

@@ -10,9 +10,11 @@ from finished_runs import DECODINGS, check_metrics, check_samples, finished, res
 
 from c2f_utils.domain import preferences
 from c2f_utils.files import read_mapping
+from c2f_utils.models.loading import load_state
 from c2f_utils.settings.config import STAGES
 from c2f_utils.settings.load import load_settings
 
+READ = {"base", "instruct", "coarse", "fine"}
 MODELS = {"base", "instruct", "coarse", "fine", "best_recipe", *load_settings("mistral_7b").merge.controls}
 
 
@@ -86,11 +88,32 @@ def test_the_actor_is_an_adapter_and_06_merges_it(offline_run):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(fine), AutoTokenizer.from_pretrained(fine)
     assert model.dtype == torch.bfloat16 and type(model).__name__ == "MistralForCausalLM"
     assert model(**tokenizer("\n\nHuman: hello", return_tensors="pt")).logits.isfinite().all()
-    instruct = load_file(offline_mistral.HERE / ".offline_mistral" / "instruct" / "model.safetensors")
-    merged = load_file(fine / "model.safetensors")
+    instruct = load_state(offline_mistral.HERE / ".offline_mistral" / "instruct")
+    merged = load_state(fine)
     assert merged.keys() == instruct.keys()
     changed = {name for name, value in merged.items() if not torch.equal(value, instruct[name])}
     assert changed and not {"model.embed_tokens.weight", "lm_head.weight"} & changed, "adapters do not touch these"
+
+
+def test_an_instruction_model_in_shards_is_merged_into_shards_and_rounded_in_every_way(offline_run):
+    assert len(list((offline_run / "06_residue_merging" / "model").glob("model-*.safetensors"))) > 1
+    rows_of = results(offline_run, "06")["roundings"]
+    assert [row["out_dtype"] for row in rows_of] == ["float32", "bfloat16", "bfloat16_stochastic"]
+
+
+def test_every_model_that_was_written_is_recorded_and_no_result_holds_a_fingerprint(offline_run):
+    from c2f_utils import weights
+
+    for name in STAGES:
+        made = json.loads((offline_run / name / "provenance.json").read_text()).get("models", {})
+        for folder, known in made.items():
+            assert weights.altered(offline_run / name / folder, known) is None
+            assert known["sha256"] not in (offline_run / name / "results.json").read_text()
+        expected = {"02": {"model"}, "03": {"model"}, "06": {"model", *(f"controls/{c}" for c in MODELS - READ)}}
+        if name[:2] in expected:
+            assert set(made) == expected[name[:2]], name
+    recorded = json.loads((offline_run / "06_residue_merging" / "provenance.json").read_text())["inputs"]
+    assert {"weights:base", "weights:instruct"} <= recorded.keys()
 
 
 def test_no_embedding_was_resized_and_padding_is_not_the_end(offline_run):

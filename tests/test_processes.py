@@ -29,6 +29,7 @@ OVERRIDES = {
 def test_a_run_file_gives_back_the_settings_it_was_made_from(tmp_path):
     for profile in ("smoke", "mistral_7b"):
         overrides = OVERRIDES | ({"data.preferences": "owner/pairs"} if profile == "mistral_7b" else {})
+        overrides["schedules.laws.fixed_short"] = None
         settings = load_settings(profile, seed=3, run_id="here", overrides=overrides, study=True)
         processes.write_run(settings, tmp_path / "run.yaml")
         assert processes.read_run(tmp_path / "run.yaml") == settings

@@ -16,7 +16,7 @@ from c2f_utils.errors import C2FError
 from c2f_utils.files import read_json, read_jsonl
 from c2f_utils.runs import locks, registry
 from c2f_utils.runs import stage as stage_room
-from c2f_utils.runs.run import Run
+from c2f_utils.runs.run import PARENTS, Run
 from c2f_utils.runs.stage import Stage, run_folder
 from c2f_utils.settings.load import load_settings
 
@@ -248,6 +248,31 @@ def test_a_changed_parent_counts_as_another_input():
     with pytest.raises(C2FError, match="input 01_base_model: its settings or results have changed"):
         later = open_run()
         later.stage("02_reward_model").begin(later.inputs("02_reward_model")[0])
+
+
+def test_06_is_refused_before_work_where_04_lacks_the_law_of_its_control():
+    lacking = {"schedules": {"laws": {"fixed_long": None}}}
+    names = [name for name in PARENTS["06_residue_merging"]]
+    said = (
+        r"04_length_schedules has no law 'fixed_long' .*set merge.controls to \['interpolation', 'random_residue', 'ppo"
+    )
+    with pytest.raises(C2FError, match=said):
+        open_run(**lacking).inputs("06_residue_merging", expected=names)
+    without = {"merge.controls": ["interpolation"]}
+    assert open_run(**lacking, **without).inputs("06_residue_merging", expected=names) == ({}, {})
+    assert open_run().inputs("06_residue_merging", expected=names) == ({}, {})
+    for name in names:
+        make(open_run(**lacking), name)
+    with pytest.raises(C2FError, match=said):  # what 04 was made with counts, not what the settings say now
+        open_run().inputs("06_residue_merging")
+
+
+def test_a_setting_that_did_not_exist_then_and_is_null_now_changes_nothing():
+    stage = make(open_run())
+    config = stage.config()
+    del config["settings"]["models"]["instruct_revision"]
+    (stage.dir / "config.json").write_text(json.dumps(config))
+    assert open_run().stage(BASE).begin() == "load"
 
 
 def test_a_stage_stays_with_the_parent_it_was_made_from():

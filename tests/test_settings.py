@@ -208,3 +208,36 @@ def test_a_relative_path_is_found_from_the_notebooks_folder_too(tmp_path, monkey
     chosen = {"data.preferences": "data/pairs.jsonl", "models.base": "owner/base", "models.instruct": "owner/instruct"}
     settings = load_settings("mistral_7b", overrides=chosen)
     assert settings.data.preferences == str(project / "data" / "pairs.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "left"),
+    [
+        ({"schedules": {"laws": {}}}, []),
+        ({"schedules.laws": {}}, []),
+        ({"schedules": {"laws": None}}, []),
+        ({"schedules": {"laws": {"fixed_short": None}}}, ["fixed_long", "clock_linear"]),
+        ({"schedules.laws.fixed_short": None}, ["fixed_long", "clock_linear"]),
+        ({"schedules.laws": {}, "schedules": {"laws": {"mine": {"name": "fixed", "limit": 9}}}}, ["mine"]),
+        ({"schedules": {"laws": {"unknown": None}}}, ["fixed_short", "fixed_long", "clock_linear"]),
+    ],
+)
+def test_null_and_an_empty_mapping_take_the_profiles_laws_away(overrides, left):
+    assert list(load_settings("tiny", overrides=overrides).schedules.laws) == left
+
+
+def test_a_law_that_is_taken_away_takes_the_profiles_credit_with_it():
+    settings = load_settings("tiny", overrides={"schedules": {"study_laws": {"stop_fixed": None}}})
+    assert "stop_fixed" not in settings.schedules.study_laws and list(settings.schedules.credit) == ["stop_logistic"]
+    message = refused({"schedules": {"credit": {"stop_fixed": {"cut": "penalty"}}}})
+    assert "schedules.credit names stop_fixed, which is no law" in message, "what the user wrote is not dropped"
+
+
+def test_null_elsewhere_is_a_value():
+    assert load_settings("small_gpu", overrides={"models.lora": None}).models.lora is None
+
+
+def test_small_gpu_names_an_instruction_model_of_its_own_base():
+    """The merge needs one base: the two names agree up to the ending that marks the base."""
+    models = load_settings("small_gpu").models
+    assert models.base == f"{models.instruct}-Base"

@@ -24,7 +24,7 @@ from typing import IO
 from c2f_utils import threads
 from c2f_utils.errors import C2FError, problems
 from c2f_utils.files import outputs, root
-from c2f_utils.runs import registry
+from c2f_utils.runs import disk, registry
 from c2f_utils.runs.run import PARENTS, Run
 from c2f_utils.runs.stage import Stage, run_folder
 from c2f_utils.settings import parameters
@@ -192,7 +192,9 @@ def _check_stages(jobs: Sequence[Job], run: Run, overwrite: bool) -> None:
             run.refuse_mixture(job.stage)
         # What an earlier job is about to make cannot be compared yet; the notebook itself does it.
         inputs, _ = run.inputs(job.stage, expected=planned)
-        run.stage(job.stage).plan(inputs, overwrite)
+        action = run.stage(job.stage).plan(inputs, overwrite)
+        if action != "load" and (needed := run.stage(job.stage).disk_needed()) >= 1e9:
+            print(f"{job.stage} will write about {needed / 1e9:.0f} GB; {disk.free(run.dir) / 1e9:.0f} GB are free")
         planned.append(job.stage)
 
 

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from c2f_utils.errors import C2FError
 from c2f_utils.merge import lora, names
-from c2f_utils.merge.checkpoint import Checkpoint, locate, open_checkpoint
+from c2f_utils.merge.checkpoint import Checkpoint, open_checkpoint
 from c2f_utils.merge.compatibility import compare_configs, compare_tokenizers
 from c2f_utils.merge.headers import Same
 from c2f_utils.merge.readers import Source
 from c2f_utils.merge.recipe import Recipe
+from c2f_utils.weights import ADAPTER, locate
 
 _PREFIXES = ("model.", "module.", "_orig_mod.", "base_model.model.", "transformer.")
 
@@ -89,7 +90,7 @@ def _adapted(
     shell = Checkpoint(role, folder)
     adapter = lora.open_adapter(shell, base, found, notes)
     stamps.update(shell.stamps)
-    stamped.update({f"{role}/{lora.ADAPTER}": folder / lora.ADAPTER})
+    stamped.update({f"{role}/{ADAPTER}": folder / ADAPTER})
     sources = {name: Source(info, adapter.deltas.get(name)) for name, info in base.tensors.items()}
     sources.update({name: Source(info) for name, info in adapter.replaced.items()})
     return Input(replace(base, label=role), folder, sources, adapter.same)

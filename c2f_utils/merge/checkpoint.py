@@ -11,11 +11,9 @@ from pathlib import Path
 
 from c2f_utils.errors import C2FError
 from c2f_utils.merge.headers import TensorInfo, read_header
+from c2f_utils.weights import INDEX, SINGLE
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _UNSAFE = ("pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin", "consolidated.00.pth")
-_WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 
 
 @dataclass
@@ -36,32 +34,6 @@ class Checkpoint:
     @property
     def tied(self) -> bool | None:
         return self.config.get("tie_word_embeddings")
-
-
-def locate(source: str, label: str) -> Path:
-    """Give the local folder of a path or hub id; raises C2FError when there is none."""
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.is_file():
-        raise C2FError(f"{label}: {source} is a file; give the folder that holds it with its config.json")
-    looks_like_hub = source.count("/") == 1 and not source.startswith((".", "/", "~"))
-    if not looks_like_hub:
-        raise C2FError(f"{label}: folder {source} does not exist; give a folder or a hub id such as organisation/model")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(source, allow_patterns=_WANTED, local_files_only=True))
-    except Exception:  # the hub client has many error classes; each means "not in the cache"
-        pass
-    try:
-        return Path(snapshot_download(source, allow_patterns=_WANTED))
-    except Exception as error:
-        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
-        raise C2FError(
-            f"{label}: {source} is neither a folder nor available from the hub ({reason}); check the name, "
-            f"or download it first"
-        ) from None
 
 
 def open_checkpoint(label: str, folder: Path, problems: list[str]) -> Checkpoint:

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from c2f_utils.errors import C2FError
-from c2f_utils.merge.checkpoint import ADAPTER, ADAPTER_CONFIG, INDEX, SINGLE, Checkpoint, read_config, stamp
+from c2f_utils.merge.checkpoint import Checkpoint, read_config, stamp
 from c2f_utils.merge.headers import Same, TensorInfo, read_header
+from c2f_utils.weights import ADAPTER, ADAPTER_CONFIG, INDEX, SINGLE
 
 _REFUSED = {
     "use_dora": "DoRA rescales rows by norms of the merged weight, which is no added change",

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING
 from c2f_utils.errors import problems as error_of
 from c2f_utils.merge import names
 from c2f_utils.merge.aligned import Input, align, drop_second_head, open_inputs
-from c2f_utils.merge.checkpoint import SINGLE, Checkpoint
+from c2f_utils.merge.checkpoint import Checkpoint
 from c2f_utils.merge.headers import ITEM_BYTES, Same, TensorInfo, build_header
 from c2f_utils.merge.kernels import BLOCK
 from c2f_utils.merge.operators import Operator, fingerprint, resolve
 from c2f_utils.merge.readers import FACTORS_KEPT, Source
 from c2f_utils.merge.recipe import Recipe
+from c2f_utils.weights import SINGLE
 
 if TYPE_CHECKING:
     import pandas

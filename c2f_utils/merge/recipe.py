@@ -105,10 +105,11 @@ class Weighted(_Frozen):
 class Recipe(_Frozen):
     """A merge of three models; raises C2FError listing every problem at once.
 
-    `base`, `instruct`, `coarse` are folders or hub ids of safetensors checkpoints, or PEFT LoRA adapters trained on
-    `base`. `operator` is {"name": ..., own keys} or a bare name, `coefficient` may be a bare number. `vocab`: `equal`,
-    or `common_prefix` to merge the rows all models share and copy the others from instruct. `allow` names config keys
-    that may differ; `ignore` are regular expressions for tensors of base or coarse to leave out.
+    `base`, `instruct`, `coarse` are folders or hub ids (`owner/name`, `owner/name@revision`) of safetensors
+    checkpoints, or PEFT LoRA adapters trained on `base`. `operator` is {"name": ..., own keys} or a bare name,
+    `coefficient` may be a bare number. `vocab`: `equal`, or `common_prefix` to merge the rows all models share and
+    copy the others from instruct. `allow` names config keys that may differ; `ignore` are regular expressions for
+    tensors of base or coarse to leave out.
     """
 
     base: str

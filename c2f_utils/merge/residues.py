@@ -9,9 +9,10 @@ from torch import Tensor
 
 from c2f_utils.errors import problems
 from c2f_utils.merge import names
-from c2f_utils.merge.checkpoint import locate, open_checkpoint
+from c2f_utils.merge.checkpoint import open_checkpoint
 from c2f_utils.merge.kernels import BLOCK
 from c2f_utils.merge.rounding import inner
+from c2f_utils.weights import locate
 
 _EXACT = 1024  # smallest side up to which all singular values are computed
 _TOP = 0.1  # share of singular values whose energy is reported

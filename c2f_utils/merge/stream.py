@@ -24,7 +24,7 @@ from c2f_utils import files as small_files
 from c2f_utils import threads as cores
 from c2f_utils.errors import C2FError, problems
 from c2f_utils.merge import gather, ranges
-from c2f_utils.merge.checkpoint import INDEX, stamp
+from c2f_utils.merge.checkpoint import stamp
 from c2f_utils.merge.compute import Done, Task, merge_chunk
 from c2f_utils.merge.headers import ITEM_BYTES, Same, read_header
 from c2f_utils.merge.journal import Journal
@@ -42,6 +42,7 @@ from c2f_utils.merge.plan import Placement, Plan, Segment
 from c2f_utils.merge.readers import Files, Opened, Workspace
 from c2f_utils.merge.rounding import Tally
 from c2f_utils.merge.workers import Workers
+from c2f_utils.weights import INDEX
 
 SPAN = 1 << 24  # elements per journal line; fixed, because a resumed merge may use another chunk size
 _FLUSH_EVERY = 1 << 28  # bytes written between two flushes

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
+from c2f_utils import weights
 from c2f_utils.errors import C2FError
 from c2f_utils.models.library_trainers import quiet
 from c2f_utils.settings.config import Lora, Models
@@ -34,31 +36,34 @@ def device(models: Models) -> torch.device:
     return found
 
 
-def load_causal(source: str | Path, models: Models, revision: str | None = None) -> nn.Module:
+def pretrained(kind: type, source: str | Path, what: str, **options: object):
+    """`kind.from_pretrained` of a folder or of a hub id with its revision (`owner/name@revision`), no remote code.
+
+    Raises C2FError with the remedy when it cannot be loaded.
+    """
+    name, revision = weights.split(str(source))
+    try:
+        with quiet():
+            return kind.from_pretrained(name, revision=revision, trust_remote_code=False, **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if said := weights.remedy(error, str(source), revision):
+            raise C2FError(f"{what} {source} cannot be loaded: {said}") from None
+        raise C2FError(f"{what} {source} cannot be loaded: {weights.first_line(error)}{not_found(name)}") from error
+
+
+def load_causal(source: str | Path, models: Models) -> nn.Module:
     """A causal language model in evaluation mode, dropout off, in `models.dtype` on the chosen device; C2FError when
     it cannot be loaded."""
     from transformers import AutoModelForCausalLM
 
     check_folder(str(source), "model")
-    try:
-        with quiet():
-            model = AutoModelForCausalLM.from_pretrained(
-                str(source),
-                revision=revision,
-                dtype=getattr(torch, models.dtype),
-                use_safetensors=True,
-                trust_remote_code=False,
-            )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise C2FError(
-            f"model {source} cannot be loaded: {str(error).splitlines()[0]}; expected safetensors weights in "
-            f"Hugging Face format{not_found(source)}"
-        ) from error
+    model = pretrained(AutoModelForCausalLM, source, "model", dtype=getattr(torch, models.dtype), use_safetensors=True)
+    model.revision = weights.split(str(source))[1]
     disable_dropout(model)
     return fuse_norms(model.to(device(models)).eval())
 
 
-def load_tokenizer(source: str | Path, revision: str | None = None):
+def load_tokenizer(source: str | Path):
     """The tokenizer of a model, with EOS and with a PAD that is not EOS; embeddings are never resized.
 
     Without a PAD of its own the tokenizer borrows an existing id (`<unk>`, else BOS, else the first other id):
@@ -66,12 +71,7 @@ def load_tokenizer(source: str | Path, revision: str | None = None):
     """
     from transformers import AutoTokenizer
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(source), revision=revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise C2FError(
-            f"tokenizer of {source} cannot be loaded: {str(error).splitlines()[0]}{not_found(source)}"
-        ) from error
+    tokenizer = pretrained(AutoTokenizer, source, "tokenizer of")
     if tokenizer.eos_token_id is None:
         raise C2FError(
             f"the tokenizer of {source} has no EOS token; answers could never end. Set eos_token in its "
@@ -127,7 +127,9 @@ def add_lora(
         task_type=task,
         modules_to_save=also,
     )
-    return get_peft_model(model, config, autocast_adapter_dtype=not alike)
+    # With its commit, an adapter's base is found again where the hub's `main` has moved on.
+    revision = getattr(model, "revision", None)
+    return get_peft_model(model, config, autocast_adapter_dtype=not alike, revision=revision)
 
 
 def save_model(model: nn.Module, tokenizer, folder: Path) -> None:
@@ -142,15 +144,23 @@ def save_model(model: nn.Module, tokenizer, folder: Path) -> None:
     os.replace(partial, folder)
 
 
-def load_actor(folder: Path, models: Models) -> nn.Module:
-    """Load a trained actor as one ordinary causal model: a folder with adapters is merged onto the base it names."""
+def load_actor(folder: Path, models: Models, base: str | None = None) -> nn.Module:
+    """Load a trained actor as one ordinary causal model: adapters are merged onto `base`, else onto the model and
+    revision that they name."""
     folder = Path(folder)
-    if not (folder / "adapter_config.json").exists():
+    if not (folder / weights.ADAPTER_CONFIG).exists():
         return load_causal(folder, models)
     from peft import PeftConfig, PeftModel
 
-    base = load_causal(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path, models)
-    return PeftModel.from_pretrained(base, str(folder)).merge_and_unload().eval()
+    if base is None:
+        said = PeftConfig.from_pretrained(str(folder))
+        base = "@".join(filter(None, (said.base_model_name_or_path, said.revision)))
+    return PeftModel.from_pretrained(load_causal(base, models), str(folder)).merge_and_unload().eval()
+
+
+def load_state(folder: Path) -> dict[str, Tensor]:
+    """The stored tensors of a model by name, as they are on disk, from one file or from shards; raises C2FError."""
+    return {name: value for file in weights.files(folder) for name, value in load_file(file).items()}
 
 
 def refuse_other_tokenizer(source: str, tokenizer) -> None:
@@ -162,8 +172,8 @@ def refuse_other_tokenizer(source: str, tokenizer) -> None:
     from transformers import AutoTokenizer
 
     try:
-        other = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError):
+        other = pretrained(AutoTokenizer, source, "tokenizer of")
+    except (C2FError, KeyError):
         return
     ours, theirs = tokenizer.get_vocab(), other.get_vocab()
     if ours == theirs:

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from c2f_utils.domain.samples import Sample
 from c2f_utils.errors import C2FError
-from c2f_utils.models.loading import add_lora, device, disable_dropout, fuse_norms
+from c2f_utils.models.loading import add_lora, device, disable_dropout, fuse_norms, pretrained
 from c2f_utils.models.packing import collate, pack
 from c2f_utils.settings.config import Reward, Settings
-from c2f_utils.settings.preflight import check_folder, not_found
+from c2f_utils.settings.preflight import check_folder
 
 Pair = tuple[list[int], list[int]]  # prompt + chosen answer, prompt + rejected answer
 
@@ -76,39 +76,29 @@ class RewardModel:
 
 def new_reward_model(source: str | Path, settings: Settings, seed: int) -> nn.Module:
     """The base model's trunk with a small scalar head (standard deviation 1/sqrt(d + 1)), dropout off."""
-    from transformers import AutoModelForSequenceClassification
-
     check_folder(str(source), "models.base")
     torch.manual_seed(seed)
-    revision = settings.models.base_revision if str(source) == settings.models.base else None
-    model = AutoModelForSequenceClassification.from_pretrained(
-        str(source),
-        revision=revision,
-        num_labels=1,
-        dtype=getattr(torch, settings.models.dtype),
-        use_safetensors=True,
-        trust_remote_code=False,
-    )
+    model = _scorer(source, settings, num_labels=1)
     nn.init.normal_(model.score.weight, std=(model.config.hidden_size + 1) ** -0.5)
     disable_dropout(model)
     return model.to(device(settings.models))
+
+
+def _scorer(source: str | Path, settings: Settings, **options: object) -> nn.Module:
+    from transformers import AutoModelForSequenceClassification
+
+    dtype = getattr(torch, settings.models.dtype)
+    return pretrained(
+        AutoModelForSequenceClassification, source, "reward model", dtype=dtype, use_safetensors=True, **options
+    )
 
 
 def load_reward_model(
     source: str | Path, settings: Settings, pad_id: int, mean: float = 0.0, std: float = 1.0
 ) -> RewardModel:
     """A finished reward model; raises C2FError when the folder is no single-output model."""
-    from transformers import AutoModelForSequenceClassification
-
     check_folder(str(source), "models.reward")
-    try:
-        model = AutoModelForSequenceClassification.from_pretrained(
-            str(source), dtype=getattr(torch, settings.models.dtype), use_safetensors=True, trust_remote_code=False
-        )
-    except (OSError, ValueError) as error:
-        raise C2FError(
-            f"reward model {source} cannot be loaded: {str(error).splitlines()[0]}{not_found(source)}"
-        ) from error
+    model = _scorer(source, settings)
     if model.config.num_labels != 1 or not hasattr(model, "score"):
         raise C2FError(
             f"reward model {source} has {model.config.num_labels} outputs; expected one score per sequence "

@@ -13,7 +13,7 @@ from c2f_utils.errors import problems
 from c2f_utils.files import root
 from c2f_utils.notebook.opening import deciding, opening
 from c2f_utils.notebook.show import Html
-from c2f_utils.runs import provenance, registry
+from c2f_utils.runs import disk, provenance, registry
 from c2f_utils.runs.run import Run
 from c2f_utils.runs.stage import Stage
 from c2f_utils.settings import parameters
@@ -86,6 +86,8 @@ def _table(run: Run, state: str, origins: dict[str, str]) -> Html:
         "folder": _near(run.here.dir),
         "device": f"{run.device}; {run.threads} of {threads.available()} CPU threads",
     }
+    if not run.here.loaded and (needed := run.here.disk_needed()) >= 1e9:
+        rows["disk"] = f"about {needed / 1e9:.0f} GB will be written, {disk.free(run.dir) / 1e9:.0f} GB are free"
     if origins:
         rows["inputs"] = ", ".join(f"{name} of run {origin}" for name, origin in origins.items())
     versions = {"python": provenance.machine()["python"], **provenance.versions()}

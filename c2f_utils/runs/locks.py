@@ -10,10 +10,21 @@ import json
 import os
 import socket
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
 
 LOST = 300.0  # seconds without a heartbeat after which a process that cannot be looked up counts as gone
+
+
+def now() -> str:
+    """The time as it is written in status.json."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def age(moment: object) -> float | None:
+    """Seconds since an ISO time as written in status.json; None for none."""
+    return (datetime.now(UTC) - datetime.fromisoformat(str(moment))).total_seconds() if moment else None
 
 
 def owner() -> dict[str, object]:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from c2f_utils.errors import C2FError
 from c2f_utils.files import outputs, read_jsonl
 from c2f_utils.runs import provenance
-from c2f_utils.runs.stage import Stage, age
+from c2f_utils.runs.locks import age
+from c2f_utils.runs.stage import WEIGHTS, Stage
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,12 +23,18 @@ def stages(name: str = "*", run_id: str = "*") -> Iterator[Stage]:
             yield Stage(config.parent)
 
 
-def latest(stage: str, profile: str, seed: int, prefer: dict | None = None) -> Stage | None:
+def latest(
+    stage: str, profile: str, seed: int, prefer: dict | None = None, weights: dict[str, str | None] | None = None
+) -> Stage | None:
     """The stage finished last with equal profile and seed, or None; those with exactly the settings `prefer` first.
 
     An actor trained under a law or reward of the user's own serves its own run only: no setting would tell of it.
+    Nor does one that recorded other `weights` (identities by role) serve.
     """
+    meant = {f"{WEIGHTS}{role}": value for role, value in (weights or {}).items() if value}
     found = [item for item in stages(stage) if item.done and kind_of(item) == (profile, seed) and not own_parts(item)]
+    made_with = {item.dir: item.provenance().get("inputs", {}) for item in found}
+    found = [item for item in found if all(made_with[item.dir].get(k, v) == v for k, v in meant.items())]
     return max(found, key=lambda item: (item.config()["settings"] == prefer, item.status()["finished"]), default=None)
 
 

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from c2f_utils import weights
 from c2f_utils.errors import C2FError, problems
 from c2f_utils.runs import provenance
 from c2f_utils.runs.registry import kind_of, latest, stages
-from c2f_utils.runs.stage import ALWAYS_REDONE, OF_NO_RUN, Stage, run_folder
+from c2f_utils.runs.stage import ALWAYS_REDONE, OF_NO_RUN, WEIGHTS, Stage, run_folder
 
 if TYPE_CHECKING:
     from c2f_utils.settings.config import Settings
@@ -35,6 +36,15 @@ PARENTS: dict[str, tuple[str, ...]] = {
     "08_report": (),  # reports what is there and names what is missing
     "09_studies": (),  # draws what is committed with the project
 }  # fmt: skip
+
+# Which stages read a model that the settings name or, for two of them, an earlier stage makes. All stages of one run
+# must mean the same weights by it.
+_MADE_BY = {"base": "01_base_model", "instruct": "05_instruction_model"}
+_READ = {
+    "base": tuple(PARENTS)[1:8],
+    "instruct": tuple(PARENTS)[5:8],
+    "reward": ("02_reward_model", "03_coarse_rlhf", "04_length_schedules", "06_residue_merging", "07_evaluation"),
+}
 
 
 @dataclass
@@ -84,6 +94,9 @@ class Run:
         Parents in `expected`, which are about to be made, are left out. Raises C2FError naming every missing one.
         """
         missing, fingerprints, origins = [], {}, {}
+        for role, readers in _READ.items():
+            if stage in readers and (found := self.weights(role, stage, expected)):
+                fingerprints[f"{WEIGHTS}{role}"] = found
         for name in PARENTS[stage]:
             if name in expected:
                 continue
@@ -93,9 +106,60 @@ class Run:
                 missing.append(str(error))
             else:
                 fingerprints[name], origins[name] = found.fingerprint(), found.run_id
+        missing += self._lacks_a_law(stage, expected)
         if missing:
             raise problems(f"{stage} lacks earlier stages:", missing)
         return fingerprints, origins
+
+    def weights(self, role: str, stage: str | None, expected: Collection[str] = ()) -> str | None:
+        """Identity of the weights that `stage` means by a role: of the model that the settings name, else of the one
+        that 01 (base) or 05 (instruct) made; None where it is not known yet."""
+        if source := getattr(self.settings.models, role):
+            revision = getattr(self.settings.models, f"{role}_revision")
+            return weights.identity(f"{source}@{revision}" if revision else source)
+        maker = _MADE_BY.get(role)
+        if maker in (None, stage, *expected):
+            return None
+        try:
+            found = self._find(maker, stage)
+        except C2FError:  # said where the stage itself is asked for
+            return None
+        made = found.models().get("model")
+        return f"sha256:{made.get('sha256') or weights.digest(found.dir / 'model')}" if made is not None else None
+
+    def refuse_foreign(self, stage: Stage, role: str, identity: str | None) -> None:
+        """Raise C2FError if a finished stage was made with other weights of this role."""
+        known = stage.provenance().get("inputs", {}).get(f"{WEIGHTS}{role}")
+        if None in (known, identity) or known == identity:
+            return
+        named = f"models.{role}" if getattr(self.settings.models, role) else _MADE_BY[role]
+        raise C2FError(
+            f"{stage.name} of run {stage.run_id!r} was made with other weights of {named} ({weights.short(known)} "
+            f"there, {weights.short(identity)} here): put those back (a hub model's commit goes into "
+            f"models.{role}_revision), choose another run_id, or delete {stage.dir} and make it again: c2f run "
+            f"{stage.name[:2]} --profile {self.settings.profile} --seed {self.settings.seed} --run-id {self.id}"
+        )
+
+    def use_weights(self, role: str, identity: str) -> None:
+        """Record the weights that this run's stage loads; C2FError if it, or a stage it builds on, had others."""
+        for stage in self._found.values():
+            self.refuse_foreign(stage, role, identity)
+        self.here.add_input(f"{WEIGHTS}{role}", identity)
+
+    def _lacks_a_law(self, stage: str, expected: Collection[str]) -> list[str]:
+        """06's control `fixed_long_residue` is made of the actor that 04 trained under its law `fixed_long`."""
+        name, control, schedules = "04_length_schedules", "fixed_long_residue", self.settings.schedules.model_dump()
+        if stage != "06_residue_merging" or control not in self.settings.merge.controls:
+            return []
+        if name in self._found and name not in expected:
+            schedules = self._found[name].config()["settings"].get("schedules", schedules)
+        if "fixed_long" in schedules["laws"] or (self.settings.study and "fixed_long" in schedules["study_laws"]):
+            return []
+        rest = [other for other in self.settings.merge.controls if other != control]
+        return [
+            f"{name} has no law 'fixed_long' (schedules.laws), of whose actor merge.controls' {control} is made: keep "
+            f"that law, or set merge.controls to {rest}"
+        ]
 
     def refuse_mixture(self, stage: str) -> None:
         """Raise C2FError if the run already holds finished stages of another profile or seed.
@@ -119,7 +183,14 @@ class Run:
         before = self.stage(user).provenance().get("parents", {}).get(name) if user else None
         own = (Stage(run_folder(run_id) / name) for run_id in (self.id, before) if run_id)
         kind, wanted = (self.settings.profile, self.settings.seed), self.settings.for_stage(name)
-        found = next((item for item in own if item.done and kind_of(item) == kind), None) or latest(name, *kind, wanted)
+        made = [role for role, maker in _MADE_BY.items() if maker == name and not getattr(self.settings.models, role)]
+        read = [role for role, readers in _READ.items() if name in readers and role not in made]
+        meant = {role: self.weights(role, user) for role in read}
+        found = next((item for item in own if item.done and kind_of(item) == kind), None)
+        found = found or latest(name, *kind, wanted, meant) or latest(name, *kind, wanted)
+        for role, identity in meant.items():
+            if found:
+                self.refuse_foreign(found, role, identity)
         if found is None:
             state = Stage(self.dir / name).state()
             there = f"it is {state} in run {self.id!r}" if state else f"run {self.id!r} has none"

@@ -7,20 +7,18 @@ plain JSON, written atomically, so a run can be read while it works and after it
 """
 
 import contextlib
-import math
 import os
 import re
-import shutil
 import threading
 import time
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from c2f_utils import weights
 from c2f_utils.errors import C2FError, problems
-from c2f_utils.files import append_jsonl, read_json, write_json
-from c2f_utils.runs import locks, provenance
+from c2f_utils.files import append_jsonl, or_null, plain, read_json, write_json
+from c2f_utils.runs import disk, locks, provenance
 
 if TYPE_CHECKING:
     from c2f_utils.settings.config import Settings
@@ -33,6 +31,8 @@ HEARTBEAT = 15.0  # seconds
 
 _AT_WORK: dict[Path, "Stage"] = {}  # stages that this process has begun and not ended
 
+WEIGHTS = "weights:"  # begins the names of inputs that are models: weights:base, weights:instruct, weights:reward
+
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -41,19 +41,6 @@ def run_folder(run_id: str) -> Path:
     if not isinstance(run_id, str) or not _RUN_ID.fullmatch(run_id):
         raise C2FError(f"run_id is {run_id!r}; expected 1 to 64 letters, digits, '.', '_', '-', the first no mark")
     return outputs() / run_id
-
-
-def plain(value: object, where: str = "results") -> object:
-    """JSON-able copy with numpy and torch values as Python ones; raises C2FError naming the first NaN or infinity."""
-    if isinstance(value, dict):
-        return {str(key): plain(item, f"{where}.{key}") for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
-    if hasattr(value, "tolist"):
-        return plain(value.tolist(), where)
-    if isinstance(value, float) and not math.isfinite(value):
-        raise C2FError(f"{where} is {value}; results must be finite: null stands for a metric that does not exist here")
-    return value
 
 
 class Stage:
@@ -105,7 +92,7 @@ class Stage:
     def state(self) -> str | None:
         """running, done, stopped, failed; lost = it says running but its process is gone; None = not begun."""
         status = self.status()
-        if status.get("status") == "running" and not locks.alive(status, age(status.get("heartbeat"))):
+        if status.get("status") == "running" and not locks.alive(status, locks.age(status.get("heartbeat"))):
             return "lost"
         return status.get("status")
 
@@ -120,10 +107,43 @@ class Stage:
         return read_json(self.dir / "results.json")
 
     def fingerprint(self) -> str:
-        """Identity of this stage as an input of others: its settings and its results, not its times or its name."""
+        """Identity of this stage as an input of others: its settings, results and models, not its times or its name."""
         results = self.dir / "results.json"
         found = read_json(results) if results.is_file() else None
-        return provenance.fingerprint({"settings": (self.config() or {}).get("settings"), "results": found})
+        what = {"settings": (self.config() or {}).get("settings"), "results": found}
+        made = self.provenance().get("models")
+        return provenance.fingerprint(what | ({"models": made} if made else {}))
+
+    def models(self) -> dict[str, dict]:
+        """What the stage recorded of the models it made, by their folders in it: `sha256` and `bytes` of each.
+
+        For a stage made before models had fingerprints: those that are there, with nothing known about them.
+        """
+        made = self.provenance().get("models")
+        return {name: {} for name in self._made()} if made is None else made
+
+    def model(self, name: str = "model") -> Path:
+        """Folder of a model that this stage made; raises C2FError unless it is there as it was written."""
+        folder, made = self.dir / name, self.models()
+        settings = (self.config() or {}).get("settings", {})
+        command = f"c2f run {self.name[:2]} --profile {settings.get('profile')} --seed {settings.get('seed')}"
+        again = f"put it back as it was, or delete {self.dir} and make it again: {command} --run-id {self.run_id}"
+        if not folder.is_dir() or name not in made:
+            state = "is missing" if not folder.is_dir() else "is none of the models that this stage recorded"
+            raise C2FError(f"{name}/ of {self.name} in run {self.run_id!r} {state}; {again}")
+        if not made[name]:
+            print(f"{self.name} of run {self.run_id!r} has no fingerprints yet: {name}/ is used unchecked")
+            return folder
+        wrong = weights.altered(folder, made[name])
+        if wrong:
+            raise C2FError(f"{name}/ of {self.name} in run {self.run_id!r} {wrong}; {again}")
+        return folder
+
+    def _made(self) -> list[str]:
+        """Folders with weights in them, without checkpoints and what a kill left behind."""
+        found = {path.parent.relative_to(self.dir) for path in self.dir.rglob("*.safetensors")}
+        hidden = [p for p in found if any(part.startswith(".") for part in (str(p), *p.parts))]
+        return sorted(str(p) for p in found.difference(hidden) if p.parts[0] != "checkpoints")
 
     # Writing
 
@@ -133,7 +153,7 @@ class Stage:
 
     def log(self, row: dict) -> None:
         """Append one row to metrics.jsonl; a value that is not finite becomes null (the panel raises the alarm)."""
-        append_jsonl(self.path("metrics.jsonl"), {key: _or_null(value) for key, value in row.items()})
+        append_jsonl(self.path("metrics.jsonl"), {key: or_null(value) for key, value in row.items()})
 
     @contextlib.contextmanager
     def timer(self, name: str) -> Iterator[None]:
@@ -154,6 +174,10 @@ class Stage:
                 self._status |= plain(fields, "status")
                 self._beat()
 
+    def disk_needed(self) -> float:
+        """Bytes that the stage will write, as far as its models' sizes are known here; 0 without settings."""
+        return disk.needed(self.name, self.settings) if self.settings else 0.0
+
     def stop_requested(self) -> bool:
         """Whether a STOP file lies in the stage's or the run's folder; the stage then ends as `stopped`, not `done`."""
         found = (self.dir / "STOP").exists() or (self.dir.parent / "STOP").exists()
@@ -169,21 +193,23 @@ class Stage:
         when the folder cannot be written, space is short, another process is at work here, or settings or inputs
         have changed.
         """
-        _check_room(self.dir.parent)
-        if other := locks.holder(self._claim, age(self.status().get("heartbeat"))):
+        disk.refuse_full(self.dir.parent)
+        if other := locks.holder(self._claim, locks.age(self.status().get("heartbeat"))):
             raise _busy(self, other)
         config = self.config()
         if config is None:
+            disk.refuse_full(self.dir.parent, self.disk_needed())
             return "fresh"
         state = self.status().get("status")
         changed = self._changed_settings(config)
         if self.name in ALWAYS_REDONE:
             return "redo"
         changed += self._changed_inputs(inputs)
-        if not changed:
-            return "load" if state == "done" else "continue"
-        if overwrite:
-            return "replace"
+        if not changed and state == "done":
+            return "load"
+        if not changed or overwrite:
+            disk.refuse_full(self.dir.parent, self.disk_needed(), 0 if changed else disk.used(self.dir))
+            return "replace" if changed else "continue"
         title = f"{self.name} exists in run {self.run_id!r} ({self.state()}) with another configuration:"
         choices = "next step: choose another run_id, or set overwrite=True (--overwrite), which keeps the old one as "
         raise problems(title, [*changed, f"{choices}{self._archive().name}"])
@@ -205,8 +231,8 @@ class Stage:
             raise ValueError(f"{self.name} was opened without settings: it can be read, not begun")
         if before := _AT_WORK.get(self.dir):  # this process begins the stage anew: a notebook's first cell, run again
             before.release()
-        _check_room(self.dir.parent)
-        if other := locks.take(self._claim, age(self.status().get("heartbeat"))):
+        disk.refuse_full(self.dir.parent)
+        if other := locks.take(self._claim, locks.age(self.status().get("heartbeat"))):
             raise _busy(self, other)
         self._asked = {"inputs": inputs or {}, "overwrite": overwrite, "threads": threads, "device": device}
         self._asked["parents"] = parents or {}
@@ -231,7 +257,7 @@ class Stage:
         if "C2F_BATCH" not in os.environ:  # the runner owns the run's STOP file: it may mean this very stage
             (self.dir.parent / "STOP").unlink(missing_ok=True)
         session = {
-            "started": _now(),
+            "started": locks.now(),
             "threads": self.threads,
             "device": device,
             "code": provenance.code_version(root()),
@@ -288,6 +314,9 @@ class Stage:
     def finish(self) -> str:
         """End the stage: `done`, or `stopped` when a stop was asked for and seen; returns the state."""
         if self._over:
+            if not self._stopped and (made := self._made()):
+                of = {name: weights.record(self.dir / name) for name in made}
+                write_json(self.path("provenance.json"), self.provenance() | {"models": of})
             self._close("stopped" if self._stopped else "done")
         return self.status().get("status", "")
 
@@ -314,7 +343,7 @@ class Stage:
 
     def _close(self, state: str, **fields: object) -> None:
         with self._writing:
-            self._status |= {"status": state, "finished": _now(), **fields}
+            self._status |= {"status": state, "finished": locks.now(), **fields}
             self._beat(peak=self._over is not None)
             self.release()
 
@@ -325,7 +354,7 @@ class Stage:
                     self._beat()
 
     def _beat(self, peak: bool = True) -> None:
-        self._status["heartbeat"] = _now()
+        self._status["heartbeat"] = locks.now()
         if peak:
             self._status["peak_mb"] = round(provenance.peak_memory_mb())
         write_json(self.path("status.json"), self._status)
@@ -340,7 +369,11 @@ class Stage:
     def _changed_inputs(self, inputs: dict[str, str] | None) -> list[str]:
         known = self.provenance().get("inputs", {})
         changed = [name for name, value in (inputs or {}).items() if name in known and known[name] != value]
-        return [f"input {name}: its settings or results have changed since" for name in changed]
+        what = {name: "its settings or results have changed since, or its models" for name in changed}
+        for name in changed:
+            if name.startswith(WEIGHTS):
+                what[name] = f"other weights ({weights.short(known[name])} then, {weights.short(inputs[name])} now)"
+        return [f"input {name}: {what[name]}" for name in changed]
 
     def _archive(self) -> Path:
         taken = (self.dir.with_name(f"{self.name}.old-{number}") for number in range(1, 10_000))
@@ -352,39 +385,3 @@ def _busy(stage: Stage, other: dict) -> C2FError:
         f"{stage.name} in run {stage.run_id!r} is being worked on by process {other['pid']} on {other['host']}; "
         "wait for it, stop it (shut its kernel down), or choose another run_id"
     )
-
-
-def _check_room(folder: Path) -> None:
-    """Refuse a run folder that cannot be written or has too little space left (`C2F_MIN_FREE_MB`, default 200)."""
-    probe = folder / f".write-test-{os.getpid()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-        free = shutil.disk_usage(folder).free / 2**20
-    except OSError as error:
-        reason = error.strerror or error
-        raise C2FError(
-            f"run folder {folder} cannot be written: {reason}; set C2F_OUTPUTS to a folder that can"
-        ) from None
-    needed = float(os.environ.get("C2F_MIN_FREE_MB") or 200)
-    if free < needed:
-        raise C2FError(
-            f"run folder {folder} has {free:.0f} MB free, {needed:.0f} MB are needed; free some or set C2F_OUTPUTS"
-        )
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
-
-
-def age(moment: object) -> float | None:
-    """Seconds since an ISO time as written in status.json; None for none."""
-    return (datetime.now(UTC) - datetime.fromisoformat(str(moment))).total_seconds() if moment else None
-
-
-def _or_null(value: object) -> object:
-    try:
-        return plain(value)
-    except C2FError:
-        return None

@@ -51,10 +51,11 @@ class Models(Section):
     """Where the models come from; `null` for `base` and `instruct` means: make them on the embedded domain."""
 
     base: str | None = Field(None, description="local folder or hub id of a causal language model")
-    base_revision: str | None = Field(None, description="hub revision of the base model")
+    base_revision: str | None = Field(None, description="hub branch, tag or commit; null: main, as the cache has it")
     instruct: str | None = Field(
         None, description="local folder or hub id of an instruction model derived from the same base"
     )
+    instruct_revision: str | None = None
     base_form: Form = Field(
         "raw",
         description="how the base is prompted, and so how the coarse actor is trained: raw = as the data has it, "
@@ -64,6 +65,7 @@ class Models(Section):
         "raw", description="the same for the instruction model and all merges; 07 measures both, if there is a template"
     )
     reward: str | None = Field(None, description="local folder or hub id of a finished reward model; null trains one")
+    reward_revision: str | None = None
     lora: Lora | None = Field(None, description="adapters for actor and reward model; null trains all weights")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of frozen weights and activations")
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -1,12 +1,13 @@
 """From a profile and overrides to checked settings: read, merged, validated, and opened (`preflight.py`)."""
 
 from pathlib import Path
+from typing import get_origin
 
 from pydantic import ValidationError
 
 from c2f_utils.errors import C2FError, problems
 from c2f_utils.files import read_mapping
-from c2f_utils.settings.config import PROFILES, Settings
+from c2f_utils.settings.config import PROFILES, Schedules, Settings
 from c2f_utils.settings.in_words import explained
 
 
@@ -21,8 +22,10 @@ def load_settings(
     if profile not in PROFILES:
         raise C2FError(f"unknown profile {profile!r}; expected one of {', '.join(PROFILES)}")
     values = read_mapping(Path(__file__).parent / "profiles" / f"{profile}.yaml")
+    priced = set(values.get("schedules", {}).get("credit", {}))
     for key, value in (overrides or {}).items():
         _merge(values, _nested(str(key), value))
+    _forget_credit(values.get("schedules"), priced)
     values |= {"profile": profile, "seed": seed, "run_id": run_id, "study": study}
     for section, key in _PATHS:
         _locate(values.get(section), key)
@@ -35,6 +38,14 @@ def load_settings(
     if found := preflight.findings(settings):
         raise problems("the settings cannot be used:", found)
     return settings
+
+
+def _forget_credit(schedules: object, priced: set[str]) -> None:
+    """Drop the profile's own credit for laws that the overrides took away."""
+    if isinstance(schedules, dict) and isinstance(schedules.get("credit"), dict):
+        laws = {**(schedules.get("laws") or {}), **(schedules.get("study_laws") or {})}
+        for name in priced - laws.keys():
+            schedules["credit"].pop(name, None)
 
 
 _PATHS = (("models", "base"), ("models", "instruct"), ("models", "reward"), ("data", "preferences"))
@@ -54,11 +65,20 @@ def _nested(key: str, value: object) -> dict[str, object]:
     return {first: _nested(rest, value)} if rest else {first: value}
 
 
-def _merge(into: dict, update: dict) -> None:
+def _merge(into: dict, update: dict, where: str = "") -> None:
     for key, value in update.items():
+        here = f"{where}.{key}".strip(".")
         # A law is one choice: where another is named, half of the old one's keys must not survive in it.
         whole = isinstance(value, dict) and "name" in value
-        if isinstance(value, dict) and isinstance(into.get(key), dict) and not whole:
-            _merge(into[key], value)
+        if here in NAMED and not value:  # `laws: {}` and `laws: null`: none of the profile's
+            into[key] = {}
+        elif where in NAMED and value is None:
+            into.pop(key, None)
+        elif isinstance(value, dict) and not whole and (here in NAMED or isinstance(into.get(key), dict)):
+            _merge(into.setdefault(key, {}), value, here)
         else:
             into[key] = value
+
+
+# Sections whose keys are names of the user's choice: null takes one away, {} all of them.
+NAMED = {f"schedules.{name}" for name, field in Schedules.model_fields.items() if get_origin(field.annotation) is dict}

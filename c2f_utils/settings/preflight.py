@@ -9,6 +9,7 @@ import json
 import sys
 from pathlib import Path
 
+from c2f_utils import weights
 from c2f_utils.domain import forms, preferences
 from c2f_utils.errors import C2FError
 from c2f_utils.files import root
@@ -33,26 +34,24 @@ def findings(settings: Settings) -> list[str]:
 def check_folder(source: str, what: str) -> None:
     """Raise C2FError if `source` is a local path that does not hold a readable safetensors model; hub ids pass."""
     path = Path(source)
-    if not path.exists():
-        if source.startswith((".", "/", "~")) or source.count("/") != 1:
-            raise C2FError(
-                f"{what} = {source!r} does not exist; expected a model folder or a hub id such as 'owner/name'"
-            )
+    if weights.is_hub(source):
         return
+    if not path.exists():
+        raise C2FError(f"{what} = {source!r} does not exist; expected a model folder or a hub id such as 'owner/name'")
     said = f"{what} = {source!r} is not a model:"
     if not (path / "config.json").is_file():
         raise C2FError(f"{said} no config.json in it; expected a Hugging Face model folder")
     if not isinstance(_config(path), dict) or "model_type" not in _config(path):
         raise C2FError(f"{said} its config.json names no model_type; expected a Hugging Face model folder")
-    weights = sorted(path.glob("*.safetensors"))
-    if not weights:
+    found = weights.files(path)
+    if not found:
         raise C2FError(
             f"{what} = {source!r} has no *.safetensors file; "
             "expected safetensors weights (pickled checkpoints are not loaded)"
         )
     from safetensors import SafetensorError, safe_open
 
-    for file in weights:
+    for file in found:
         try:
             with safe_open(file, framework="np"):
                 pass
@@ -82,6 +81,13 @@ def _models(settings: Settings) -> list[str]:
     models = settings.models
     named = [(getattr(models, key), f"models.{key}") for key in ("base", "instruct", "reward") if getattr(models, key)]
     found = [line for source, what in named for line in _said(check_folder, source, what)]
+    for key in ("base", "instruct", "reward"):
+        source, revision = getattr(models, key), getattr(models, f"{key}_revision")
+        if revision and not (source and weights.is_hub(source)):
+            found.append(
+                f"models.{key}_revision = {revision!r} has no effect on models.{key} = {source!r}, which is no hub id; "
+                "leave it out, or name a hub model"
+            )
     base, instruct = (_config(Path(source)) if source else None for source in (models.base, models.instruct))
     if not found and base and instruct:  # both local; a hub model is compared when it is loaded
         found += [

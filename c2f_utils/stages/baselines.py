@@ -97,7 +97,7 @@ class Baseline:
         steps = config.epochs * config.minibatches
         options = arguments(config.iterations * steps, self.seed, loading.device(settings.models).type == "cpu")
         del options["max_length"]  # these two never cut a prompt
-        revision = {"revision": settings.models.base_revision} if settings.models.base else {}
+        revision = {"revision": model.revision} if model.revision else {}
         options |= special | {
             "output_dir": str(self.folder),
             "per_device_train_batch_size": config.prompts // config.minibatches,

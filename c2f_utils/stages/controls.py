@@ -57,8 +57,8 @@ def _random(run: Run, bench: Bench, coefficient: float) -> tuple[nn.Module, dict
 
 
 def _fixed_long(run: Run, bench: Bench, coefficient: float) -> tuple[nn.Module, dict]:
-    folder = run.parent("04_length_schedules").dir / "models" / f"fixed_long-s{run.settings.seed}"
-    state = state_of(loading.load_actor(folder, run.settings.models))
+    folder = run.parent("04_length_schedules").model(f"models/fixed_long-s{run.settings.seed}")
+    state = state_of(loading.load_actor(folder, run.settings.models, bench.inputs.base_source))
     sweep = bench.sweep({"name": "residue"}, state)
     chosen = max(sweep, key=lambda row: row["score"])["coefficient"]
     note = "residue of the actor trained under the fixed long limit, c chosen on the same grid by the same score"

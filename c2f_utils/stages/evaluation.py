@@ -75,12 +75,12 @@ def _models(run: Run, inputs: Inputs, test: list[Prompt]) -> Iterator[tuple[str,
     for each in (form, *others):
         yield "instruct" if each == form else f"instruct_{each}", model, test, each
     yield "coarse", inputs.coarse(), test, models.base_form
-    model = loading.load_causal(merged.dir / "model", models)
+    model = loading.load_causal(merged.model(), models)
     for each in (form, *others):
         yield "fine" if each == form else f"fine_{each}", model, test, each
     recipe = "one_coefficient" if run.settings.merge.select == "best_recipe" else "best_recipe"
     for name in (recipe, *run.settings.merge.controls):
-        yield name, loading.load_actor(merged.dir / "controls" / name, models), test, form
+        yield name, loading.load_actor(merged.model(f"controls/{name}"), models), test, form
     if run.settings.embedded:
         forced = make_prompts([p.problem for p in test], stories.FORCED_ANALYSIS)
         yield "instruct_forced", inputs.instruct(), forced, form

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
+from c2f_utils import weights
 from c2f_utils.domain import forms, stories
 from c2f_utils.domain.forms import Form
 from c2f_utils.domain.samples import Prompt, Sample
@@ -31,21 +32,34 @@ class Inputs:
 
     @cached_property
     def base_source(self) -> str:
-        """Folder or hub id of the base model."""
-        return self.settings.models.base or str(self.run.parent("01_base_model").dir / "model")
+        """Folder of the base model, or its hub id and commit."""
+        return self._named("base") or str(self.run.parent("01_base_model").model())
 
     @cached_property
     def instruct_source(self) -> str:
-        return self.settings.models.instruct or str(self.run.parent("05_instruction_model").dir / "model")
+        return self._named("instruct") or str(self.run.parent("05_instruction_model").model())
+
+    @cached_property
+    def reward_source(self) -> str:
+        return self._named("reward") or str(self.run.parent("02_reward_model").model())
 
     @cached_property
     def coarse_source(self) -> str:
-        return str(self.run.parent("03_coarse_rlhf").dir / "model")
+        return str(self.run.parent("03_coarse_rlhf").model())
+
+    def _named(self, role: str) -> str | None:
+        """The model that the settings name for a role, a hub id with its commit; its identity is an input."""
+        models = self.settings.models
+        if getattr(models, role) is None:
+            return None
+        source = weights.pinned(getattr(models, role), getattr(models, f"{role}_revision"), f"models.{role}")
+        self.run.use_weights(role, weights.identity(source))
+        return source
 
     @cached_property
     def tokenizer(self):
         """The base's tokenizer, in which answers are scored; C2FError when it lacks the template it is asked for."""
-        found = loading.load_tokenizer(self.base_source, self.settings.models.base_revision)
+        found = loading.load_tokenizer(self.base_source)
         forms.refuse_missing(self.settings.models.base_form, found, "models.base_form")
         return found
 
@@ -67,25 +81,23 @@ class Inputs:
 
     def base(self) -> nn.Module:
         """A fresh copy of the base model; callers may train it."""
-        return loading.load_causal(self.base_source, self.settings.models, self.settings.models.base_revision)
+        return loading.load_causal(self.base_source, self.settings.models)
 
     def instruct(self) -> nn.Module:
         return loading.load_causal(self.instruct_source, self.settings.models)
 
     def coarse(self) -> nn.Module:
         """The Coarse Actor as one ordinary model (adapters merged)."""
-        return loading.load_actor(Path(self.coarse_source), self.settings.models)
+        return loading.load_actor(Path(self.coarse_source), self.settings.models, self.base_source)
 
     @cached_property
     def reward(self) -> rewards.RewardModel:
         """The reward model with the normalisation that notebook 02 measured on base samples."""
-        stage = self.run.parent("02_reward_model")
-        found = stage.results()
-        source = self.settings.models.reward or stage.dir / "model"
+        found = self.run.parent("02_reward_model").results()
         if self.settings.models.reward:
-            refuse_other_tokenizer(source, self.tokenizer)
+            refuse_other_tokenizer(self.reward_source, self.tokenizer)
         return rewards.load_reward_model(
-            source, self.settings, self.tokenizer.pad_token_id, found["mean"], found["std"]
+            self.reward_source, self.settings, self.tokenizer.pad_token_id, found["mean"], found["std"]
         )
 
     def prompts(self, split: stories.Split, count: int | None = None, seed: int | None = None) -> list[Prompt]:

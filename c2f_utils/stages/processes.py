@@ -25,7 +25,7 @@ from c2f_utils.errors import C2FError, problems
 from c2f_utils.files import read_jsonl, read_mapping, write_text
 from c2f_utils.runs.run import Run
 from c2f_utils.settings.config import Settings
-from c2f_utils.settings.load import load_settings
+from c2f_utils.settings.load import NAMED, load_settings
 
 STAGE = "03_coarse_rlhf"
 KEYS = ("profile", "seed", "run_id", "overrides", "study")
@@ -48,7 +48,8 @@ def write_run(settings: Settings, path: Path) -> None:
     """The run file that `read_run` turns into equal settings."""
     values = settings.model_dump(mode="json")
     named = {key: values.pop(key) for key in ("profile", "seed", "run_id", "study")}
-    write_text(path, yaml.safe_dump({**named, "overrides": values}, sort_keys=False))
+    emptied = {section: {} for section in sorted(NAMED)}  # or the profile's laws would come back
+    write_text(path, yaml.safe_dump({**named, "overrides": emptied | values}, sort_keys=False))
 
 
 def train(run: Run) -> Iterator[dict]:

@@ -56,8 +56,8 @@ def make(run: Run) -> dict:
     biases: list[dict] = []  # the length bias of every model: the members before they are averaged, then the one used
     name = "loaded"
     if settings.models.reward:
-        refuse_other_tokenizer(settings.models.reward, inputs.tokenizer)
-        model = rewards.load_reward_model(settings.models.reward, settings, inputs.tokenizer.pad_token_id)
+        refuse_other_tokenizer(inputs.reward_source, inputs.tokenizer)
+        model = rewards.load_reward_model(inputs.reward_source, settings, inputs.tokenizer.pad_token_id)
     else:
         with here.timer("training"):
             trained = members(inputs, training, losses.append)

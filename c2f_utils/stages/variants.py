@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from c2f_utils import merge
+from c2f_utils import merge, weights
 from c2f_utils.merge.names import layer_count
 from c2f_utils.models import loading
 from c2f_utils.rollout.proxy import ProxyDecoder
@@ -83,18 +83,17 @@ def _families(run: Run, bench: Bench) -> Iterator[tuple[str, list[tuple[float, S
     """Names and weighted actors. SWA: equal weights (Izmailov et al. 2018); EMA: halved per step back; LaWA: the
     latest three (Kaddour 2022); ratatouille: fine-tunings of one base that differ in law or seed (after Rame et al.
     2023)."""
-    folder = run.parent("03_coarse_rlhf").dir / "snapshots"
-    snapshots = [load_file(path) for path in sorted(folder.glob("*.safetensors"))] if folder.exists() else []
+    trained = run.parent("03_coarse_rlhf")
+    files = weights.files(trained.model("snapshots")) if "snapshots" in trained.models() else []
+    snapshots = [load_file(path) for path in files]
     equal = [(1.0, state) for state in snapshots]
     yield "SWA over snapshots", equal
     yield "EMA over snapshots", [(0.5 ** (len(snapshots) - 1 - i), state) for i, state in enumerate(snapshots)]
     yield "LaWA, latest three", equal[-3:]
-    kept = run.parent("04_length_schedules").dir / "models"
-    actors = (
-        [state_of(loading.load_actor(path, run.settings.models)) for path in sorted(kept.glob("*"))]
-        if kept.exists()
-        else []
-    )
+    others = run.parent("04_length_schedules")
+    folders = [others.model(name) for name in others.models() if name.startswith("models/")]
+    base = bench.inputs.base_source
+    actors = [state_of(loading.load_actor(folder, run.settings.models, base)) for folder in folders]
     yield "ratatouille over laws and seeds", [(1.0, bench.states["coarse"])] + [(1.0, state) for state in actors]
 
 
@@ -124,7 +123,7 @@ def roundings(run: Run, bench: Bench, recipe: merge.Recipe) -> list[dict]:
             report = merge.run_merge(
                 merge.plan_merge(recipe.model_copy(update={"out_dtype": dtype})), Path(scratch) / "model"
             )
-            state = load_file(Path(scratch) / "model" / "model.safetensors")
+            state = loading.load_state(Path(scratch) / "model")
         state = {name: value.to(torch.float32) for name, value in state.items()}
         row = bench.row(bench.answers(bench.loaded(state)))
         rows.append({"out_dtype": dtype, "survival": report.survival, **row})

@@ -390,6 +390,6 @@ def refuse_another(law: Law, name: str, began: dict[str, object] | None, where: 
 
 
 def positions_of(model_config) -> int:
-    """How many positions a model may use at once: its position limit or its sliding window, whichever is smaller."""
-    positions = model_config.max_position_embeddings
-    return min(positions, getattr(model_config, "sliding_window", None) or positions)
+    """Tokens that a model can tell the places of; without a limit of its own (ALiBi, recurrent layers) any number."""
+    config = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
+    return getattr(config, "max_position_embeddings", None) or 1 << 30

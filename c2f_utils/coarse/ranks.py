@@ -17,6 +17,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from c2f_utils.coarse.heads import layers_of, trunk_of
 from c2f_utils.errors import C2FError
 
 T = TypeVar("T")
@@ -247,9 +248,9 @@ def _shard(policy: nn.Module) -> None:
             "or models.lora: null"
         )
     mesh = init_device_mesh(next(policy.parameters()).device.type, (torch.distributed.get_world_size(),))
-    trunks = [policy.actor.model, policy.critic.trunk]
+    trunks = [trunk_of(policy.actor), policy.critic.trunk]
     for trunk in (t for t in trunks if t is not None):
-        for layer in trunk.layers:
+        for layer in layers_of(trunk):
             fully_shard(layer, mesh=mesh)
     fully_shard(policy.critic.head, mesh=mesh)  # float32 always; a group has one type
     fully_shard(policy, mesh=mesh)

@@ -18,6 +18,7 @@ from torch import nn
 
 from c2f_utils.domain.samples import Prompt, Sample
 from c2f_utils.errors import C2FError
+from c2f_utils.limits import positions_of
 from c2f_utils.rollout.sampler import eos_ids, refuse_overlong
 
 PAGE = 32  # key/value positions of one cache page
@@ -40,7 +41,7 @@ class ContinuousBatching:
     ) -> list[Sample]:
         """Answer every prompt; `limits` in tokens, temperature 0 is greedy. Raises C2FError when the engine fails."""
         limits = [limits] * len(prompts) if isinstance(limits, int) else list(limits)
-        refuse_overlong(self.causal.config, prompts, limits)
+        refuse_overlong(positions_of(self.causal.config), prompts, limits)
         if not prompts:
             return []
         with torch.random.fork_rng(devices=_devices(self.causal)), warnings.catch_warnings():

@@ -98,11 +98,11 @@ def _models(settings: Settings) -> list[str]:
 
 def _compiled(settings: Settings) -> list[str]:
     engine, where = settings.coarse.engine, settings.models.device
-    if not settings.models.compile or (engine == "kv" and where != "cpu"):
+    if not settings.models.compile or (engine != "continuous" and where != "cpu"):
         return []
     return [
         f"models.compile = true with coarse.engine = {engine!r} and models.device = {where!r}: layers are compiled on "
-        "a GPU and for engine 'kv' only; set models.compile to false"
+        "a GPU and not for continuous batching; set models.compile to false"
     ]
 
 
@@ -268,7 +268,7 @@ def _positions_of(source: str) -> int | None:
     config = _config(Path(source))
     if not isinstance(config, dict) or not isinstance(config.get("max_position_embeddings"), int):
         return None
-    return min(config["max_position_embeddings"], config.get("sliding_window") or config["max_position_embeddings"])
+    return config["max_position_embeddings"]
 
 
 def _said(check, *arguments) -> list[str]:

@@ -6,14 +6,19 @@ from pathlib import Path
 
 from torch import nn
 
+from c2f_utils.coarse.heads import Head
 from c2f_utils.domain import stories
 from c2f_utils.domain.samples import Prompt, Sample
 from c2f_utils.files import write_text
 from c2f_utils.measure.answers import answers
 from c2f_utils.models import loading, rewards
 from c2f_utils.models.loading import refuse_other_tokenizer
+from c2f_utils.models.packing import collate
+from c2f_utils.rollout.check import Agreement, agree
+from c2f_utils.rollout.choice import choose
+from c2f_utils.rollout.sampler import Sampler
 from c2f_utils.runs.run import Run
-from c2f_utils.settings.config import Settings
+from c2f_utils.settings.config import Coarse, Settings
 from c2f_utils.stages import data
 
 TRAIN_PROMPTS = 2000
@@ -84,6 +89,17 @@ class Inputs:
         return answers(
             model, self.tokenizer, prompts, decoding, limit, self.settings.seed, self.settings.data.stop_strings
         )
+
+    def sampler(self, model: nn.Module, config: Coarse, longest: int) -> Sampler:
+        """What answers in training; `longest` are the tokens of the longest prompt and its limit together."""
+        return choose(
+            model, self.tokenizer, config.tokens_in_cache, self.settings.data.stop_strings, config.engine, longest
+        )
+
+    def self_check(self, model: nn.Module, sampler: Sampler, prompts: list[Prompt], head: Head) -> Agreement | None:
+        """That sampler, trainer and the model's own forward agree on some prompts; raises C2FError if not."""
+        device, pad = loading.device(self.settings.models), self.tokenizer.pad_token_id
+        return agree(model, sampler, prompts, lambda answers: head.score(model, collate(answers, pad, device)))
 
 
 def keep_samples(stage, table: list[dict], settings: Settings) -> None:

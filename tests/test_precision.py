@@ -15,6 +15,7 @@ from c2f_utils.domain import stories
 from c2f_utils.models import loading
 from c2f_utils.models.packing import collate
 from c2f_utils.rollout import decoder
+from c2f_utils.rollout.anatomy import trunk_of
 from c2f_utils.settings.config import Coarse, Law, Lora
 
 
@@ -115,7 +116,7 @@ def test_activations_of_both_trunks_are_recomputed_and_gradients_are_the_same(lo
             process.policy.recompute_activations()
         e = process.credit(process.judge(process.collect()))
         count = {"actor": 0, "critic": 0}
-        trunks = {"actor": heads.trunk_of(process.policy.actor), "critic": process.policy.critic.trunk}
+        trunks = {"actor": trunk_of(process.policy.actor), "critic": process.policy.critic.trunk}
         for name, trunk in trunks.items():
             trunk.layers[0].self_attn.register_forward_hook(
                 lambda *_, name=name, count=count: count.update({name: count[name] + 1})

@@ -7,8 +7,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from c2f_utils.coarse.heads import Head, last_states, layers_of, output_weight, trunk_of
+from c2f_utils.coarse.heads import Head, last_states
 from c2f_utils.models.packing import Batch
+from c2f_utils.rollout.anatomy import layers_of, output_weight, trunk_of
 
 
 class Critic(nn.Module):

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from c2f_utils.errors import C2FError
 from c2f_utils.models.packing import Batch
-from c2f_utils.rollout.sampler import unwrapped
+from c2f_utils.rollout.anatomy import output_weight, trunk_of, unwrapped
 
 CHUNKED_ABOVE = 4096  # vocabularies above this size never see full logits
 CHUNK = 1024  # words (kernel) or positions (own head) whose logits exist at a time
@@ -24,25 +24,9 @@ TOLERANCE = {torch.float32: 1e-5}  # of the largest logit
 COARSE = 0.02  # the same for bfloat16 and float16: their logits are rounded to 0.4 %
 
 
-def trunk_of(model: nn.Module) -> nn.Module:
-    """The part of a model, seen through a PEFT wrapper, that turns token ids into last hidden states."""
-    return unwrapped(model).base_model
-
-
-def layers_of(trunk: nn.Module) -> nn.ModuleList:
-    """The decoder layers of a trunk, whatever they are called in it."""
-    count = trunk.config.get_text_config().num_hidden_layers
-    return next(m for m in trunk.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
-
-
 def last_states(trunk: nn.Module, batch: Batch) -> Tensor:
     """Last hidden states [B, T, H]; padding stands behind what is real, so causality hides it."""
     return trunk(input_ids=batch.ids, use_cache=False).last_hidden_state
-
-
-def output_weight(model: nn.Module) -> Tensor:
-    """The output matrix [V, H] of a causal model, without adapters."""
-    return unwrapped(model).get_output_embeddings().weight
 
 
 class Head:
@@ -73,7 +57,7 @@ class Head:
     def _measured(self, causal: nn.Module, head: nn.Module) -> bool:
         """Whether logits are one product with the output matrix."""
         ids = torch.arange(1, 9, device=head.weight.device)[None] % head.weight.shape[0]
-        found = causal.base_model(input_ids=ids, use_cache=False)
+        found = trunk_of(causal)(input_ids=ids, use_cache=False)
         self.kind, states = type(found), found.last_hidden_state[0]
         own = causal(input_ids=ids, use_cache=False).logits[0]
         if not _equal(self._logits(causal, states), own):
@@ -108,7 +92,7 @@ class Head:
 
     def _logits(self, causal: nn.Module, hidden: Tensor) -> Tensor:
         """Logits [N, V] that the model's own forward makes of last states [N, H]."""
-        trunk, answer = causal.base_model, self.kind(last_hidden_state=hidden[None])
+        trunk, answer = trunk_of(causal), self.kind(last_hidden_state=hidden[None])
         before = trunk.__dict__.get("forward")
         trunk.forward = lambda *_, **__: copy.copy(answer)
         try:

@@ -17,8 +17,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from c2f_utils.coarse.heads import layers_of, trunk_of
 from c2f_utils.errors import C2FError
+from c2f_utils.rollout.anatomy import layers_of, trunk_of
 
 T = TypeVar("T")
 BUCKET = 1 << 26  # gradient elements of one all-reduce

@@ -18,6 +18,7 @@ from c2f_utils.domain.samples import Sample
 from c2f_utils.errors import C2FError
 from c2f_utils.models.loading import add_lora, device, disable_dropout, fuse_norms
 from c2f_utils.models.packing import collate, pack
+from c2f_utils.rollout.anatomy import trunk_of
 from c2f_utils.settings.config import Reward, Settings
 from c2f_utils.settings.preflight import check_folder, not_found
 
@@ -53,7 +54,7 @@ class RewardModel:
         scores: list[Tensor] = [torch.empty(0)] * len(samples)
         for group in pack([s.positions for s in samples], self.tokens_per_batch):
             batch = collate([samples[i] for i in group], self.pad_id, self.model.score.weight.device)
-            hidden = self.model.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state[
+            hidden = trunk_of(self.model)(input_ids=batch.ids, use_cache=False).last_hidden_state[
                 batch.rows, batch.columns + 1
             ]
             flat = (self.model.score(hidden)[:, 0].float().cpu() - self.mean) / self.std

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from c2f_utils.domain.samples import Prompt, Sample
 from c2f_utils.errors import C2FError
 from c2f_utils.limits import positions_of
-from c2f_utils.rollout.sampler import Sampler, unwrapped
+from c2f_utils.rollout.anatomy import unwrapped
+from c2f_utils.rollout.sampler import Sampler
 
 PROMPTS, TOKENS = 4, 32  # answers of each kind, and their limit
 EXACT = 1e-4  # nats: the largest error of any token in float32
@@ -92,12 +93,20 @@ def agree(model: nn.Module, sampler: Sampler, prompts: Sequence[Prompt], score=N
     Prompts that no model could answer are left to whoever refuses them by number; without any other: None.
     """
     config = unwrapped(model).config.get_text_config()
-    fit = [p for p in prompts if 0 < len(p.ids) < positions_of(config) and max(p.ids) < config.vocab_size]
+    positions = getattr(sampler, "positions", positions_of(config))
+    fit = [p for p in prompts if 0 < len(p.ids) < positions and max(p.ids) < config.vocab_size]
     if not fit:
         return None
     by_length = sorted(fit, key=lambda p: len(p.ids))
     some = [by_length[i * (len(by_length) - 1) // max(1, PROMPTS - 1)] for i in range(min(PROMPTS, len(by_length)))]
-    found = measure(model, sampler, some, score)
+    try:
+        found = measure(model, sampler, some, score)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        said = str(error).splitlines()[0] if str(error) else "no words"
+        raise C2FError(
+            f"self-check failed: {type(unwrapped(model)).__name__} through {type(sampler).__name__}: "
+            f"{type(error).__name__}: {said}; choose another base model"
+        ) from error
     if not found.holds:
         raise C2FError(
             f"self-check failed: {found}; training would learn from wrong probabilities: set coarse.engine to "

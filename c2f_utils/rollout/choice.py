@@ -6,10 +6,11 @@ from functools import cache
 from torch import nn
 
 from c2f_utils.limits import positions_of
+from c2f_utils.rollout.anatomy import unwrapped
 from c2f_utils.rollout.continuous import ContinuousBatching
 from c2f_utils.rollout.decoder import KVDecoder, unlike_llama
 from c2f_utils.rollout.library import LibrarySampler
-from c2f_utils.rollout.sampler import BatchedSampler, unwrapped
+from c2f_utils.rollout.sampler import BatchedSampler
 
 
 def choose(
@@ -35,7 +36,7 @@ def choose(
         why = f"answers may reach beyond its sliding window of {window} tokens"
     if not why:
         return KVDecoder(*arguments)
-    _say(f"{type(causal).__name__} is sampled through the library's own forward, not our decoder: {why}.")
+    _say(f"{type(causal).__name__} is sampled through the library's own forward, not our decoder ({why}).")
     return LibrarySampler(*arguments)
 
 

@@ -19,6 +19,7 @@ from torch import nn
 from c2f_utils.domain.samples import Prompt, Sample
 from c2f_utils.errors import C2FError
 from c2f_utils.limits import positions_of
+from c2f_utils.rollout.anatomy import unwrapped
 from c2f_utils.rollout.sampler import eos_ids, refuse_overlong
 
 PAGE = 32  # key/value positions of one cache page
@@ -29,7 +30,7 @@ class ContinuousBatching:
     """Sampling through `transformers`' continuous batching (a PEFT wrapper is fine); same arguments as `KVDecoder`."""
 
     def __init__(self, model: nn.Module, tokenizer, tokens_in_cache: int = 65_536, stop_strings: Sequence[str] = ()):
-        self.causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.causal = unwrapped(model)
         if not hasattr(self.causal, "init_continuous_batching"):
             raise C2FError(f"{type(self.causal).__name__} cannot be batched continuously; set coarse.engine to 'kv'")
         self.tokenizer, self.eos = tokenizer, eos_ids(tokenizer, self.causal.config)

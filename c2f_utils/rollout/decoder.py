@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from c2f_utils.errors import C2FError
 from c2f_utils.rollout import decoder_gpu
+from c2f_utils.rollout.anatomy import unwrapped
 from c2f_utils.rollout.decoder_gpu import rotate
-from c2f_utils.rollout.sampler import BatchedSampler, unwrapped
+from c2f_utils.rollout.sampler import BatchedSampler
 
 CLASSES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 # Rotary frequencies that are the same at every length.
@@ -30,7 +31,7 @@ def unlike_llama(model: nn.Module) -> str:
     causal = unwrapped(model)
     kind, config = type(causal), causal.config
     if kind.__name__ not in CLASSES or not kind.__module__.startswith("transformers."):
-        return f"it is none of {', '.join(CLASSES)}"
+        return f"ours is for {', '.join(CLASSES)}"
     for name, parts in _PARTS.items():
         if other := {n for n, _ in causal.model.get_submodule(name).named_children()} ^ parts:
             return f"its layers have other parts ({', '.join(sorted(other))})"

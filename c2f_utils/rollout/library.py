@@ -40,7 +40,7 @@ class _Wave:
         self.columns = torch.arange(length, device=pads.device)
         self.visible = (self.columns[None] >= pads[:, None]).long()  # [B, S+T]
         self.known = inspect.signature(causal.forward).parameters
-        self.static, self.seen = static, 0
+        self.seen, self.name = 0, "cache_params" if "cache_params" in self.known else "past_key_values"
         if static:
             from transformers import StaticCache
 
@@ -59,18 +59,17 @@ class _Wave:
         self.cache.reorder_cache(rows)
 
     def _forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        # Columns that are still to come stand in the mask of a static cache: causality hides them, and shapes stay.
-        end = len(self.columns) if self.static else self.seen + tokens.shape[1]
-        wanted = {"position_ids": positions, "past_key_values": self.cache, "logits_to_keep": 1, "use_cache": True}
+        self.seen += tokens.shape[1]
+        wanted = {"position_ids": positions, self.name: self.cache, "logits_to_keep": 1, "use_cache": True}
         out = self.causal(
             input_ids=tokens,
-            attention_mask=self.visible[:, :end],
+            attention_mask=self.visible[:, : self.seen],
             **{name: value for name, value in wanted.items() if name in self.known},
         )
-        self.seen, self.cache = end, getattr(out, "past_key_values", None)
+        self.cache = getattr(out, self.name, None)
         if not hasattr(self.cache, "reorder_cache"):
             raise C2FError(
-                f"{type(self.causal).__name__} keeps what it has read in {type(self.cache).__name__}, not in a cache "
-                "whose rows can be dropped; it cannot be sampled here: choose another base model"
+                f"{type(self.causal).__name__} gives no cache whose rows can be dropped ({self.name}); it cannot "
+                "be sampled here: choose another base model"
             )
         return out.logits[:, -1].float()

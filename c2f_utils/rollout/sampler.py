@@ -16,6 +16,7 @@ from c2f_utils.domain.samples import Prompt, Sample, Stop
 from c2f_utils.errors import C2FError
 from c2f_utils.limits import positions_of
 from c2f_utils.rollout import loops
+from c2f_utils.rollout.anatomy import unwrapped
 
 
 class Sampler(Protocol):
@@ -118,11 +119,6 @@ def draw(logits: Tensor, temperature: float, generator: torch.Generator) -> tupl
         race = torch.empty_like(logps).exponential_(generator=generator)
         token = (logps - race.log()).argmax(-1)
     return token, logps.gather(-1, token[:, None])[:, 0]
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The causal model inside a PEFT wrapper, adapters in place; any other model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def refuse_overlong(positions: int, prompts: Sequence[Prompt], limits: Sequence[int]) -> None:

@@ -11,7 +11,6 @@ from torch import nn
 
 from c2f_utils import limits
 from c2f_utils.coarse import actor_critic
-from c2f_utils.coarse.heads import output_weight, trunk_of
 from c2f_utils.coarse.ranks import Ranks
 from c2f_utils.coarse.trainer import CoarseTrainer
 from c2f_utils.domain.samples import Prompt, Sample
@@ -20,6 +19,7 @@ from c2f_utils.files import read_jsonl, write_text
 from c2f_utils.measure import answers
 from c2f_utils.models import loading
 from c2f_utils.models.rewards import RewardFunction
+from c2f_utils.rollout.anatomy import output_weight, trunk_of
 from c2f_utils.runs import provenance
 from c2f_utils.runs.registry import OF_SETTINGS
 from c2f_utils.runs.run import Run

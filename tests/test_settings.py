@@ -83,11 +83,7 @@ def test_one_key_of_a_law_can_be_changed():
         ("schedules.laws.fixed_long.limt", 1, "did you mean limit?"),
         ("coarse.law", "linear", "coarse.law = 'linear': expected a group of settings with keys among name, limit"),
         ("coarse.lambda_policy", 3, "coarse.lambda_policy = 3: expected less than or equal to 1 or 'adaptive'"),
-        (
-            "schedules.critic_free",
-            {"a": {"trainer": "grpo"}},
-            "schedules.critic_free.a.law is missing; give",
-        ),
+        ("schedules.critic_free", {"a": {"trainer": "grpo"}}, "schedules.critic_free.a.law is missing; give"),
         ("coarse.law.lenght", 1, "known here: name, limit"),
     ],
 )

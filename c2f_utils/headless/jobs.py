@@ -77,11 +77,7 @@ class _Stop:
         print(f"\nstopping after the next checkpoint{hint} ...", file=sys.stderr, flush=True)
 
 
-def prepare(
-    targets: Sequence[str],
-    values: dict[str, object],
-    assignments: Sequence[str] = (),
-) -> list[Job]:
+def prepare(targets: Sequence[str], values: dict[str, object], assignments: Sequence[str] = ()) -> list[Job]:
     """The jobs for `targets` (numbers, names or paths of notebooks, or "all"), checked down to the last value.
 
     `values` holds the standard parameters; `assignments` are `name=value` texts, whose dotted names become

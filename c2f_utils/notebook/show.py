@@ -89,10 +89,7 @@ def sample_browser(samples: Iterable[Mapping[str, object]], limit: int = 8) -> H
 
 
 def side_by_side(
-    samples_by_model: Mapping[str, Sequence[Mapping[str, object]]],
-    limit: int = 4,
-    blind: bool = False,
-    seed: int = 0,
+    samples_by_model: Mapping[str, Sequence[Mapping[str, object]]], limit: int = 4, blind: bool = False, seed: int = 0
 ) -> Html:
     """The models' answers to the same prompts in equal columns; only prompts that every model has answered are shown.
 

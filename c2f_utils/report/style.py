@@ -23,22 +23,11 @@ from c2f_utils.errors import C2FError
 
 SINGLE, DOUBLE = 3.3, 6.8  # inches: one and two columns of a paper
 
-ROLE_COLOURS = {
-    "base": "#7f7f7f",
-    "coarse": "#e07b00",
-    "instruct": "#1f77b4",
-    "fine": "#2a9d3a",
-    "control": "#8c6bb1",
-}
+ROLE_COLOURS = {"base": "#7f7f7f", "coarse": "#e07b00", "instruct": "#1f77b4", "fine": "#2a9d3a", "control": "#8c6bb1"}
 
 ROLE_MARKERS = {"base": "s", "coarse": "^", "instruct": "o", "fine": "*", "control": "D"}
 
-LAW_COLOURS = {
-    "fixed_short": "#9e9e9e",
-    "fixed_long": "#4d4d4d",
-    "clock_linear": "#4c9ed9",
-    "logistic": "#e07b00",
-}
+LAW_COLOURS = {"fixed_short": "#9e9e9e", "fixed_long": "#4d4d4d", "clock_linear": "#4c9ed9", "logistic": "#e07b00"}
 
 # After Okabe and Ito; vermilion comes last, it is close to the logistic law's orange.
 _MORE_COLOURS = ("#009e73", "#cc79a7", "#0072b2", "#7a3e9d", "#56b4e9", "#b8a000", "#d55e00")

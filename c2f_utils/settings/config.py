@@ -138,8 +138,7 @@ class Coarse(Section):
         "library's forward, or its continuous batching",
     )
     old_logps: Literal["auto", "recorded", "recomputed"] = Field(
-        "auto",
-        description="old log-probabilities: the sampler's or the training forward's; auto: recorded if float32",
+        "auto", description="old log-probabilities: the sampler's or the training forward's; auto: recorded if float32"
     )
     processes: Positive = Field(1, description="training processes; more than 1 starts `accelerate launch`")
     spread: Literal["ddp", "fsdp2"] = Field(

@@ -11,11 +11,7 @@ from c2f_utils.settings.in_words import explained
 
 
 def load_settings(
-    profile: str,
-    seed: int = 0,
-    run_id: str = "lab",
-    overrides: dict[str, object] | None = None,
-    study: bool = False,
+    profile: str, seed: int = 0, run_id: str = "lab", overrides: dict[str, object] | None = None, study: bool = False
 ) -> Settings:
     """Profile, then overrides (nested or dotted keys), checked as a whole.
 

@@ -1,25 +1,30 @@
 """Do a prompt and its answer fit into a model's positions? The one place of this rule."""
 
 from collections.abc import Mapping
+from functools import partial
+
+UNLIMITED = 1 << 30  # tokens; for models without a limit of their own (ALiBi, recurrent layers)
 
 
-def positions_of(config: object) -> int | None:
-    """How many positions a model may use at once: its limit or its sliding window, whichever is smaller.
+def positions_of(config: object) -> int:
+    """Tokens that a model can tell the places of, prompt and answer together.
 
-    `config` is a model's configuration, as an object or as the content of config.json; None where it names no limit.
+    `config` is a model's configuration, as an object or as the content of config.json. A sliding window is no limit:
+    whoever computes no windows (`rollout/decoder.py`) says so of itself.
     """
-
-    def read(name: str) -> object:
-        return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
-
-    positions = read("max_position_embeddings") or read("n_positions")
-    window = read("sliding_window") if read("use_sliding_window") is not False else None
-    return min(positions, window or positions) if isinstance(positions, int) else None
+    if isinstance(config, Mapping):
+        read = (config.get("text_config") or config).get
+    else:
+        read = partial(_attribute, config.get_text_config() if hasattr(config, "get_text_config") else config)
+    return read("max_position_embeddings") or read("n_positions") or UNLIMITED
 
 
-def beyond(prompt: int, limit: int, config: object) -> str:
-    """What is wrong with a prompt and an answer of up to `limit`, in tokens, under this configuration; else ""."""
-    positions, needed = positions_of(config), prompt + limit
-    if positions is None or needed <= positions:
+def _attribute(config: object, name: str) -> object:
+    return getattr(config, name, None)
+
+
+def beyond(prompt: int, limit: int, positions: int) -> str:
+    """What is wrong with a prompt and an answer of up to `limit` tokens in so many positions; "" if nothing is."""
+    if (needed := prompt + limit) <= positions:
         return ""
     return f"a prompt of {prompt} tokens with a limit of {limit} needs {needed} positions, the model has {positions}"

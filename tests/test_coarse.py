@@ -8,8 +8,8 @@ from tiny_models import LAWS, PrefixReward, causal, distinct_tokens, prompts, tr
 
 from c2f_utils import limits
 from c2f_utils.coarse import checkpoints
-from c2f_utils.coarse.actor_critic import token_logps
 from c2f_utils.coarse.experience import signals, tail_return, useful_length
+from c2f_utils.coarse.heads import token_logps
 from c2f_utils.domain import stories
 from c2f_utils.errors import C2FError
 from c2f_utils.models import packing

@@ -8,7 +8,7 @@ from tiny_models import SHAPE, TOKENIZER, PrefixReward, causal, prompts
 from torch import nn
 
 from c2f_utils import limits
-from c2f_utils.coarse import actor_critic
+from c2f_utils.coarse import actor_critic, heads
 from c2f_utils.coarse.trainer import CoarseTrainer
 from c2f_utils.domain import stories
 from c2f_utils.models import loading
@@ -113,7 +113,7 @@ def test_the_chunked_head_on_tensor_cores_is_as_exact_as_float32():
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("high")
-        assert (actor_critic.token_logps(hidden, weight, targets, 1.0)[0] - exact).abs().max() < 1e-4
+        assert (heads.token_logps(hidden, weight, targets, 1.0)[0] - exact).abs().max() < 1e-4
     finally:
         torch.set_float32_matmul_precision(before)
 

@@ -278,7 +278,7 @@ def test_answers_are_cut_as_often_as_asked():
 def test_base_answers_come_from_the_base(monkeypatch):
     asked = []
     monkeypatch.setattr(
-        data, "KVDecoder", lambda *_: lambda prompts, limit, seed: [asked.append(p) or _said("coins") for p in prompts]
+        data, "choose", lambda *_: lambda prompts, limit, seed: [asked.append(p) or _said("coins") for p in prompts]
     )
     pairs = embedded(40, **{"reward.base_share": 0.5, "reward.cut_share": 0.0})
     assert len(asked) == 40, "two answers to each of twenty problems"

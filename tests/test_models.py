@@ -10,7 +10,7 @@ import transformers
 from safetensors.torch import load_file
 from tiny_models import TOKENIZER, causal, samples
 
-from c2f_utils.coarse import actor_critic
+from c2f_utils.coarse import actor_critic, heads
 from c2f_utils.domain import stories
 from c2f_utils.errors import C2FError
 from c2f_utils.models import loading, packing, rewards
@@ -163,14 +163,14 @@ def test_a_full_model_loads_as_an_actor_too(base):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_chunked_logps_equal_the_plain_ones_with_their_gradients(monkeypatch, temperature):
     torch.manual_seed(0)
-    vocabulary, size, count = actor_critic.CHUNKED_ABOVE + 905, 16, 37
+    vocabulary, size, count = heads.CHUNKED_ABOVE + 905, 16, 37
     targets = torch.randint(vocabulary, (count,))
     results = []
-    for above in (actor_critic.CHUNKED_ABOVE, 10**9):
-        monkeypatch.setattr(actor_critic, "CHUNKED_ABOVE", above)
+    for above in (heads.CHUNKED_ABOVE, 10**9):
+        monkeypatch.setattr(heads, "CHUNKED_ABOVE", above)
         torch.manual_seed(1)
         hidden, weight = torch.randn(count, size, requires_grad=True), torch.randn(vocabulary, size, requires_grad=True)
-        logps, entropy = actor_critic.token_logps(hidden, weight, targets, temperature)
+        logps, entropy = heads.token_logps(hidden, weight, targets, temperature)
         (logps * torch.linspace(-1, 1, count)).sum().backward()
         results.append((logps.detach(), entropy.detach(), hidden.grad, weight.grad))
     for chunked, plain in zip(*results, strict=True):
@@ -181,7 +181,7 @@ def test_logps_are_those_of_the_tempered_softmax():
     torch.manual_seed(0)
     hidden, weight = torch.randn(5, 8), torch.randn(11, 8)
     targets = torch.tensor([0, 3, 10, 5, 5])
-    logps, entropy = actor_critic.token_logps(hidden, weight, targets, 0.5)
+    logps, entropy = heads.token_logps(hidden, weight, targets, 0.5)
     probabilities = torch.softmax(hidden @ weight.T / 0.5, -1).double()
     assert torch.allclose(logps.double(), probabilities[torch.arange(5), targets].log(), atol=1e-5)
     assert torch.allclose(entropy.double(), -(probabilities * probabilities.log()).sum(-1), atol=1e-5)

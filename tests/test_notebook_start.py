@@ -325,6 +325,8 @@ def row(iteration: int, **fields) -> dict:
         ([row(0, truncated_share=0.92)], "limit", "92 % of answers hit the limit of 50 tokens"),
         ([row(i, kl_per_token=0.9) for i in range(5)], "kl", "KL per token 0.90 > 0.5 nats for 5 iterations"),
         ([row(i, reward=0.2 * i, rep4=0.05 * i) for i in range(10)], "hacking", "likely reward hacking"),
+        ([row(0, sampler_mismatch=2e-3)], "sampler_mismatch", "another policy than the one that is trained"),
+        ([row(0, ratio_error=1.95, sampler_mismatch=0.0)], "ratio_error", "ratio_error 1.95 > 0.01 (float32)"),
         ([row(0, value_loss=float("nan"))], "nan", "value_loss is not a finite number at iteration 0"),
     ],
 )
@@ -337,6 +339,15 @@ def test_a_healthy_run_raises_no_alarm():
     assert panel.alarms([row(i, reward=0.2 * i, rep4=0.1) for i in range(20)]) == {}
     assert panel.alarms([row(i, kl_per_token=0.9 if i < 4 else 0.1) for i in range(6)]) == {}
     assert panel.alarms([]) == {} and panel.alarms([{"iteration": 0}]) == {}
+
+
+def test_how_far_sampler_and_trainer_may_be_apart_depends_on_the_weights():
+    rounded = [row(0, sampler_mismatch=0.07, ratio_error=0.15)]
+    assert set(panel.alarms(rounded)) == {"sampler_mismatch", "ratio_error"}
+    assert panel.alarms(rounded, dtype="bfloat16") == {}
+    assert set(panel.alarms([row(0, sampler_mismatch=1.2, ratio_error=1.95)], dtype="bfloat16")) == set(
+        panel.alarms(rounded)
+    )
 
 
 def test_a_headless_panel_writes_lines_alarms_and_the_figure(monkeypatch, capsys):
@@ -352,6 +363,7 @@ def test_a_headless_panel_writes_lines_alarms_and_the_figure(monkeypatch, capsys
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines if line.startswith("iteration")] == ["0", "10", "20", "20"]
     assert sum(line.startswith("ALARM: 95 % of answers") for line in lines) == 1
+    assert lines[-1].startswith("1 kinds of alarm") and "95 % of answers" in lines[-1], "and the last words say so"
     assert stage.status()["alarms"] == ["95 % of answers hit the limit of 50 tokens at iteration 7"]
     saved = {path.name for path in (stage.dir / "figures").iterdir()}
     assert saved == {"training_panel.png", "training_panel.pdf", "training_panel.csv"}

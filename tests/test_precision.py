@@ -9,12 +9,13 @@ import torch
 from tiny_models import SHAPE, TOKENIZER, causal, prompts, samples, trainer, weights
 
 from c2f_utils import limits
-from c2f_utils.coarse import actor_critic
+from c2f_utils.coarse import actor_critic, heads
 from c2f_utils.coarse.trainer import CoarseTrainer
 from c2f_utils.domain import stories
 from c2f_utils.models import loading
 from c2f_utils.models.packing import collate
 from c2f_utils.rollout import decoder
+from c2f_utils.rollout.anatomy import trunk_of
 from c2f_utils.settings.config import Coarse, Law, Lora
 
 
@@ -62,7 +63,7 @@ def test_the_head_computes_in_float32_whatever_the_trunk_does(vocabulary):
     hidden, weight = torch.randn(40, 64).bfloat16(), torch.randn(vocabulary, 64).bfloat16()
     targets = torch.randint(vocabulary, (40,))
     exact = (hidden.double() @ weight.double().T).log_softmax(-1)[torch.arange(40), targets]
-    assert (actor_critic.token_logps(hidden, weight, targets, 1.0)[0] - exact).abs().max() < 1e-4
+    assert (heads.token_logps(hidden, weight, targets, 1.0)[0] - exact).abs().max() < 1e-4
 
 
 def test_old_log_probs_are_recomputed_and_the_samplers_mismatch_is_logged():
@@ -115,7 +116,7 @@ def test_activations_of_both_trunks_are_recomputed_and_gradients_are_the_same(lo
             process.policy.recompute_activations()
         e = process.credit(process.judge(process.collect()))
         count = {"actor": 0, "critic": 0}
-        trunks = {"actor": actor_critic.trunk_and_head(process.policy.actor)[0], "critic": process.policy.critic.trunk}
+        trunks = {"actor": trunk_of(process.policy.actor), "critic": process.policy.critic.trunk}
         for name, trunk in trunks.items():
             trunk.layers[0].self_attn.register_forward_hook(
                 lambda *_, name=name, count=count: count.update({name: count[name] + 1})

@@ -13,7 +13,7 @@ from c2f_utils.domain import stories
 from c2f_utils.errors import C2FError
 from c2f_utils.models import loading
 from c2f_utils.models.loading import add_lora, device, fuse_norms
-from c2f_utils.rollout import decoder_gpu
+from c2f_utils.rollout import decoder_gpu, loops
 from c2f_utils.rollout.decoder import KVDecoder
 from c2f_utils.settings.config import Lora, Models
 from c2f_utils.settings.load import load_settings
@@ -36,10 +36,9 @@ def both(model, limits, count=9, temperature=0.0, stop_strings=()):
     decoder = KVDecoder(model, TOKENIZER, stop_strings=stop_strings)
     limits = [limits] * count if isinstance(limits, int) else limits
     generator = torch.Generator().manual_seed(3)
-    layers = [decoder_gpu.GraphLayer(layer, decoder.config) for layer in decoder.trunk.layers]
     return (
         decoder(prompts(count), limits, temperature=temperature, seed=3),
-        decoder._decode_on_gpu(layers, prompts(count), limits, temperature, generator),
+        decoder.answer(prompts(count), limits, temperature, generator, on_gpu=True),
     )
 
 
@@ -50,14 +49,14 @@ def same(ours, theirs) -> bool:
 
 @pytest.mark.parametrize("check", [1, 3, 8])
 def test_answers_and_their_logps_equal_the_plain_loops_however_rarely_it_looks(check, monkeypatch):
-    monkeypatch.setattr(decoder_gpu, "CHECK", check)
+    monkeypatch.setattr(loops, "CHECK", check)
     ours, theirs = both(causal(), [1, 3, 30, 5, 30, 2, 16, 40, 8])
     assert same(ours, theirs) and {s.stop for s in ours} == {"eos", "limit"}
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0], ids=["never", "at once"])
 def test_dropping_finished_rows_changes_no_answer(share, monkeypatch):
-    monkeypatch.setattr(decoder_gpu, "COMPACT", share)
+    monkeypatch.setattr(loops, "COMPACT", share)
     assert same(*both(causal(), [4, 9, 30, 5, 30, 2, 16, 40, 8]))
 
 

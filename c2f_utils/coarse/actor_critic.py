@@ -5,39 +5,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from c2f_utils.coarse.heads import Head, last_states
 from c2f_utils.models.packing import Batch
-
-CHUNKED_ABOVE = 4096  # vocabularies above this size never see full logits
-
-CHUNK = 1024  # words whose logits exist at a time
-
-
-def trunk_and_head(model: nn.Module) -> tuple[nn.Module, Tensor]:
-    """The decoder stack and the output matrix [V, H] of a causal model, seen through a PEFT wrapper."""
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return causal.model, causal.lm_head.weight
-
-
-def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and entropies [N] (nats, float32) of `targets` under softmax(hidden W^T / temperature).
-
-    The head computes in float32 whatever the trunk does. Large vocabularies go through TRL's chunked kernel, so that
-    no [N, V] array exists in forward or backward.
-    """
-    if weight.shape[0] > CHUNKED_ABOVE:
-        from trl.kernels import ChunkedLogProbFunction
-
-        logps, entropy, *_ = ChunkedLogProbFunction.apply(
-            hidden.float(), weight, None, targets, temperature, CHUNK, None, 1.0, ("entropy",)
-        )
-        return logps.float(), entropy.float()
-    full = (F.linear(hidden.float(), weight.float()) / temperature).log_softmax(-1)
-    with torch.no_grad():
-        entropy = -(full.exp() * full).sum(-1)
-    return full.gather(-1, targets[:, None])[:, 0], entropy
+from c2f_utils.rollout.anatomy import layers_of, output_weight, trunk_of
 
 
 class Critic(nn.Module):
@@ -53,7 +25,7 @@ class Critic(nn.Module):
     @classmethod
     def from_reward(cls, reward_model: nn.Module, mean: float, std: float) -> "Critic":
         """Start as the normalised reward model: V(s) = (R(s) - mean) / std at every prefix s."""
-        critic = cls(reward_model.config.hidden_size, copy.deepcopy(reward_model.model))
+        critic = cls(reward_model.score.weight.shape[1], copy.deepcopy(trunk_of(reward_model)))
         with torch.no_grad():
             critic.head.weight.copy_(reward_model.score.weight.float() / std)
             critic.head.bias.fill_(-mean / std)
@@ -69,7 +41,7 @@ class ActorCritic(nn.Module):
 
     def __init__(self, actor: nn.Module, critic: Critic):
         super().__init__()
-        self.actor, self.critic = actor, critic
+        self.actor, self.critic, self.head = actor, critic, Head(actor)
         # With adapters the reference is the actor itself with the adapters off; otherwise a frozen copy.
         adapters = hasattr(actor, "disable_adapter")
         self._frozen = (
@@ -79,7 +51,7 @@ class ActorCritic(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The type in which actor and reference compute."""
-        return trunk_and_head(self.actor)[1].dtype
+        return output_weight(self.actor).dtype
 
     def forward(
         self, batch: Batch, temperature: float = 1.0, actor: bool = True
@@ -91,36 +63,24 @@ class ActorCritic(nn.Module):
         shared = self.critic.trunk is None
         hidden = None
         if actor or shared:
-            trunk, head = trunk_and_head(self.actor)
-            hidden = trunk(input_ids=batch.ids, use_cache=False).last_hidden_state[batch.rows, batch.columns]
-        states = hidden if shared else self._states(batch)[batch.rows, batch.columns]
+            hidden = last_states(trunk_of(self.actor), batch)[batch.rows, batch.columns]
+        states = hidden if shared else last_states(self.critic.trunk, batch)[batch.rows, batch.columns]
         # While only the critic learns, a shared trunk must not: its weights are the actor's.
         values = self.critic(states if actor or not shared else states.detach())
         if not actor:
             return None, None, values
-        return *token_logps(hidden, head, batch.targets, temperature), values
+        return *self.head.logps(self.actor, hidden, batch.targets, temperature), values
 
     @torch.no_grad()
     def final_values(self, batch: Batch) -> Tensor:
         """V after the last token of each row, [B]: what a cut answer is worth to the critic."""
-        shared = self.critic.trunk is None
-        states = (
-            trunk_and_head(self.actor)[0](input_ids=batch.ids, use_cache=False).last_hidden_state
-            if shared
-            else self._states(batch)
-        )
+        states = last_states(trunk_of(self.actor) if self.critic.trunk is None else self.critic.trunk, batch)
         return self.critic(states[torch.arange(len(batch.last)), batch.last])
 
-    def _states(self, batch: Batch) -> Tensor:
-        return self.critic.trunk(input_ids=batch.ids, use_cache=False).last_hidden_state
-
-    @torch.no_grad()
     def reference_logps(self, batch: Batch, temperature: float = 1.0) -> Tensor:
         """Log-probabilities [N] under the frozen base policy, at the same temperature."""
         with self._reference() as reference:
-            trunk, head = trunk_and_head(reference)
-            hidden = trunk(input_ids=batch.ids, use_cache=False).last_hidden_state[batch.rows, batch.columns]
-            return token_logps(hidden, head, batch.targets, temperature)[0]
+            return self.head.score(reference, batch, temperature)
 
     @contextmanager
     def _reference(self) -> Iterator[nn.Module]:
@@ -150,9 +110,9 @@ class ActorCritic(nn.Module):
         # Variants of one layer: adapters on and off, with gradients and without, fixed and varying shapes.
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         for model in (self.actor, *self._frozen):
-            for layer in trunk_and_head(model)[0].layers:
+            for layer in layers_of(trunk_of(model)):
                 layer.compile()
-        for layer in self.critic.trunk.layers if self.critic.trunk is not None else ():
+        for layer in layers_of(self.critic.trunk) if self.critic.trunk is not None else ():
             layer.compile()
 
     def trainable(self) -> dict[str, nn.Parameter]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from c2f_utils.errors import C2FError
+from c2f_utils.rollout.anatomy import layers_of, trunk_of
 
 T = TypeVar("T")
 BUCKET = 1 << 26  # gradient elements of one all-reduce
@@ -247,9 +248,9 @@ def _shard(policy: nn.Module) -> None:
             "or models.lora: null"
         )
     mesh = init_device_mesh(next(policy.parameters()).device.type, (torch.distributed.get_world_size(),))
-    trunks = [policy.actor.model, policy.critic.trunk]
+    trunks = [trunk_of(policy.actor), policy.critic.trunk]
     for trunk in (t for t in trunks if t is not None):
-        for layer in trunk.layers:
+        for layer in layers_of(trunk):
             fully_shard(layer, mesh=mesh)
     fully_shard(policy.critic.head, mesh=mesh)  # float32 always; a group has one type
     fully_shard(policy, mesh=mesh)

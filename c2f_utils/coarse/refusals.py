@@ -12,7 +12,8 @@ from c2f_utils.coarse.ranks import Ranks
 from c2f_utils.domain.samples import Prompt
 from c2f_utils.errors import C2FError, problems
 from c2f_utils.limits import Law
-from c2f_utils.positions import beyond
+from c2f_utils.positions import beyond, positions_of
+from c2f_utils.rollout.library import LibrarySampler
 from c2f_utils.settings.config import Coarse
 
 
@@ -28,7 +29,7 @@ def refuse(
     """Raise C2FError listing what makes this training impossible; returns None when nothing does."""
     if not prompts:
         raise C2FError("there are no prompts to train on; check data.preferences and data.max_prompt_tokens")
-    model = policy.actor.config
+    model = policy.actor.config.get_text_config()
     found = []
     if empty := [i for i, p in enumerate(prompts) if not p.ids]:
         found.append(
@@ -40,8 +41,9 @@ def refuse(
             f"prompts {_few(foreign)} hold token ids outside the model's vocabulary of {model.vocab_size}; "
             "they were made with another tokenizer: use the base model's"
         )
+    positions = getattr(sampler, "positions", positions_of(model))
     longest = max(range(len(prompts)), key=lambda i: len(prompts[i].ids))
-    if said := beyond(len(prompts[longest].ids), law.largest, model):
+    if said := beyond(len(prompts[longest].ids), law.largest, positions):
         found.append(
             f"the law's largest limit and the longest prompt (number {longest}): {said}; lower the law's maximum or "
             "data.max_prompt_tokens"
@@ -58,6 +60,11 @@ def refuse(
             f"{config.prompts} in "
             f"{config.minibatches} minibatches leave fewer than {ranks.world} for the last: choose a multiple of both"
         )
+    if ranks.sharded and isinstance(sampler, LibrarySampler):
+        found.append(
+            f"{type(policy.actor).__name__} is sampled through its own forward, which with split weights waits for "
+            "all processes at every token; use the launch configuration ddp (coarse.spread)"
+        )
     if config.cut == "average" and not hasattr(reward, "prefix_scores"):
         found.append(
             "coarse.cut = 'average' asks the reward for every prefix of an answer, and this reward has no "
@@ -68,7 +75,7 @@ def refuse(
             "the tokenizer has no EOS token, so answers could never end; set eos_token in its tokenizer_config.json"
         )
     for what, other in (("reward model", getattr(reward, "model", None)), ("critic", policy.critic.trunk)):
-        size = getattr(getattr(other, "config", None), "vocab_size", model.vocab_size)
+        size = other.config.get_text_config().vocab_size if hasattr(other, "config") else model.vocab_size
         if size != model.vocab_size:
             found.append(
                 f"the {what} has a vocabulary of {size} tokens, the actor one of {model.vocab_size}: they read "

@@ -10,7 +10,7 @@ from c2f_utils import redundancy
 from c2f_utils.domain import stories
 from c2f_utils.domain.samples import Prompt, Sample
 from c2f_utils.models.rewards import RewardFunction
-from c2f_utils.rollout.decoder import KVDecoder
+from c2f_utils.rollout.choice import choose
 
 TEMPERATURES = {"sampled_t1": 1.0, "sampled_t07": 0.7, "greedy": 0.0}
 CHECKER_METRICS = ("accuracy_last", "accuracy_first", "correct_steps", "utility")
@@ -54,7 +54,8 @@ def answers(
     stop_strings: Sequence[str] = (),
 ) -> list[Sample]:
     """One answer per prompt; the same seed gives the same answers, decodings do not share random numbers."""
-    decoder = KVDecoder(model, tokenizer, stop_strings=stop_strings)
+    longest = max((len(p.ids) for p in prompts), default=0) + max_tokens
+    decoder = choose(model, tokenizer, stop_strings=stop_strings, longest=longest)
     offset = list(TEMPERATURES).index(decoding)
     return decoder(prompts, max_tokens, temperature=TEMPERATURES[decoding], seed=seed * 1000 + offset)
 

@@ -18,6 +18,7 @@ from c2f_utils.domain.samples import Sample
 from c2f_utils.errors import C2FError
 from c2f_utils.models.loading import add_lora, device, disable_dropout, fuse_norms, pretrained
 from c2f_utils.models.packing import collate, pack
+from c2f_utils.rollout.anatomy import trunk_of
 from c2f_utils.settings.config import Reward, Settings
 from c2f_utils.settings.preflight import check_folder
 
@@ -53,7 +54,7 @@ class RewardModel:
         scores: list[Tensor] = [torch.empty(0)] * len(samples)
         for group in pack([len(s.prompt.ids) + s.tokens for s in samples], self.tokens_per_batch):
             batch = collate([samples[i] for i in group], self.pad_id, self.model.score.weight.device)
-            hidden = self.model.model(input_ids=batch.ids, use_cache=False).last_hidden_state[
+            hidden = trunk_of(self.model)(input_ids=batch.ids, use_cache=False).last_hidden_state[
                 batch.rows, batch.columns + 1
             ]
             flat = (self.model.score(hidden)[:, 0].float().cpu() - self.mean) / self.std
@@ -79,7 +80,7 @@ def new_reward_model(source: str | Path, settings: Settings, seed: int) -> nn.Mo
     check_folder(str(source), "models.base")
     torch.manual_seed(seed)
     model = _scorer(source, settings, num_labels=1)
-    nn.init.normal_(model.score.weight, std=(model.config.hidden_size + 1) ** -0.5)
+    nn.init.normal_(model.score.weight, std=(model.score.weight.shape[1] + 1) ** -0.5)
     disable_dropout(model)
     return model.to(device(settings.models))
 
@@ -91,6 +92,18 @@ def _scorer(source: str | Path, settings: Settings, **options: object) -> nn.Mod
     return pretrained(
         AutoModelForSequenceClassification, source, "reward model", dtype=dtype, use_safetensors=True, **options
     )
+
+
+def refuse_without_scores(config) -> None:
+    """Raise C2FError for a model from which no reward model can be made, because the library has no scores for it."""
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise C2FError(
+            f"models.base is a {config.model_type!r} model, of which the library has no sequence classifier: no reward "
+            "model can be trained from it in notebook 02; name one with the same tokenizer as models.reward, or choose "
+            "another base"
+        )
 
 
 def load_reward_model(

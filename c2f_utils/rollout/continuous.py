@@ -18,6 +18,8 @@ from torch import nn
 
 from c2f_utils.domain.samples import Prompt, Sample, finish, stopped_at
 from c2f_utils.errors import C2FError
+from c2f_utils.positions import positions_of
+from c2f_utils.rollout.anatomy import unwrapped
 from c2f_utils.rollout.sampler import eos_ids, refuse_overlong
 
 PAGE = 32  # key/value positions of one cache page
@@ -28,7 +30,7 @@ class ContinuousBatching:
     """Sampling through `transformers`' continuous batching (a PEFT wrapper is fine); same arguments as `KVDecoder`."""
 
     def __init__(self, model: nn.Module, tokenizer, tokens_in_cache: int = 65_536, stop_strings: Sequence[str] = ()):
-        self.causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.causal = unwrapped(model)
         if not hasattr(self.causal, "init_continuous_batching"):
             raise C2FError(f"{type(self.causal).__name__} cannot be batched continuously; set coarse.engine to 'kv'")
         self.tokenizer, self.eos = tokenizer, eos_ids(tokenizer, self.causal)
@@ -40,7 +42,7 @@ class ContinuousBatching:
     ) -> list[Sample]:
         """Answer every prompt; `limits` in tokens, temperature 0 is greedy. Raises C2FError when the engine fails."""
         limits = [limits] * len(prompts) if isinstance(limits, int) else list(limits)
-        refuse_overlong(self.causal.config, prompts, limits)
+        refuse_overlong(positions_of(self.causal.config), prompts, limits)
         if not prompts:
             return []
         with torch.random.fork_rng(devices=_devices(self.causal)), warnings.catch_warnings():

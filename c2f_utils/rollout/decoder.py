@@ -1,171 +1,104 @@
-"""Generation: prompts in, unpadded samples with log-probabilities and an explicit reason to stop out.
+"""`KVDecoder`: our own batched key/value-cache decoder for plain Llama layouts.
 
-`KVDecoder` is our own batched key/value-cache decoder for Llama-layout models (Mistral, Llama, TinyLlama). It exists
-because the log-probabilities must be those of the sampled policy itself, every answer has its own limit, and
-finished rows must not cost anything; at 100k parameters it is also 2-3 times faster than `model.generate`. It
-samples from the plain softmax (no top-k, no top-p, no penalties): anything else would make the KL estimate
-meaningless. Weights are read at every call, so an update is never stale. On a GPU the loop is `decoder_gpu.py`'s.
+At 100k parameters it is 2-3 times faster than `model.generate`. It computes what a plain Llama layer computes and
+nothing else, so it takes only classes known to be such layers, and of those only objects that look like one
+(`unlike_llama`); every other model goes to `library.py`. On a GPU a wave is `decoder_gpu.py`'s.
 """
-
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from c2f_utils.domain.samples import Prompt, Sample, Stop, finish, longest_stop
 from c2f_utils.errors import C2FError
 from c2f_utils.rollout import decoder_gpu
+from c2f_utils.rollout.anatomy import unwrapped
 from c2f_utils.rollout.decoder_gpu import rotate
-from c2f_utils.rollout.sampler import eos_ids, refuse_overlong
+from c2f_utils.rollout.sampler import BatchedSampler
+
+CLASSES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
+# Rotary frequencies that are the same at every length.
+ROTARY = ("default", "linear", "llama3", "yarn")
+_PARTS = {
+    "": {"embed_tokens", "layers", "norm", "rotary_emb"},
+    "layers.0": {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"},
+    "layers.0.self_attn": {"q_proj", "k_proj", "v_proj", "o_proj"},
+    "layers.0.mlp": {"gate_proj", "up_proj", "down_proj", "act_fn"},
+}
 
 
-class KVDecoder:
-    """Batched decoding of a Llama-layout `*ForCausalLM` (a PEFT wrapper around one is fine).
+def unlike_llama(model: nn.Module) -> str:
+    """Why a causal model is not one that `KVDecoder` computes rightly; empty where it is one."""
+    causal = unwrapped(model)
+    kind, config = type(causal), causal.config
+    if kind.__name__ not in CLASSES or not kind.__module__.startswith("transformers."):
+        return f"ours is for {', '.join(CLASSES)}"
+    for name, parts in _PARTS.items():
+        if other := {n for n, _ in causal.model.get_submodule(name).named_children()} ^ parts:
+            return f"its layers have other parts ({', '.join(sorted(other))})"
+    if (rotary := (config.rope_parameters or {}).get("rope_type", "default")) not in ROTARY:
+        return f"its rotary embedding is {rotary!r}"
+    if len(kinds := set(getattr(config, "layer_types", None) or ["full_attention"])) > 1:
+        return f"its layers differ ({', '.join(sorted(kinds))})"
+    return ""
 
-    Raises C2FError for another layout and for prompts that leave no room below the model's positions.
+
+class KVDecoder(BatchedSampler):
+    """Batched decoding of a plain Llama-layout `*ForCausalLM` (a PEFT wrapper around one is fine).
+
+    Raises C2FError for another layout and for prompts that leave no room below the model's positions or its sliding
+    window.
     """
 
-    def __init__(self, model: nn.Module, tokenizer, tokens_in_cache: int = 65_536, stop_strings: Sequence[str] = ()):
-        self.model = model
-        self.causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.trunk = getattr(self.causal, "model", None)
-        if not hasattr(self.trunk, "layers") or not hasattr(self.trunk.layers[0].mlp, "gate_proj"):
-            raise C2FError(
-                f"{type(self.causal).__name__} is not of the Llama layout; only Mistral and Llama models are "
-                "decoded here"
-            )
-        self.config = self.causal.config
-        self.tokenizer = tokenizer
-        self.eos = eos_ids(tokenizer, self.causal)
-        self.tokens_in_cache = tokens_in_cache
-        self.stop_strings = tuple(stop_strings)
-
-    @torch.no_grad()
-    def __call__(
-        self, prompts: Sequence[Prompt], limits: Sequence[int] | int, *, temperature: float = 1.0, seed: int = 0
-    ) -> list[Sample]:
-        """Answer every prompt; `limits` in tokens, temperature 0 is greedy, the same seed gives the same answers."""
-        limits = [limits] * len(prompts) if isinstance(limits, int) else list(limits)
-        refuse_overlong(self.config, prompts, limits)
-        generator = torch.Generator(device=self._device).manual_seed(seed)
-        layers = self._stack()
-        samples: list[Sample] = []
-        decode = self._decode_on_gpu if self._device.type == "cuda" else self._decode
-        for wave in self._waves(prompts, limits):
-            samples += decode(layers, [prompts[i] for i in wave], [limits[i] for i in wave], temperature, generator)
-        return samples
-
-    def _stack(self) -> list["_Layer"] | list[decoder_gpu.GraphLayer]:
-        kind = decoder_gpu.GraphLayer if self._device.type == "cuda" else _Layer
-        return [kind(layer, self.config) for layer in self.trunk.layers]
+    def __init__(self, model: nn.Module, *arguments, **named):
+        if why := unlike_llama(model):
+            raise C2FError(f"{type(unwrapped(model)).__name__} is not of the plain Llama layout: {why}")
+        super().__init__(model, *arguments, **named)
 
     @property
-    def _device(self) -> torch.device:
-        return self.causal.lm_head.weight.device
+    def positions(self) -> int:
+        return min(super().positions, getattr(self.config, "sliding_window", None) or super().positions)
 
-    def _waves(self, prompts: Sequence[Prompt], limits: Sequence[int]) -> list[list[int]]:
-        """Consecutive prompts whose padded cache stays within the budget; a single longer one goes alone."""
-        waves: list[list[int]] = [[]]
-        width = 0
-        for index, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
-            width = max(width, len(prompt.ids) + limit)
-            if waves[-1] and width * (len(waves[-1]) + 1) > self.tokens_in_cache:
-                waves.append([])
-                width = len(prompt.ids) + limit
-            waves[-1].append(index)
-        return waves if waves[0] else []
+    def open(self, pads: Tensor, length: int, on_gpu: bool) -> "_Wave | decoder_gpu.Wave":
+        kinds = (decoder_gpu.Wave, decoder_gpu.GraphLayer) if on_gpu else (_Wave, _Layer)
+        return kinds[0](self.causal, [kinds[1](layer, self.config) for layer in self.causal.model.layers], pads, length)
 
-    def _decode(
-        self, layers: list["_Layer"], prompts: list[Prompt], limits: list[int], temperature: float, generator
-    ) -> list[Sample]:
-        device = self._device
-        rows, start = len(prompts), max(len(p.ids) for p in prompts)
-        pads = torch.tensor([start - len(p.ids) for p in prompts], device=device)
-        tokens = torch.tensor(
-            [[0] * (start - len(p.ids)) + list(p.ids) for p in prompts], device=device
-        )  # left-padded [B, S]
-        length = start + max(limits)
+
+class _Wave:
+    def __init__(self, causal: nn.Module, layers: list["_Layer"], pads: Tensor, length: int):
+        self.causal, self.trunk, self.layers, self.pads = causal, causal.model, layers, pads
+        weight = self.trunk.embed_tokens.weight
         for layer in layers:
-            layer.allocate(rows, length, self.trunk.embed_tokens.weight)
-        columns = torch.arange(length, device=device)
-        visible = columns[None] >= pads[:, None]  # [B, S+T]: a row never sees its own padding
-        cos, sin = self.trunk.rotary_emb(self.trunk.embed_tokens.weight[:1, :1], columns[None])  # [1, S+T, D]
+            layer.allocate(len(pads), length, weight)
+        self.columns = torch.arange(length, device=pads.device)
+        self.visible = self.columns[None] >= pads[:, None]  # [B, S+T]: a row never sees its own padding
+        self.cos, self.sin = self.trunk.rotary_emb(weight[:1, :1], self.columns[None])  # [1, S+T, D]
+
+    def prefill(self, tokens: Tensor) -> Tensor:
+        start, device = tokens.shape[1], tokens.device
         # Left padding makes the first query rows of short prompts see nothing; they may look at themselves, nobody
         # reads them.
-        causal = visible[:, None, :start] & torch.ones(start, start, dtype=torch.bool, device=device).tril()
+        causal = self.visible[:, None, :start] & torch.ones(start, start, dtype=torch.bool, device=device).tril()
         mask = causal | torch.eye(start, dtype=torch.bool, device=device)
-        logits = self._forward(layers, tokens, (columns[:start] - pads[:, None]).clamp_min(0), mask, 0, cos, sin)
+        return self._forward(tokens, (self.columns[:start] - self.pads[:, None]).clamp_min(0), mask, 0)
 
-        limit = torch.tensor(limits, device=device)
-        alive = torch.arange(rows, device=device)  # original row of each decoded row
-        eos = torch.tensor(sorted(self.eos), device=device)
-        chosen = torch.zeros(rows, max(limits), dtype=torch.long, device=device)
-        logps = torch.zeros(rows, max(limits), dtype=torch.float32, device=device)
-        lengths = limit.clone()
-        stops: list[Stop] = ["limit"] * rows
-        for step in range(max(limits)):
-            token, logp = _sample(logits, temperature, generator)
-            chosen[alive, step], logps[alive, step] = token, logp
-            ended = torch.isin(token, eos)
-            stringed = self._ends_with_stop_string(chosen, alive, step) & ~ended
-            finished = ended | stringed | (step + 1 >= limit[alive])
-            if finished.any():
-                lengths[alive[finished]] = step + 1
-                for row in alive[ended].tolist():
-                    stops[row] = "eos"
-                for row in alive[stringed].tolist():
-                    stops[row] = "string"
-                keep = ~finished
-                if not keep.any():
-                    break
-                # Always drop finished rows from the bookkeeping; the cache is compacted with them, one copy of what
-                # is alive.
-                alive, token, pads, visible = alive[keep], token[keep], pads[keep], visible[keep]
-                for layer in layers:
-                    layer.keep(keep)
-            column = start + step
-            logits = self._forward(
-                layers, token[:, None], (column - pads)[:, None], visible[:, None, : column + 1], column, cos, sin
-            )
-        return [
-            self._sample_of(prompts[i], chosen[i, : lengths[i]], logps[i, : lengths[i]], stops[i], limits[i])
-            for i in range(rows)
-        ]
+    def __call__(self, token: Tensor, column: int) -> Tensor:
+        visible = self.visible[:, None, : column + 1]
+        return self._forward(token[:, None], (column - self.pads)[:, None], visible, column)
 
-    def _decode_on_gpu(
-        self, layers: list[decoder_gpu.GraphLayer], prompts: list[Prompt], limits: list[int], temperature, generator
-    ) -> list[Sample]:
-        endings = decoder_gpu.Endings(limits, self.eos, self.stop_strings, self.tokenizer)
-        ids, logps = decoder_gpu.decode(
-            self.causal, layers, [p.ids for p in prompts], endings, lambda x: _sample(x, temperature, generator)
-        )
-        return [
-            self._sample_of(p, ids[i, :n], logps[i, :n].clone(), stop, limit)
-            for i, (p, n, stop, limit) in enumerate(zip(prompts, endings.lengths, endings.stops, limits, strict=True))
-        ]
+    def keep(self, rows: Tensor) -> None:
+        self.pads, self.visible = self.pads[rows], self.visible[rows]
+        for layer in self.layers:
+            layer.keep(rows)
 
-    def _sample_of(self, prompt: Prompt, ids: Tensor, logps: Tensor, stop: Stop, limit: int) -> Sample:
-        return finish(prompt, ids.tolist(), stop, limit, logps.cpu(), self.tokenizer, self.eos, self.stop_strings)
-
-    def _ends_with_stop_string(self, chosen: Tensor, alive: Tensor, step: int) -> Tensor:
-        if not self.stop_strings:
-            return torch.zeros(len(alive), dtype=torch.bool, device=chosen.device)
-        tail = longest_stop(self.stop_strings)
-        texts = self.tokenizer.batch_decode(chosen[alive, max(0, step + 1 - tail) : step + 1].tolist())
-        return torch.tensor([any(s in text for s in self.stop_strings) for text in texts], device=chosen.device)
-
-    def _forward(
-        self, layers, tokens: Tensor, positions: Tensor, visible: Tensor, column: int, cos: Tensor, sin: Tensor
-    ) -> Tensor:
+    def _forward(self, tokens: Tensor, positions: Tensor, visible: Tensor, column: int) -> Tensor:
         """Logits of the last position, [B, V]; keys and values of `tokens` [B, S] go into the caches from `column`
         on."""
         hidden = self.trunk.embed_tokens(tokens)
-        rotation = cos[0][positions][:, None], sin[0][positions][:, None]  # [B, 1, S, D]
+        rotation = self.cos[0][positions][:, None], self.sin[0][positions][:, None]  # [B, 1, S, D]
         mask = torch.zeros(visible.shape, dtype=hidden.dtype, device=hidden.device).masked_fill_(
             ~visible, float("-inf")
         )[:, None]
-        for layer in layers:
+        for layer in self.layers:
             hidden = layer(hidden, rotation, mask, column)
         return self.causal.lm_head(self.trunk.norm(hidden[:, -1])).float()
 
@@ -221,17 +154,3 @@ class _Layer:
             gate, up = F.linear(normed, self.gate_up).chunk(2, -1)
             return hidden + self.mlp.down_proj(self.mlp.act_fn(gate) * up)
         return hidden + self.mlp(normed)
-
-
-def _sample(logits: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Next tokens [B] and their log-probabilities under the tempered policy; temperature 0 takes the most likely
-    token."""
-    if temperature == 0:
-        logps = logits.log_softmax(-1)
-        token = logps.argmax(-1)
-    else:
-        logps = (logits / temperature).log_softmax(-1)
-        # Exponential race: argmax(p / E) with E ~ Exp(1) is a draw from p.
-        race = torch.empty_like(logps).exponential_(generator=generator)
-        token = (logps - race.log()).argmax(-1)
-    return token, logps.gather(-1, token[:, None])[:, 0]

@@ -1,29 +1,22 @@
-"""Decoding on a GPU: one step of a whole wave as a CUDA graph, and the host looks in only now and then.
+"""`KVDecoder`'s wave on a GPU: one step of all prompts as a CUDA graph.
 
 A step of a 7B model is some 2,000 small kernels. Started one by one from Python they take several times what reading
-the weights takes, so a step is captured once and replayed. What differs from the loop in `decoder.py`, which serves
+the weights takes, so a step is captured once and replayed. What differs from the wave in `decoder.py`, which serves
 the CPU, and why:
 
 - adapters of projections that read the same states are one pair of matrix products, beside one product with the base
   weights, all in the model's type (a bfloat16 policy recomputes its log-probabilities anyway);
-- query heads that share a key/value head are queries of one attention call, which reads the cache once;
-- who has finished is asked every `CHECK` steps, because each look waits for the device; what a finished row wrote
-  after its end is cut off;
-- finished rows leave the cache when half of the rows has ended: another shape is another capture.
+- query heads that share a key/value head are queries of one attention call, which reads the cache once.
 
-Without a GPU the same code runs uncaptured; tests compare it with the plain loop.
+Without a GPU the same code runs uncaptured; tests compare it with the other wave.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from c2f_utils.domain.samples import longest_stop, stopped_at
-
-CHECK = 8  # steps between two looks at who has finished
-COMPACT = 0.5  # share of live rows at which the others leave the cache
 BUCKET = 256  # attended positions grow in steps of this many: one capture each
 ALIGN = 8  # positions; masks whose rows are aligned need no copy inside attention
 
@@ -194,66 +187,3 @@ class Wave:
         for layer in self.layers:
             hidden = layer(hidden, rotation, mask[:, None], columns)
         return self.causal.lm_head(_norm(self.trunk.norm, hidden[:, -1])).float()
-
-
-class Endings:
-    """Where each answer ends, found out on the host a few tokens at a time."""
-
-    def __init__(self, limits: list[int], eos: frozenset[int], stop_strings: Sequence[str], tokenizer):
-        self.limits, self.eos, self.stop_strings, self.tokenizer = limits, eos, stop_strings, tokenizer
-        self.lengths: list[int | None] = [None] * len(limits)
-        self.stops = ["limit"] * len(limits)
-        self.tail = longest_stop(stop_strings)
-
-    def look(self, row: int, ids: list[int], before: int) -> bool:
-        """Whether the answer so far, `ids`, is finished; its first `before` tokens were looked at before."""
-        end = next((i for i in range(before, len(ids)) if ids[i] in self.eos), None)
-        stop = "limit" if end is None else "eos"
-        limit = self.limits[row] - 1
-        if (end is None and len(ids) > limit) or (end is not None and end > limit):
-            end, stop = limit, "limit"
-        last = len(ids) if end is None else end + (stop != "eos")
-        if (found := stopped_at(ids[:last], self.tokenizer, self.stop_strings, before)) is not None:
-            end, stop = found, "string"
-        if end is not None:
-            self.lengths[row], self.stops[row] = end + 1, stop
-        return end is not None
-
-
-@torch.no_grad()
-def decode(
-    causal: nn.Module,
-    layers: list[GraphLayer],
-    prompts: Sequence[Sequence[int]],
-    endings: Endings,
-    draw: Callable[[Tensor], tuple[Tensor, Tensor]],
-) -> tuple[Tensor, Tensor]:
-    """Token ids and log-probabilities [B, T] (CPU) of one wave; `endings` learns where each row ends.
-
-    `draw` maps logits [B, V] to tokens and their log-probabilities, each [B].
-    """
-    device = causal.lm_head.weight.device
-    rows, start, longest = len(prompts), max(map(len, prompts)), max(endings.limits)
-    pads = torch.tensor([start - len(p) for p in prompts], device=device)
-    tokens = torch.tensor([[0] * (start - len(p)) + list(p) for p in prompts], device=device)
-    wave = Wave(causal, layers, pads, start + longest)
-    logits = wave.prefill(tokens)
-    chosen = torch.zeros(rows, longest, dtype=torch.long, device=device)
-    logps = torch.zeros(rows, longest, dtype=torch.float32, device=device)
-    decoded, live, place, before = list(range(rows)), list(range(rows)), torch.arange(rows, device=device), 0
-    for step in range(longest):
-        token, logp = draw(logits)
-        chosen[place, step], logps[place, step] = token, logp
-        if (step + 1) % CHECK == 0 or step + 1 == longest:
-            first = max(0, before + 1 - endings.tail)
-            news = chosen[:, first : step + 1].tolist()
-            live = [r for r in live if not endings.look(r, [-1] * first + news[r], before)]
-            before = step + 1
-            if not live:
-                break
-            if len(live) <= COMPACT * len(decoded):
-                kept = torch.tensor([decoded.index(r) for r in live], device=device)
-                wave.keep(kept)
-                decoded, place, token = live, place[kept], token[kept]
-        logits = wave(token, start + step)
-    return chosen.cpu(), logps.cpu()

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from c2f_utils.rollout.decoder import KVDecoder
+from c2f_utils.rollout.choice import choose
+from c2f_utils.rollout.sampler import BatchedSampler
 
 
-class ProxyDecoder(KVDecoder):
-    """A decoder whose logits are combined from three models of one layout."""
+class ProxyDecoder(BatchedSampler):
+    """A sampler whose logits are combined from three models of one layout."""
 
     def __init__(
         self,
@@ -25,17 +26,25 @@ class ProxyDecoder(KVDecoder):
     ):
         super().__init__(instruct, tokenizer, stop_strings=stop_strings)
         self.coefficient = coefficient
-        self.others = [KVDecoder(model, tokenizer) for model in (coarse, base)]
+        self.parts = [choose(model, tokenizer) for model in (instruct, coarse, base)]
 
-    def _stack(self) -> list:
-        """The layers of all three models, one after the other, each with its own cache."""
-        return [layer for decoder in (super(), *self.others) for layer in decoder._stack()]
+    def open(self, pads: Tensor, length: int, on_gpu: bool) -> "_Wave":
+        return _Wave([part.open(pads, length, on_gpu) for part in self.parts], self.coefficient)
 
-    def _forward(self, layers: list, *inputs) -> Tensor:
-        depth = len(layers) // 3
-        instruct = super()._forward(layers[:depth], *inputs)
-        coarse, base = (
-            decoder._forward(layers[(i + 1) * depth : (i + 2) * depth], *inputs)
-            for i, decoder in enumerate(self.others)
-        )
+
+class _Wave:
+    def __init__(self, waves: list, coefficient: float):
+        self.waves, self.coefficient = waves, coefficient
+
+    def prefill(self, tokens: Tensor) -> Tensor:
+        return self._combined(*(wave.prefill(tokens) for wave in self.waves))
+
+    def __call__(self, token: Tensor, column: int) -> Tensor:
+        return self._combined(*(wave(token, column) for wave in self.waves))
+
+    def keep(self, rows: Tensor) -> None:
+        for wave in self.waves:
+            wave.keep(rows)
+
+    def _combined(self, instruct: Tensor, coarse: Tensor, base: Tensor) -> Tensor:
         return instruct + self.coefficient * (coarse - base)

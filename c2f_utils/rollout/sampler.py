@@ -1,11 +1,22 @@
-"""What every sampler is, and what each refuses before it samples."""
+"""What every sampler is, what each refuses before it samples, and the loop that all of ours share.
 
+Log-probabilities must be those of the sampled policy itself, every answer has its own limit, and finished rows must
+not cost anything. Answers are drawn from the plain softmax (no top-k, no top-p, no penalties): anything else would
+make the KL estimate meaningless. Weights are read at every call, so an update is never stale.
+"""
+
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Protocol
 
-from c2f_utils.domain.samples import Prompt, Sample
+import torch
+from torch import Tensor, nn
+
+from c2f_utils.domain.samples import Prompt, Sample, finish
 from c2f_utils.errors import C2FError
-from c2f_utils.positions import beyond
+from c2f_utils.positions import beyond, positions_of
+from c2f_utils.rollout import loops
+from c2f_utils.rollout.anatomy import unwrapped
 
 
 class Sampler(Protocol):
@@ -16,12 +27,109 @@ class Sampler(Protocol):
     ) -> list[Sample]: ...
 
 
-def refuse_overlong(config, prompts: Sequence[Prompt], limits: Sequence[int]) -> None:
-    """Raise C2FError for an empty prompt and for one that with its limit needs more positions than the model has."""
+class BatchedSampler(ABC):
+    """Batched decoding of a causal model (a PEFT wrapper around one is fine); subclasses say what a wave computes.
+
+    Raises C2FError for a tokenizer without EOS and for prompts that leave no room below the model's positions.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer, tokens_in_cache: int = 65_536, stop_strings: Sequence[str] = ()):
+        self.model, self.causal = model, unwrapped(model)
+        self.config, self.tokenizer, self.eos = self.causal.config, tokenizer, eos_ids(tokenizer, self.causal)
+        self.tokens_in_cache, self.stop_strings = tokens_in_cache, tuple(stop_strings)
+
+    @abstractmethod
+    def open(self, pads: Tensor, length: int, on_gpu: bool) -> loops.Wave:
+        """A wave with `pads` [B] columns of left padding and room for `length` columns."""
+
+    @property
+    def positions(self) -> int:
+        """Tokens of prompt and answer together that this sampler computes rightly."""
+        return positions_of(self.config)
+
+    @torch.no_grad()
+    def __call__(
+        self, prompts: Sequence[Prompt], limits: Sequence[int] | int, *, temperature: float = 1.0, seed: int = 0
+    ) -> list[Sample]:
+        """Answer every prompt; `limits` in tokens, temperature 0 is greedy, the same seed gives the same answers."""
+        limits = [limits] * len(prompts) if isinstance(limits, int) else list(limits)
+        refuse_overlong(self.positions, prompts, limits)
+        device = next(self.causal.parameters()).device
+        generator = torch.Generator(device=device).manual_seed(seed)
+        samples: list[Sample] = []
+        for wave in self._waves(prompts, limits):
+            samples += self.answer([prompts[i] for i in wave], [limits[i] for i in wave], temperature, generator)
+        return samples
+
+    def _waves(self, prompts: Sequence[Prompt], limits: Sequence[int]) -> list[list[int]]:
+        """Consecutive prompts whose padded cache stays within the budget; a single longer one goes alone."""
+        waves: list[list[int]] = [[]]
+        width = 0
+        for index, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
+            width = max(width, len(prompt.ids) + limit)
+            if waves[-1] and width * (len(waves[-1]) + 1) > self.tokens_in_cache:
+                waves.append([])
+                width = len(prompt.ids) + limit
+            waves[-1].append(index)
+        return waves if waves[0] else []
+
+    @torch.no_grad()
+    def answer(
+        self,
+        prompts: list[Prompt],
+        limits: list[int],
+        temperature: float,
+        generator: torch.Generator,
+        on_gpu: bool | None = None,
+    ) -> list[Sample]:
+        """Answers of one wave; `on_gpu` chooses the loop (default: where the model is)."""
+        device = generator.device
+        on_gpu = device.type == "cuda" if on_gpu is None else on_gpu
+        start = max(len(p.ids) for p in prompts)
+        pads = torch.tensor([start - len(p.ids) for p in prompts], device=device)
+        tokens = torch.tensor(
+            [[0] * (start - len(p.ids)) + list(p.ids) for p in prompts], device=device
+        )  # left-padded [B, S]
+        wave = self.open(pads, start + max(limits), on_gpu)
+        endings = loops.Endings(limits, self.eos, self.stop_strings, self.tokenizer)
+        loop = loops.seldom if on_gpu else loops.stepwise
+        known = self.tokenizer, self.eos, self.stop_strings
+        ids, logps = loop(wave, tokens, endings, lambda logits: draw(logits, temperature, generator))
+        return [
+            finish(
+                p,
+                ids[i, :n].tolist(),
+                stop,
+                limit,
+                logps[i, :n].cpu().clone(),
+                self.tokenizer,
+                self.eos,
+                self.stop_strings,
+            )
+            for i, (p, n, stop, limit) in enumerate(zip(prompts, endings.lengths, endings.stops, limits, strict=True))
+        ]
+
+
+def draw(logits: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Next tokens [B] and their log-probabilities under the tempered policy; temperature 0 takes the most likely
+    token."""
+    if temperature == 0:
+        logps = logits.log_softmax(-1)
+        token = logps.argmax(-1)
+    else:
+        logps = (logits / temperature).log_softmax(-1)
+        # Exponential race: argmax(p / E) with E ~ Exp(1) is a draw from p.
+        race = torch.empty_like(logps).exponential_(generator=generator)
+        token = (logps - race.log()).argmax(-1)
+    return token, logps.gather(-1, token[:, None])[:, 0]
+
+
+def refuse_overlong(positions: int, prompts: Sequence[Prompt], limits: Sequence[int]) -> None:
+    """Raise C2FError for an empty prompt and for one that with its limit needs more than `positions`."""
     for prompt, limit in zip(prompts, limits, strict=True):
         if not prompt.ids:
             raise C2FError(f"empty prompt {prompt.text[:60]!r}: expected at least one token; drop it from the data")
-        if said := beyond(len(prompt.ids), limit, config):
+        if said := beyond(len(prompt.ids), limit, positions):
             raise C2FError(f"{said}; lower the law's maximum, evaluation.max_tokens or data.max_prompt_tokens")
 
 

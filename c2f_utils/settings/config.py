@@ -144,8 +144,10 @@ class Coarse(Section):
     tokens_in_cache: Positive = Field(
         65_536, description="key/value positions held while decoding; more answers wait their turn"
     )
-    engine: Literal["kv", "continuous"] = Field(
-        "kv", description="sampler: our decoder, or transformers' continuous batching"
+    engine: Literal["kv", "library", "continuous"] = Field(
+        "kv",
+        description="sampler: our decoder (the library's forward where it does not hold, and a line says so), the "
+        "library's forward, or its continuous batching",
     )
     old_logps: Literal["auto", "recorded", "recomputed"] = Field(
         "auto", description="old log-probabilities: the sampler's or the training forward's; auto: recorded if float32"

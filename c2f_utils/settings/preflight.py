@@ -116,11 +116,11 @@ def _has_template(folder: Path) -> bool:
 
 def _compiled(settings: Settings) -> list[str]:
     engine, where = settings.coarse.engine, settings.models.device
-    if not settings.models.compile or (engine == "kv" and where != "cpu"):
+    if not settings.models.compile or (engine != "continuous" and where != "cpu"):
         return []
     return [
         f"models.compile = true with coarse.engine = {engine!r} and models.device = {where!r}: layers are compiled on "
-        "a GPU and for engine 'kv' only; set models.compile to false"
+        "a GPU and not for continuous batching; set models.compile to false"
     ]
 
 

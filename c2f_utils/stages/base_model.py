@@ -1,9 +1,12 @@
 """01: which base do we start from? The embedded one is pretrained; any other is loaded and checked."""
 
+from dataclasses import asdict
+
+from c2f_utils.coarse.heads import Head
 from c2f_utils.domain import stories
 from c2f_utils.domain.samples import make_prompts
 from c2f_utils.measure import answers
-from c2f_utils.models import pretrain
+from c2f_utils.models import pretrain, rewards
 from c2f_utils.models.loading import save_model
 from c2f_utils.runs.run import Run
 from c2f_utils.stages.inputs import Inputs, keep_samples
@@ -25,8 +28,10 @@ def make(run: Run) -> dict:
         save_model(model, inputs.tokenizer, here.path("model"))
     else:
         model = inputs.base()
+    prompts = inputs.prompts("validation")
+    with here.timer("self-check"):
+        _self_check(inputs, model, prompts)
     with here.timer("evaluation"):
-        prompts = inputs.prompts("validation")
         samples = inputs.answers(model, prompts)
         results = {
             "source": settings.models.base or "embedded",
@@ -38,6 +43,19 @@ def make(run: Run) -> dict:
     keep_samples(here, answers.rows(samples, "base", "sampled_t1"), settings)
     here.save_results(results)
     return results
+
+
+def _self_check(inputs: Inputs, model, prompts) -> None:
+    """Refuse a layout that later notebooks could not train or sample rightly; say how well they agree on this one."""
+    settings = inputs.settings
+    if not (settings.embedded or settings.models.reward):
+        rewards.refuse_without_scores(model.config)
+    longest = max(len(p.ids) for p in prompts) + settings.evaluation.max_tokens
+    sampler = inputs.sampler(model, settings.coarse, longest)
+    found = inputs.self_check(model, sampler, prompts, Head(model))
+    if found:
+        print(f"self-check: {found}", flush=True)
+        inputs.run.here.note(self_check=asdict(found))
 
 
 def _forced(inputs: Inputs, model, prompts) -> dict[str, float]:

@@ -21,7 +21,7 @@ from c2f_utils.errors import problems
 from c2f_utils.files import read_json, write_json
 from c2f_utils.models import loading, rewards
 from c2f_utils.models.library_trainers import arguments, fit, quiet
-from c2f_utils.positions import beyond
+from c2f_utils.positions import beyond, positions_of
 from c2f_utils.rollout.sampler import eos_ids
 from c2f_utils.settings.config import Coarse, CriticFree
 from c2f_utils.settings.laws import make_law
@@ -89,7 +89,7 @@ class Baseline:
         _refuse_prompts(self.prompts, inputs.tokenizer)
         model = inputs.base()
         self.ends = eos_ids(inputs.tokenizer, model)
-        if said := beyond(max(len(p.ids) for p in self.prompts), self.law.largest, model.config):
+        if said := beyond(max(len(p.ids) for p in self.prompts), self.law.largest, positions_of(model.config)):
             raise problems("the law does not fit the model:", [f"{said}; lower the law's maximum"])
         make, configure = {"grpo": (GRPOTrainer, GRPOConfig), "rloo": (RLOOTrainer, RLOOConfig)}[self.entry.trainer]
         # A token normaliser that l(t) does not move; RLOO has none, its loss is one ratio per answer.

@@ -21,8 +21,7 @@ from c2f_utils.measure import answers
 from c2f_utils.models import loading
 from c2f_utils.models.rewards import RewardFunction
 from c2f_utils.notebook import seed_everything
-from c2f_utils.rollout.continuous import ContinuousBatching
-from c2f_utils.rollout.decoder import KVDecoder
+from c2f_utils.rollout.anatomy import output_weight, trunk_of
 from c2f_utils.runs.run import Run
 from c2f_utils.settings.config import Coarse, Lora
 from c2f_utils.settings.laws import make_law
@@ -57,18 +56,18 @@ def trainer(
     if config.critic == "separate" and config.critic_head == "reward":
         critic = actor_critic.Critic.from_reward(inputs.reward.model, inputs.reward.mean, inputs.reward.std)
     else:
-        critic = actor_critic.Critic(
-            model.config.hidden_size, inputs.base().model if config.critic == "separate" else None
-        )
+        trunk = trunk_of(inputs.base()) if config.critic == "separate" else None
+        critic = actor_critic.Critic(output_weight(actor).shape[1], trunk)
     policy = actor_critic.ActorCritic(actor, critic.to(loading.device(settings.models)))
     if settings.models.gradient_checkpointing:
         policy.recompute_activations()
     if settings.models.compile:
         policy.compile_layers()
-    engine = {"kv": KVDecoder, "continuous": ContinuousBatching}[config.engine]
-    decoder = engine(actor, inputs.tokenizer, config.tokens_in_cache, inputs.stop_strings())
+    prompts = prompts or inputs.prompts("train", seed=seed)
+    decoder = inputs.sampler(actor, config, max((len(p.ids) for p in prompts), default=0) + law.largest)
+    inputs.self_check(actor, decoder, prompts, policy.head)
     return CoarseTrainer(
-        policy, reward or inputs.reward, decoder, prompts or inputs.prompts("train", seed=seed), law, config,
+        policy, reward or inputs.reward, decoder, prompts, law, config,
         folder=folder,
         seed=settings.seed if seed is None else seed, pad_id=inputs.tokenizer.pad_token_id,
         evaluate=evaluator(inputs, config) if evaluated else None, stop=inputs.run.here.stop_requested,

@@ -11,7 +11,7 @@ from c2f_utils.domain.samples import Prompt, content, make_prompts
 from c2f_utils.errors import C2FError
 from c2f_utils.files import sha256
 from c2f_utils.models.rewards import Pair
-from c2f_utils.rollout.decoder import KVDecoder
+from c2f_utils.rollout.choice import choose
 from c2f_utils.settings.config import PAIR_ANSWER_TOKENS, Settings
 
 
@@ -138,7 +138,7 @@ def embedded_pairs(settings: Settings, base, tokenizer, count: int, seed: int) -
     rng = random.Random(f"pairs-{seed}")
     questions = stories.problems("train", count, rng.getrandbits(32), settings.data.operations)
     sampled = round(count * reward.base_share)
-    decoder = KVDecoder(base, tokenizer)
+    decoder = choose(base, tokenizer)
     base_answers = decoder(
         make_prompts([q for q in questions[:sampled] for _ in (0, 1)]), PAIR_ANSWER_TOKENS, seed=rng.getrandbits(32)
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from c2f_utils import weights
+from c2f_utils.coarse.heads import Head
 from c2f_utils.domain import forms, stories
 from c2f_utils.domain.forms import Form
 from c2f_utils.domain.samples import Prompt, Sample
@@ -15,8 +16,12 @@ from c2f_utils.files import write_text
 from c2f_utils.measure.answers import answers
 from c2f_utils.models import loading, rewards
 from c2f_utils.models.loading import refuse_other_tokenizer
+from c2f_utils.models.packing import collate
+from c2f_utils.rollout.check import Agreement, agree
+from c2f_utils.rollout.choice import choose
+from c2f_utils.rollout.sampler import Sampler
 from c2f_utils.runs.run import Run
-from c2f_utils.settings.config import Settings
+from c2f_utils.settings.config import Coarse, Settings
 from c2f_utils.stages import data
 
 TRAIN_PROMPTS = 2000
@@ -142,6 +147,15 @@ class Inputs:
         ids = forms.answer_ids(text, prompt.text, form, self.tokenizer)
         ids += [] if sample.cut and ids else [self.tokenizer.eos_token_id]
         return replace(sample, prompt=prompt, ids=ids, text=text)
+
+    def sampler(self, model: nn.Module, config: Coarse, longest: int) -> Sampler:
+        """What answers in training; `longest` are the tokens of the longest prompt and its limit together."""
+        return choose(model, self.tokenizer, config.tokens_in_cache, self.stop_strings(), config.engine, longest)
+
+    def self_check(self, model: nn.Module, sampler: Sampler, prompts: list[Prompt], head: Head) -> Agreement | None:
+        """That sampler, trainer and the model's own forward agree on some prompts; raises C2FError if not."""
+        device, pad = loading.device(self.settings.models), self.tokenizer.pad_token_id
+        return agree(model, sampler, prompts, lambda answers: head.score(model, collate(answers, pad, device)))
 
 
 def keep_samples(stage, table: list[dict], settings: Settings) -> None:

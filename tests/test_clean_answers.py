@@ -20,6 +20,7 @@ from c2f_utils.models.packing import collate
 from c2f_utils.models.rewards import RewardModel
 from c2f_utils.rollout.continuous import ContinuousBatching
 from c2f_utils.rollout.decoder import KVDecoder
+from c2f_utils.rollout.sampler import BatchedSampler
 from c2f_utils.settings.load import load_settings
 from c2f_utils.stages import data
 
@@ -144,13 +145,19 @@ def test_a_stop_string_of_wide_characters_is_seen_though_each_of_its_bytes_is_a_
     spelled = words.encode("用户:")
     assert len(spelled) >= 6
 
-    class Spelling(KVDecoder):
-        """A policy that writes these tokens and nothing else."""
+    class Spelt:
+        """A wave whose policy writes these tokens and nothing else."""
 
-        def _forward(self, *inputs):
-            logits = super()._forward(*inputs)
-            self.step = getattr(self, "step", -1) + 1
-            return torch.full_like(logits, -99.0).index_fill_(1, torch.tensor(written[self.step]), 99.0)
+        def prefill(self, tokens):
+            return self(None, tokens.shape[1] - 1)
+
+        def __call__(self, token, column):
+            place = column - 1  # the prompt has two tokens
+            return torch.full((1, len(words)), -99.0).index_fill_(1, torch.tensor(written[place]), 99.0)
+
+    class Spelling(BatchedSampler):
+        def open(self, pads, length, on_gpu):
+            return Spelt()
 
     written = [*words.encode(" a"), *spelled, *words.encode(" and more")]
     model = offline_mistral.model(len(words)).eval()

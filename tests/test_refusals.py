@@ -76,7 +76,7 @@ def test_a_tokenizer_without_eos_is_refused(tmp_path):
     mute = copy.deepcopy(TOKENIZER)
     mute.eos_token = None
     model = causal()
-    model.config.eos_token_id = None
+    model.config.eos_token_id = model.generation_config.eos_token_id = None
     with pytest.raises(C2FError, match="no EOS token"):
         decoder.KVDecoder(model, mute)
     mute.save_pretrained(tmp_path)

@@ -112,8 +112,8 @@ def test_a_stop_string_of_several_tokens_ends_an_answer(model):
     free = next(s for seed in range(99) for s in samples(model, 1, 24, seed) if len({*s.ids[:7]} - {stories.EOS}) == 7)
     words = " ".join(stories.VOCABULARY[i] for i in free.ids[4:7])
     stopped = KVDecoder(model, TOKENIZER, stop_strings=[words])
-    found = next(s for seed in range(99) for s in stopped([free.prompt], 24, seed=seed) if s.ids[:7] == free.ids[:7])
-    assert found.stop == "string" and found.tokens == 7 and words not in found.text
+    found = next(s for seed in range(99) for s in stopped([free.prompt], 24, seed=seed) if s.sampled == free.ids[:7])
+    assert found.stop == "string" and found.ids == [*free.ids[:4], stories.EOS] and words not in found.text
 
 
 def test_the_cache_never_holds_more_positions_than_asked_for():

@@ -95,18 +95,10 @@ class BatchedSampler(ABC):
         loop = loops.seldom if on_gpu else loops.stepwise
         known = self.tokenizer, self.eos, self.stop_strings
         ids, logps = loop(wave, tokens, endings, lambda logits: draw(logits, temperature, generator))
+        ends = zip(prompts, endings.lengths, endings.stops, limits, strict=True)
         return [
-            finish(
-                p,
-                ids[i, :n].tolist(),
-                stop,
-                limit,
-                logps[i, :n].cpu().clone(),
-                self.tokenizer,
-                self.eos,
-                self.stop_strings,
-            )
-            for i, (p, n, stop, limit) in enumerate(zip(prompts, endings.lengths, endings.stops, limits, strict=True))
+            finish(p, ids[i, :n].tolist(), stop, limit, logps[i, :n].cpu().clone(), *known)
+            for i, (p, n, stop, limit) in enumerate(ends)
         ]
 
 

@@ -22,7 +22,7 @@ import torch
 from c2f_utils.coarse.actor_critic import token_logps, trunk_and_head
 from c2f_utils.domain import forms
 from c2f_utils.domain.samples import Prompt, Sample
-from c2f_utils.files import read_yaml, root, write_json
+from c2f_utils.files import read_mapping, root, write_json
 from c2f_utils.measure import answers
 from c2f_utils.models import loading, rewards
 from c2f_utils.models.packing import collate, pack
@@ -111,7 +111,7 @@ def trained_on_headers(inputs: Inputs) -> torch.nn.Module:
 
 
 def measured(run_id: str, overrides: Path) -> dict:
-    run = Run(load_settings("small_gpu", 0, run_id, read_yaml(overrides)))
+    run = Run(load_settings("small_gpu", 0, run_id, read_mapping(overrides)))
     run.here = run.stage("07_evaluation")
     inputs = Inputs(run)
     reward, test, eos = inputs.reward, inputs.prompts("test"), inputs.tokenizer.eos_token_id

@@ -387,9 +387,3 @@ def refuse_another(law: Law, name: str, began: dict[str, object] | None, where: 
             f"checkpoint {where} was written under another law {name} ({found}); ask for that one, or start anew in "
             "another folder (a notebook: overwrite=True)"
         )
-
-
-def positions_of(model_config) -> int:
-    """How many positions a model may use at once: its position limit or its sliding window, whichever is smaller."""
-    positions = model_config.max_position_embeddings
-    return min(positions, getattr(model_config, "sliding_window", None) or positions)

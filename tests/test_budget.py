@@ -56,7 +56,7 @@ def test_out_of_memory_halves_the_budget_and_leaves_the_gradient_as_it_was(error
         if scarce:
             short_of = Scarce(process.policy, 300, error)
         gradients.append(step_gradient(process, e))
-    assert short_of.refused and process.budget.tokens == 250 and "now hold 250" in capsys.readouterr().out
+    assert short_of.refused == 2 and process.budget.tokens == 250 and "now hold 250" in capsys.readouterr().out
     assert (gradients[0] - gradients[1]).norm() / gradients[0].norm() < 1e-5
 
 
@@ -111,12 +111,13 @@ def test_the_largest_limit_is_tried_before_training_and_nothing_is_left_of_the_t
     monkeypatch.setattr(budget, "TINY", 0)
     process = trainer(limits.Clock(8, maximum=64, duration=10), tokens_per_micro_batch=500)
     before = weights(process)
-    widest = []
+    tried = []
     forward = process.policy.forward
-    process.policy.forward = lambda batch, *a, **k: widest.append(tuple(batch.ids.shape)) or forward(batch, *a, **k)
+    process.policy.forward = lambda batch, *a, **k: tried.append(batch) or forward(batch, *a, **k)
     longest = max(len(p.ids) for p in process.prompts) + 64
     assert budget.preflight(process.policy, process.budget, longest, 1.0, process.device)
-    assert widest == [(500 // longest, longest)]
+    assert [tuple(batch.ids.shape) for batch in tried] == [(500 // longest, longest)]
+    assert len(tried[0].targets) == 500 // longest * (longest - 1), "as many answer tokens as a step can have"
     assert all(p.grad is None for p in process.policy.parameters())
     assert all(torch.equal(before[n], w) for n, w in weights(process).items())
 

@@ -15,7 +15,7 @@ from c2f_utils.coarse.experience import Experience, last_prefixes, pool, signals
 from c2f_utils.coarse.ranks import Ranks
 from c2f_utils.domain import stories
 from c2f_utils.domain.samples import Prompt, Sample, finish
-from c2f_utils.files import read_yaml
+from c2f_utils.files import read_mapping
 from c2f_utils.models.packing import collate
 from c2f_utils.models.rewards import RewardModel
 from c2f_utils.rollout.continuous import ContinuousBatching
@@ -249,7 +249,7 @@ def test_the_reward_model_sees_in_training_what_it_scores_later(tmp_path):
     rows[0]["chosen"] += HEADER + " And"  # a turn that was begun
     overrides = offline_mistral.build(tmp_path / "models", tmp_path / "o.yaml")
     (tmp_path / "models" / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = load_settings("mistral_7b", overrides=read_yaml(overrides))
+    settings = load_settings("mistral_7b", overrides=read_mapping(overrides))
     words = offline_mistral.tokenizer([row["chosen"] for row in rows])
     training, held_out, _ = data.hub_pairs(settings, words)
     trained_on = Counter(ids[-1] for pair in training + held_out for ids in pair.tokens)

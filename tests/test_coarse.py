@@ -199,9 +199,30 @@ def test_an_averaged_cut_is_worth_the_mean_of_its_last_prefixes_and_an_ended_ans
 
 def test_the_reward_lands_on_the_last_token_and_kl_on_every_token():
     process = trainer("fixed", discount=1.0, lambda_policy=1.0, lambda_critic=1.0, kl_coefficient=0.0)
+    torch.nn.init.constant_(process.policy.critic.head.bias, 0.5)
     e = process.credit(process.judge(process.collect()))
     for i, sample in enumerate(e.samples):
         assert torch.allclose(e.returns[i, : sample.tokens], e.shaped[i].expand(sample.tokens), atol=1e-5)
+
+
+def moved(process):
+    """The same trainer, its actor no longer the reference."""
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for weight in process.policy.actor.parameters():
+            weight.add_(0.02 * torch.randn_like(weight))
+    return process
+
+
+def test_every_token_pays_the_kl_price_of_itself_and_of_what_follows():
+    still = {"discount": 1.0, "lambda_policy": 1.0, "lambda_critic": 1.0, "kl_coefficient": 0.5}
+    process = moved(trainer("fixed", reward=lambda batch: torch.zeros(len(batch)), **still))
+    e = process.credit(process.judge(process.collect()))
+    for i, sample in enumerate(e.samples):
+        left = (e.logps - e.reference)[i, : sample.tokens]
+        for t in range(sample.tokens):
+            assert e.returns[i, t] == pytest.approx(-0.5 * float(left[t:].sum()), abs=1e-5)
+    assert e.returns[:, 0].mean() < -0.1, "leaving the reference costs"
 
 
 def test_a_token_price_is_charged_per_token():
@@ -263,7 +284,7 @@ def test_a_non_finite_reward_stops_before_the_update_and_names_its_samples(bad, 
 
 
 def test_impossible_work_is_refused_before_it_starts():
-    with pytest.raises(C2FError, match="beyond the model's 128 positions"):
+    with pytest.raises(C2FError, match="positions, the model has 128"):
         trainer(limits.Fixed(500))
     process = trainer()
     with pytest.raises(C2FError, match="no prompts"):
@@ -295,7 +316,11 @@ def test_laws_see_the_price_that_the_policy_pays():
     process = trainer(law="useful", reward=PrefixReward())
     e = process.credit(process.judge(process.collect()))
     free, paid = signals(e, 0), signals(e, 0, token_price=0.05)
-    assert paid.tail_return < free.tail_return and paid.useful_length <= free.useful_length
+    spent = [[min(k + 1, s.tokens) for k in range(e.limit)] for s in e.samples]
+    half, three = e.limit // 2, 3 * e.limit // 4
+    more = sum(sum(row[three:]) / (e.limit - three) - sum(row[half:three]) / (three - half) for row in spent)
+    assert more > 0 and paid.tail_return == pytest.approx(free.tail_return - 0.05 * more / len(spent), abs=1e-6)
+    assert paid.useful_length <= free.useful_length
     expected = [r - 0.05 * s.tokens for r, s in zip(free.rewards, e.samples, strict=True)]
     assert paid.rewards == pytest.approx(expected, abs=1e-6) and paid.reward == free.reward
 
@@ -304,6 +329,7 @@ def test_tail_return_compares_the_last_two_quarters_and_counts_finished_answers_
     ramp = torch.arange(8).float()
     assert tail_return([ramp], 8) == pytest.approx(2.0)
     assert tail_return([ramp, torch.ones(2)], 8) == pytest.approx(1.0)
+    assert tail_return([ramp, torch.ones(5)], 8) == pytest.approx(1.0), "it keeps its reward after its end"
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3])
@@ -312,11 +338,15 @@ def test_the_smallest_batches_and_limits_leave_finite_rows(limit, tmp_path):
     assert all(value == value for value in row.values() if isinstance(value, float))
 
 
+def two_collected(process):
+    """What is collected in the first iteration and in the second."""
+    for process.iteration in (0, 1):
+        yield process.collect()
+
+
 def test_prompts_are_visited_equally_often_in_a_new_order_each_pass():
     process = trainer(prompts=12)
-    first = [p.ids for p in process._next_prompts()]
-    process.iteration = 1
-    second = [p.ids for p in process._next_prompts()]
+    first, second = ([s.prompt.ids for s in e.samples] for e in two_collected(process))
     assert sorted(first) == sorted(second) == sorted(p.ids for p in prompts()) and first != second
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -140,8 +141,11 @@ def test_two_processes_move_the_limit_alike_by_the_answers_of_both(tmp_path):
 def test_the_limit_moves_once_per_generation_however_many_steps_learn_from_it(tmp_path):
     reward = Distinct()
     changes = {"per_device_train_batch_size": 4, "steps_per_generation": 2, "num_iterations": 2, "max_steps": 12}
-    build("grpo", tmp_path, clock(), reward, **changes)[0].train()
-    assert reward.longest == [4, 8, 12]
+    trainer, _ = build("grpo", tmp_path, clock(), reward, **changes)
+    compute, held = trainer.compute_loss, []
+    trainer.compute_loss = lambda *a, **k: held.append(trainer.max_completion_length) or compute(*a, **k)
+    trainer.train()
+    assert reward.longest == [4, 8, 12] and held == [4] * 4 + [8] * 4 + [12] * 4
 
 
 def test_a_generation_between_two_optimiser_steps_gets_the_next_limit(tmp_path):
@@ -207,6 +211,24 @@ def test_the_tail_law_is_fed_by_prefix_scores_and_refused_without_them(tmp_path)
     assert reward.longest == [4, 8, 16, 16] and all(row["tail_return"] > 0 for row in limit.history)
     with pytest.raises(C2FError, match="needs tail_return"):
         begin(build("grpo", tmp_path, limits.Tail(4, maximum=16), lambda completion_ids, **_: [1.0] * 8)[0])
+
+
+def test_a_row_says_of_its_answers_what_they_were(tmp_path):
+    answers, given = [], []
+
+    def reward(completion_ids, **_):
+        answers.extend(completion_ids)
+        given.extend(len(set(ids)) / 20 for ids in completion_ids)
+        return given
+
+    trainer, limit = build("grpo", tmp_path, limits.Fixed(9), reward, generations=1, model=tiny_models.causal())
+    trainer.train()
+    (row,) = limit.history
+    cut = [ids[-1] != stories.EOS for ids in answers]
+    assert 0 < sum(cut) < 8 and sum(cut) != 4 and row["truncated_share"] == sum(cut) / 8
+    assert row["reward"] == pytest.approx(statistics.mean(given), abs=1e-6)
+    assert row["reward_sd"] == pytest.approx(statistics.stdev(given), abs=1e-6)
+    assert row["mean_tokens"] == sum(map(len, answers)) / 8 and row["longest"] == max(map(len, answers))
 
 
 @pytest.mark.parametrize("kind", TRAINERS)

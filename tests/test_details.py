@@ -101,11 +101,11 @@ def test_absurd_log_ratios_stay_finite():
 
 def test_processes_share_the_order_of_prompts_and_not_the_sampling_seed():
     asked = {}
+    whole = [sample.prompt for sample in trainer("probe").collect().samples]
     for rank in (0, 1):
         two = Two()
         two.rank = rank
         process = trainer("probe", those=two)
-        whole = process._next_prompts()
         process.sampler = lambda p, n, temperature, seed, rank=rank: asked.__setitem__(rank, (p, n, seed)) or []
         process.collect()
         assert asked[rank][0] == whole[rank::2]
@@ -149,3 +149,15 @@ def test_length_entropy_and_repetition_are_logged_beside_the_reward():
         "sampler_mismatch",
     )
     assert all(row[key] is not None for key in watched)
+
+
+def test_minibatches_change_from_one_iteration_to_the_next():
+    process, visits = trainer("fixed", epochs=1, minibatches=2), {}
+    e = process.credit(process.judge(process.collect()))
+    loss = process.loss
+    for process.iteration in (0, 1, 0):
+        seen = visits.setdefault(process.iteration, [])
+        process.loss = lambda e, group, tokens, seen=seen: seen.append(sorted(group)) or loss(e, group, tokens)
+        process.improve(e)
+    assert visits[0][:2] == visits[0][2:], "a function of seed and iteration, so that a resumed run goes on as it would"
+    assert visits[0][:2] != visits[1]

@@ -27,17 +27,18 @@ def test_each_metric_counts_what_its_name_says():
         sample("answer : 7 . answer : 4 .", "limit"),  # right at last, not at first
         sample("answer : 4 . answer : 4 . answer : 9 .", "string"),  # right at first, not at last; says one thing twice
         sample("so it goes on .", "limit"),  # no answer
+        sample("answer : 9 . answer : 4 .", "limit"),  # right at last, not at first
     ]
-    found = answers.measure(batch, lambda samples: torch.tensor([1.0, 2.0, 3.0, 6.0]))
-    assert found["n"] == 4
-    assert found["accuracy_last"] == 0.5 and found["accuracy_first"] == 0.5
-    assert found["correct_steps"] == 0.5, "two steps in four answers"
-    assert found["eos_rate"] == 0.5, "a stop string ends an answer, a limit does not"
-    assert found["reward"] == 3.0
-    assert found["mean_tokens"] == (25 + 8 + 12 + 5) / 4
-    assert found["duplicate_sentences"] == pytest.approx((0 + 0 + 1 / 3 + 0) / 4, abs=1e-6)
+    found = answers.measure(batch, lambda samples: torch.tensor([1.0, 2.0, 3.0, 6.0, 8.0]))
+    assert found["n"] == 5
+    assert found["accuracy_last"] == 3 / 5 and found["accuracy_first"] == 2 / 5
+    assert found["correct_steps"] == 2 / 5, "two steps in five answers"
+    assert found["eos_rate"] == 2 / 5, "a stop string ends an answer, a limit does not"
+    assert found["reward"] == 4.0
+    assert found["mean_tokens"] == (25 + 8 + 12 + 5 + 8) / 5
+    assert found["duplicate_sentences"] == pytest.approx((0 + 0 + 1 / 3 + 0 + 0) / 5, abs=1e-6)
     # Utility: 3 x share of steps + 1.5 or -0.5 for the last answer.
-    assert found["utility"] == pytest.approx((4.5 + 1.5 - 0.5 - 0.5) / 4)
+    assert found["utility"] == pytest.approx((4.5 + 1.5 - 0.5 - 0.5 + 1.5) / 5)
 
 
 def test_repeating_four_words_is_measured():
@@ -69,7 +70,7 @@ def test_values_per_answer_average_to_the_metrics():
     assert set(answers.per_answer([foreign("a.")])) == {"tokens", "rep4"}
 
 
-def test_the_same_seed_gives_the_same_answers_and_decodings_share_no_random_numbers():
+def test_the_same_seed_gives_the_same_answers_and_decodings_share_no_random_numbers(monkeypatch):
     model = causal()
 
     def texts(decoding: str, seed: int) -> list[list[int]]:
@@ -77,7 +78,8 @@ def test_the_same_seed_gives_the_same_answers_and_decodings_share_no_random_numb
 
     assert texts("sampled_t1", 0) == texts("sampled_t1", 0) != texts("sampled_t1", 1)
     assert texts("greedy", 0) == texts("greedy", 1)
-    assert texts("sampled_t1", 0) != texts("sampled_t07", 0)
+    monkeypatch.setattr(answers, "TEMPERATURES", {"one": 1.0, "another": 1.0})
+    assert texts("one", 0) != texts("another", 0), "their temperature is not what makes them differ"
 
 
 def test_a_lower_temperature_is_closer_to_greedy():
@@ -88,6 +90,11 @@ def test_a_lower_temperature_is_closer_to_greedy():
     )
     score = [sum(s.logps.sum().item() for s in batch) for batch in (greedy, warm, hot)]
     assert score[0] > score[1] > score[2], "each under its own temperature"
+    for batch, temperature in ((warm, 0.7), (hot, 1.0)):
+        for s in batch:
+            with torch.no_grad():
+                expected = (model(torch.tensor([s.prompt.ids])).logits[0, -1] / temperature).log_softmax(-1)
+            assert float(s.logps) == pytest.approx(float(expected[s.ids[0]]), abs=1e-5)
 
 
 def test_rows_say_everything_about_one_answer():

@@ -9,7 +9,7 @@ from finished_runs import finished, results, rows
 
 from c2f_utils.domain import forms, preferences
 from c2f_utils.errors import C2FError
-from c2f_utils.files import read_yaml
+from c2f_utils.files import read_mapping
 from c2f_utils.rollout.sampler import eos_ids
 from c2f_utils.settings.load import load_settings
 from c2f_utils.stages import data
@@ -31,7 +31,7 @@ def words():
 @pytest.fixture
 def offline(tmp_path) -> dict:
     """Overrides of a toy model in the real formats; the instruction model's tokenizer has a chat template."""
-    overrides = read_yaml(offline_mistral.build(tmp_path / "models", tmp_path / "o.yaml", "float32"))
+    overrides = read_mapping(offline_mistral.build(tmp_path / "models", tmp_path / "o.yaml", "float32"))
     Path(overrides["models"]["instruct"], "chat_template.jinja").write_text(TEMPLATE)
     return overrides
 

@@ -4,7 +4,9 @@ import dataclasses
 import json
 import random
 
+import numpy as np
 import pytest
+from reference_ppo import Logistic
 
 from c2f_utils import limits
 from c2f_utils.errors import C2FError
@@ -81,6 +83,13 @@ def test_the_geometric_clock_grows_by_a_constant_factor():
     assert all(b / a == pytest.approx(6**0.1, rel=0.04) for a, b in zip(path, path[1:], strict=False))
 
 
+def test_the_cosine_clock_eases_in_and_out():
+    law = make("clock", shape="cosine", duration=20)
+    path = [24] + [law.update(limits.Signals(iteration=i)) for i in range(20)]
+    assert path[10] == (24 + 144) / 2 and path[-1] == 144
+    assert path[5] == round(24 + 120 * (1 - 0.5**0.5) / 2), "a quarter of the way round the half circle"
+
+
 def test_staged_lengthening_visits_its_stages_for_equal_times():
     law = make("clock", shape="steps", steps=[24, 48, 144], start=24, duration=9)
     path = [24] + [law.update(limits.Signals(iteration=i)) for i in range(9)]
@@ -101,6 +110,16 @@ def test_the_logistic_law_grows_faster_with_reward_and_truncation_and_slower_wit
     assert logistic_growth(reward=1.0) > neutral > logistic_growth(reward=-1.0)
     assert logistic_growth(truncated_share=0.9) > neutral > logistic_growth(truncated_share=0.1)
     assert logistic_growth(value_error=0.1) > neutral > logistic_growth(value_error=0.9)
+
+
+def test_the_logistic_law_follows_its_formula():
+    rng, law, naive = random.Random(4), make("logistic"), Logistic(24, 144, 8)
+    for i, jump in enumerate([0, 0, 5, 0, -5, -50, 0, 0, 0.1, 0, 0, 0]):
+        reward, error, share = jump + rng.gauss(0, 0.3), rng.random(), rng.random()
+        law.update(limits.Signals(iteration=i, reward=reward, value_error=error, truncated_share=share))
+        naive.update(reward, error, share)
+        assert law.exact == pytest.approx(naive.exact) and law.limit == naive.limit
+    assert 24 < law.limit < 144
 
 
 def test_in_paper_mode_truncation_has_no_say():
@@ -129,6 +148,17 @@ def test_tail_grows_freely_until_the_tail_has_paid_once_and_brakes_when_it_has_f
     for i in range(4):
         released = law.update(limits.Signals(iteration=i, tail_return=0.5))
     assert released > held
+
+
+def test_the_tail_law_follows_its_formula():
+    law = make("tail", maximum=10_000)
+    # Running mean 1/4, 1/8, 1/16, 1/32; its peak is 1/4, so full growth above 1/8 and none below 1/20.
+    shares = (1, 1, (1 / 16 - 0.05) / 0.075, 0)
+    expected = 24.0
+    for share, tail in zip(shares, (0.5, 0.0, 0.0, 0.0), strict=True):
+        law.update(limits.Signals(iteration=0, tail_return=tail))
+        expected *= 1 + 0.12 * share
+        assert law.exact == pytest.approx(expected)
 
 
 def heard(**changes) -> limits.Signals:
@@ -186,6 +216,42 @@ def test_gated_backs_off_when_the_tail_repeats_itself():
     for i in range(6):
         limit = law.update(limits.Signals(iteration=i, truncated_share=1.0, value_slope=0.1, tail_repetition=0.95))
     assert limit < 100
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, 120),
+        ({"truncated_share": 0.2}, 100),
+        ({"value_slope": -0.05}, 100),
+        ({"tail_repetition": 0.7}, 100),
+        ({"tail_repetition": 0.9}, 90),
+    ],
+)
+def test_gated_grows_only_when_all_witnesses_agree(changes, expected):
+    law = make("gated", start=100, maximum=200)
+    law.minimum = 24
+    agreed = {"iteration": 0, "truncated_share": 0.5, "value_slope": 0.0, "tail_repetition": 0.1}
+    assert law.update(limits.Signals(**(agreed | changes))) == expected
+
+
+def test_the_probe_law_follows_its_formula():
+    rng, law, slopes, expected = random.Random(5), make("probe", start=100, maximum=1000), [], 100.0
+    drawn = law.draw(2000, rng)
+    assert 75 <= min(drawn) < 77 and 123 < max(drawn) <= 125, "a quarter of the limit to both sides"
+    for i in range(14):
+        drawn = law.draw(16, rng)
+        rewards = [0.3 * n / law.limit + rng.gauss(0, 0.05) for n in drawn]
+        slopes.append(np.polyfit(np.log(drawn), rewards, 1)[0])
+        law.update(limits.Signals(iteration=i, limits=tuple(drawn), rewards=tuple(rewards)))
+        if i < 10:
+            mean = sum(slopes) / len(slopes)
+        else:
+            mean += (slopes[-1] - mean) / 10
+        share = 1.0 if i < 4 else min(1.0, max(-0.5, mean / 0.5))
+        expected = max(100.0, expected * (1 + 0.2 * share))
+        assert law.exact == pytest.approx(expected) and law.slope == pytest.approx(mean)
+    assert 200 < law.limit < 1000
 
 
 def test_probe_follows_the_causal_slope_in_both_directions():

@@ -8,7 +8,7 @@ import yaml
 from finished_runs import ROOT, finished, results, rows, surroundings
 
 from c2f_utils.domain.preferences import HUMAN
-from c2f_utils.files import read_yaml
+from c2f_utils.files import read_mapping
 from c2f_utils.settings.config import STAGES
 from c2f_utils.settings.load import load_settings
 
@@ -29,7 +29,7 @@ SMALL = {
 
 def small(changes: dict) -> dict:
     """The example's overrides with other sizes."""
-    settings = read_yaml(ROOT / "examples" / "own_model.yaml")
+    settings = read_mapping(ROOT / "examples" / "own_model.yaml")
     for section, values in changes.items():
         settings[section] = settings.get(section, {}) | values
     return settings
@@ -49,7 +49,7 @@ def test_the_example_goes_from_real_pairs_to_a_report(real_data, tmp_path):
     overrides.write_text(yaml.safe_dump(settings))
     finished(tmp_path, "run", "all", "--profile", "small_gpu", "--overrides", str(overrides), "--run-id", "own")
     for name in STAGES:
-        assert read_yaml(tmp_path / "own" / name / "status.json")["status"] == "done", name
+        assert read_mapping(tmp_path / "own" / name / "status.json")["status"] == "done", name
     assert {"instruct", "instruct_raw", "fine", "fine_raw"} <= set(results(tmp_path / "own", "07")["models"])
     for row in rows(tmp_path / "own" / "07_evaluation" / "samples.jsonl"):
         assert HUMAN not in row["text"]
@@ -59,7 +59,7 @@ def test_the_example_goes_from_real_pairs_to_a_report(real_data, tmp_path):
 def test_the_examples_overrides_are_settings_of_the_profile_it_names(tmp_path):
     import offline_mistral
 
-    overrides = read_yaml(offline_mistral.build(tmp_path / "models", tmp_path / "o.yaml", "float32"))
+    overrides = read_mapping(offline_mistral.build(tmp_path / "models", tmp_path / "o.yaml", "float32"))
     settings = small({"data": {"preferences": overrides["data"]["preferences"]}, "reward": {"max_tokens": 200}})
     settings["models"] |= {name: overrides["models"][name] for name in ("base", "instruct")}
     settings["models"]["instruct_form"] = "raw"

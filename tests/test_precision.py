@@ -126,3 +126,18 @@ def test_activations_of_both_trunks_are_recomputed_and_gradients_are_the_same(lo
     assert calls == [{"actor": 1, "critic": 1}, {"actor": 2, "critic": 2}]
     for name, value in gradients[0].items():
         assert torch.allclose(value, gradients[1][name], atol=1e-7), name
+
+
+def test_gradients_of_several_micro_batches_add_up_in_masters():
+    process = half()
+    e = process.credit(process.judge(process.collect()))
+
+    def gradients(groups: list[list[int]]) -> dict[str, torch.Tensor]:
+        process.updates.clear()
+        for group in groups:
+            process.updates.backward(process.loss(e, group, 100)[0])
+        return {n: w.grad.clone() for n, w in process.updates.weights.items() if w.grad is not None}
+
+    first, second, both = gradients([[0, 1]]), gradients([[2, 3]]), gradients([[0, 1], [2, 3]])
+    for name, value in both.items():
+        assert value.dtype == torch.float32 and torch.allclose(value, first[name] + second[name], atol=1e-8), name

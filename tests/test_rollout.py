@@ -83,13 +83,16 @@ def test_waves_under_a_small_cache_give_greedy_answers_unchanged(model):
     assert [s.ids for s in large] == [s.ids for s in small]
 
 
-def test_sampling_follows_the_models_probabilities(model):
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_sampling_follows_the_models_probabilities_at_its_temperature(model, temperature):
     prompt = prompts(1)[0]
-    drawn = KVDecoder(model, TOKENIZER, tokens_in_cache=10**9)([prompt] * 4000, 1, seed=3)
+    sampler = KVDecoder(model, TOKENIZER, tokens_in_cache=10**9)
+    drawn = sampler([prompt] * 4000, 1, temperature=temperature, seed=3)
     counts = torch.bincount(torch.tensor([s.ids[0] for s in drawn]), minlength=len(stories.VOCABULARY)) / 4000
     with torch.no_grad():
-        expected = model(torch.tensor([prompt.ids])).logits[0, -1].softmax(-1)
+        expected = (model(torch.tensor([prompt.ids])).logits[0, -1] / temperature).softmax(-1)
     assert (counts - expected).abs().max() < 4 * (0.25 / 4000) ** 0.5
+    assert all(float(s.logps) == pytest.approx(float(expected[s.ids[0]].log()), abs=1e-5) for s in drawn)
 
 
 def test_the_same_seed_repeats_and_another_does_not(model):
@@ -103,6 +106,28 @@ def test_a_stop_string_ends_an_answer_and_is_not_shown(model):
     stopped = KVDecoder(model, TOKENIZER, stop_strings=[word])(prompts(6), 24, temperature=0.0)[0]
     assert stopped.stop == "string" and not stopped.cut and word not in stopped.text
     assert stopped.sampled == free[0].ids[: len(stopped.sampled)] and len(stopped.sampled) <= 3
+
+
+def test_a_stop_string_of_several_tokens_ends_an_answer(model):
+    free = next(s for seed in range(99) for s in samples(model, 1, 24, seed) if len({*s.ids[:7]} - {stories.EOS}) == 7)
+    words = " ".join(stories.VOCABULARY[i] for i in free.ids[4:7])
+    stopped = KVDecoder(model, TOKENIZER, stop_strings=[words])
+    found = next(
+        s for seed in range(99) for s in stopped([free.prompt], 24, seed=seed) if s.sampled[:7] == free.ids[:7]
+    )
+    assert found.stop == "string" and len(found.sampled) == 7 and words not in found.text
+    assert found.ids == [*free.ids[:4], stories.EOS]
+
+
+def test_the_cache_never_holds_more_positions_than_asked_for():
+    model, held = causal(), []
+    model.model.rotary_emb.register_forward_hook(lambda _, given, found: held.append(given[1].shape[1]))
+    rows = []
+    model.model.embed_tokens.register_forward_hook(lambda _, given, found: rows.append(given[0].shape))
+    KVDecoder(model, TOKENIZER, tokens_in_cache=150)(prompts(9), [4, 20, 20, 90, 4, 4, 4, 20, 4])
+    waves = [shape[0] for shape in rows if shape[1] > 1]
+    assert sum(waves) == 9 and len(waves) == len(held)
+    assert all(count * length <= 150 or count == 1 for count, length in zip(waves, held, strict=True))
 
 
 def test_new_weights_are_seen_at_the_next_call():

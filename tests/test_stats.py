@@ -29,8 +29,15 @@ def test_paired_bootstrap_is_seeded_pairs_rows_and_sees_a_shift():
     found = stats.paired_bootstrap(a, b)
     assert found == stats.paired_bootstrap(a, b) != stats.paired_bootstrap(a, b, seed=1)
     assert 0.2 < found.low < 0.3 < found.high < 0.5 and found.p < 0.001  # unpaired the half width would be 0.9
+    half = 1.96 * np.std(a - b) / 16
+    assert (found.high - found.low) / 2 == pytest.approx(half, rel=0.05), "95 % of a normal distribution"
     mirrored = stats.paired_bootstrap(b, a)
     assert (mirrored.low, mirrored.high) == pytest.approx((-found.high, -found.low))
+
+
+def test_paired_bootstrap_claims_as_much_one_way_as_the_other():
+    a, b = np.random.default_rng(2).normal(0, 1, (2, 40)) + [[0.5], [0.0]]
+    assert stats.paired_bootstrap(a, b).p == stats.paired_bootstrap(b, a).p < 0.1
 
 
 def test_paired_bootstrap_of_identical_models_claims_nothing():
@@ -134,6 +141,12 @@ def test_sign_flip_is_exact_for_few_and_close_for_many():
     exact, sampled = stats.sign_flip(d), stats.sign_flip(np.append(d, 0.0))  # a zero changes n, not the distribution
     assert sampled == pytest.approx(exact, abs=0.02)
     assert stats.sign_flip(np.ones(40)) == pytest.approx(1 / 10_001)
+
+
+def test_a_sign_flip_sees_a_loss_as_well_as_a_gain():
+    gains = np.random.default_rng(3).normal(1.0, 1, 20)
+    for few in (gains[:8], gains):
+        assert stats.sign_flip(-few) == pytest.approx(stats.sign_flip(few), abs=0.02) and stats.sign_flip(few) < 0.5
 
 
 def test_first_crossing_interpolates_between_snapshots():

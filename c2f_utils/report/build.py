@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from c2f_utils.errors import C2FError
+from c2f_utils.errors import C2FError, CannotWrite
 from c2f_utils.files import read_json, read_jsonl, sha256, write_json, write_text
 from c2f_utils.report import figures, tables, verdicts
 from c2f_utils.report.document import Document, to_html, to_markdown
@@ -363,9 +363,10 @@ class _Builder:
 
     def _failed(self, kind: str, name: str, error: Exception) -> None:
         """A run that was cut short may hold odd results: the rest of the report is still made, and says so."""
-        words = f"{kind} {name}: could not be made ({type(error).__name__}: {error})"
-        if "cannot write" in str(error):
+        if isinstance(error, CannotWrite):
             raise error
+        ours = "" if isinstance(error, C2FError) else f"not as expected: {type(error).__name__} "
+        words = f"{kind} {name}: could not be made ({ours}{error})"
         self.missing.append(words)
         self.document.text(f"Not shown: {words}.")
 

@@ -1,0 +1,99 @@
+"""The trainer against a naive re-computation of PPO (`reference_ppo.py`): two free-running iterations, every option."""
+
+from itertools import product
+
+import pytest
+import torch
+from reference_ppo import Logistic, ReferencePPO
+from tiny_models import PrefixReward, causal, trainer
+
+TOLERANCE = 1e-5
+# Answers cut by the limit, adapters or all weights, a critic of its own or on the actor's trunk: all of them, each with
+# other settings beside, so that these meet every mode without a run of their own.
+BESIDE = (
+    {"temperature": 0.7, "token_price": 0.03, "clip": 0.05},
+    {"temperature": 1.6, "kl_target": 0.02, "discount": 0.97, "value_clip": 0.02},
+    {"lambda_policy": 0.8, "lambda_critic": 1.0, "gradient_clip": 0.02, "reward_clip": 0.3, "old_logps": "recomputed"},
+    {
+        "lambda_policy": "adaptive",
+        "lambda_alpha": 2.5,
+        "reward_scaling": "running",
+        "value_clip": 0.0,
+        "minibatches": 3,
+    },
+    {"temperature": 1.3, "critic_warmup": 1, "token_price": 0.02, "reward_scaling": "running"},
+)
+MODES = list(product(("score", "average", "bootstrap", "penalty"), ("full", "lora"), ("separate", "shared")))
+CASES = {
+    "-".join(mode): {"cut": mode[0], "lora": mode[1] == "lora", "critic": mode[2]} | BESIDE[i % len(BESIDE)]
+    for i, mode in enumerate(MODES)
+}
+
+
+def started(settings: dict):
+    """A trainer whose policy has already left its reference and whose critic already says something."""
+    torch.manual_seed(3)
+    process = trainer("logistic", reward=PrefixReward(), kl_coefficient=0.3, tokens_per_micro_batch=150, **settings)
+    with torch.no_grad():
+        for name, weight in process.policy.trainable().items():
+            if "lora_B" in name or name == "critic.head.weight":
+                weight.normal_(std=0.1)
+            elif not settings["lora"] and name.startswith("actor."):
+                weight.add_(0.01 * torch.randn_like(weight))
+        process.policy.critic.head.bias.fill_(0.2)
+    return process
+
+
+def watched(process) -> tuple[list, list, list]:
+    """Which answers each optimiser step is made of, the losses it adds up and the gradient norms it returns."""
+    steps, losses, norms, loss, step = [[]], [[]], [], process.loss, process.updates.step
+
+    def told(e, group, step_tokens):
+        found, row = loss(e, group, step_tokens)
+        steps[-1].extend(group)
+        losses[-1].append(row)
+        return found, row
+
+    def stepped():
+        norms.append([float(norm) for norm in step()])
+        steps.append([])
+        losses.append([])
+        return [torch.tensor(n) for n in norms[-1]]
+
+    process.loss, process.updates.step = told, stepped
+    return steps, losses, norms
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_iterations_agree_with_a_naive_re_computation(case):
+    process = started(CASES[case])
+    naive = ReferencePPO(process.policy, causal(), lambda ids: len(set(ids)) / 20, Logistic(8, 24, 4), process.config)
+    for _ in range(2):
+        e = process.collect()
+        samples = list(e.samples)
+        steps, losses, norms = watched(process)
+        row = process.advance(e, process.improve(process.credit(process.judge(e))))
+        del process.loss, process.updates.step
+        facts, taken, expected = naive.iterate(samples, steps[:-1])
+
+        assert len(taken) == process.config.epochs * process.config.minibatches == len(norms)
+        for i, fact in enumerate(facts):
+            n = samples[i].tokens
+            assert samples[i].logps.tolist() == near(fact["logps"]), "the sampler's own log-probabilities"
+            for name in ("logps", "reference", "values", "advantages", "returns"):
+                assert getattr(e, name)[i, :n].tolist() == near(fact[name]), name
+        for ours, theirs, both in zip(losses, taken, norms, strict=False):
+            for name in ("policy_loss", "value_loss", "entropy", "clip_fraction"):
+                assert sum(float(part[name]) for part in ours) == near(theirs[name]), name
+            assert both == near(theirs["norms"])
+        assert row.keys() - expected.keys() == {"reason", "tokens_per_micro_batch"}
+        for name, value in expected.items():
+            assert row[name] == near(value), name
+    ours = process.policy.trainable()
+    assert ours.keys() == naive.weights().keys()
+    for name, weight in naive.weights().items():
+        assert (ours[name] - weight).abs().max() <= TOLERANCE, name
+
+
+def near(expected):
+    return pytest.approx(expected, abs=TOLERANCE, rel=TOLERANCE)

@@ -82,7 +82,7 @@ def test_rows_are_the_policys_own_samples_and_the_first_is_the_base():
 
 
 @pytest.fixture
-def fake_study(benchmark, monkeypatch):
+def fake_study(monkeypatch):
     """A study whose arms cost nothing; the arms that were run, in order."""
     ran = []
 

@@ -12,15 +12,12 @@ from c2f_utils import threads
 from c2f_utils.errors import problems
 from c2f_utils.files import root
 from c2f_utils.notebook.opening import deciding, opening
-from c2f_utils.notebook.panel import LivePanel
-from c2f_utils.notebook.show import Html, sample_browser, side_by_side
+from c2f_utils.notebook.show import Html
 from c2f_utils.runs import provenance, registry
 from c2f_utils.runs.run import Run
 from c2f_utils.runs.stage import Stage
 from c2f_utils.settings import parameters
 from c2f_utils.settings.load import load_settings
-
-__all__ = ["LivePanel", "finish", "sample_browser", "seed_everything", "side_by_side", "start"]
 
 _SAYS = {
     "fresh": "starting",

@@ -1,7 +1,5 @@
 """Every figure of the workbench, as a function of results on disk; the notebooks and the report draw from here.
 
-    figures.save_figure(figures.training_panel(run.here), run.here, "training_panel")
-
 Inputs: a stage, its directory, the run's directory, or data already read. Output: a matplotlib figure that carries the
 numbers behind it (`fig.data`). A metric that is null is named in the figure, with the reason, never drawn as zero.
 Rooms: `figures_training` (01 to 05), `figures_reward` (02: one pair, several reward models, over-optimisation),
@@ -36,30 +34,3 @@ from c2f_utils.report.figures_training import (
     training_panel,
 )
 from c2f_utils.report.style import save_figure
-
-__all__ = [
-    "coefficient_sweep",
-    "credit_of_one_answer",
-    "hero",
-    "layer_sweep",
-    "length_bias",
-    "length_bias_models",
-    "limit_paths",
-    "loss_curve",
-    "operator_table",
-    "overoptimisation",
-    "pair_scores",
-    "prefix_redundancy",
-    "prefix_reward",
-    "quality_length_frontier",
-    "quality_redundancy_frontier",
-    "regret_map",
-    "residue_anatomy",
-    "reward_calibration",
-    "save_figure",
-    "schedule_comparison",
-    "seed_overview",
-    "tokens_to_target",
-    "training_panel",
-    "variant_differences",
-]

@@ -2,9 +2,9 @@
 
     python examples/own_model.py data/harmless_base.jsonl.gz
 
-A byte-level BPE, a Mistral of 1.5 million weights trained on the transcripts of the training dialogues, and an
+A byte-level BPE, a Mistral of 1.4 million weights trained on the transcripts of the training dialogues, and an
 instruction model: that very base, trained further on the chosen answers in a chat template of its own. Validation and
-test dialogues, as the notebooks split them, are seen by neither. About ten minutes on one core; what comes out writes
+test dialogues, as the notebooks split them, are seen by neither. Five to ten minutes on one core; what comes out writes
 English of a sort, knows nothing, and is as offensive as its data.
 """
 
@@ -105,7 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("pairs", type=Path, help="HH-RLHF pairs, .jsonl or .jsonl.gz")
     parser.add_argument("--out", type=Path, default=Path("data/own_model"), help="folder for base/ and instruct/")
-    parser.add_argument("--tokens", type=int, default=2_000_000, help="training tokens of the base")
+    parser.add_argument("--tokens", type=int, default=1_200_000, help="training tokens of the base")
     parser.add_argument("--hidden", type=int, default=128, help="width of the model")
     parser.add_argument("--layers", type=int, default=5)
     parser.add_argument("--vocabulary", type=int, default=2048, help="tokens of the BPE")

@@ -2,6 +2,22 @@
 
 # fmt: off
 ELSEWHERE: dict[str, list[tuple]] = {
+    "domain/samples.py": [
+        ('ids = sampled if stop == "limit" else [*kept, tokenizer.eos_token_id]', "ids = sampled",
+         "the next turn's header would be scored as part of the answer",
+         "test_clean_answers.py::test_an_answer_scores_the_same_with_the_header_and_with_eos"),
+        ('ids = sampled if stop == "limit" else', "ids =",
+         "an answer that was cut would be scored as one that ended",
+         "test_clean_answers.py::test_a_cut_answer_gets_no_eos_and_another_end_of_the_model_becomes_the_tokenizers"),
+        ("tokenizer.encode(rest, add_special_tokens=False) if rest else ()", "",
+         "a full stop that shares a token with the header would be lost",
+         "test_clean_answers.py::"
+         "test_a_full_stop_that_shares_a_token_with_the_header_is_kept_and_only_that_token_is_new"),
+        ("max((len(s.encode()) for s in stop_strings), default=0) + 1", "max(map(len, stop_strings), default=0) + 1",
+         "a stop string of wide characters would be overheard",
+         "test_clean_answers.py::"
+         "test_a_stop_string_of_wide_characters_is_seen_though_each_of_its_bytes_is_a_token"),
+    ],
     "rollout/decoder.py": [
         ("logps = (logits / temperature).log_softmax(-1)", "logps = logits.log_softmax(-1)",
          "every temperature would sample like 1",
@@ -32,7 +48,7 @@ ELSEWHERE: dict[str, list[tuple]] = {
         ('stops[row] = "eos"', 'stops[row] = "limit"',
          "finished answers would be taken for cut ones",
          "test_rollout.py::test_every_answer_keeps_its_own_limit_and_says_why_it_stopped"),
-        ("tail = max(map(len, self.stop_strings)) + 1", "tail = 1",
+        ("tail = longest_stop(self.stop_strings)", "tail = 1",
          "a stop string of several tokens would be overheard",
          "test_rollout.py::test_a_stop_string_of_several_tokens_ends_an_answer"),
         ("if waves[-1] and width * (len(waves[-1]) + 1) > self.tokens_in_cache:",

@@ -46,14 +46,14 @@ class Experience:
 
 
 def token_rows(e: Experience, index: int, words: Sequence[str]) -> list[dict[str, float | int | str]]:
-    """One answer token by token after `credit`; `words` are its tokens as text.
+    """One answer token by token after `credit`; `words` are its sampled tokens as text.
 
     `reward` is what the token is paid, `kl_price` the part of it that is the price of KL, `value` the critic's V before
     the token, `advantage` is whitened over the batch, `return` the critic's target. Units: normalised reward.
     """
     rows = []
     for t, word in enumerate(words):
-        end = t + 1 == e.samples[index].tokens
+        end = t + 1 == len(e.samples[index].sampled)
         paid = float(e.paid[index, t])
         row = {"position": t + 1, "token": word, "reward": paid, "kl_price": paid - end * float(e.shaped[index])}
         names = {"value": e.values, "advantage": e.advantages, "return": e.returns}

@@ -98,7 +98,7 @@ def one_pair(run: Run) -> tuple[dict[str, dict], list[dict]]:
     else:
         few = settings.reward.model_copy(update={"pairs": 1, "held_out_pairs": 1})
         pair = data.hub_pairs(settings.model_copy(update={"reward": few}), inputs.tokenizer)[1][0]
-        n = pair.prompt_tokens(inputs.tokenizer)
+        n = pair.prompt_tokens
         prompt = Prompt(tuple(pair.tokens[0][:n]), pair.prompt)
         both = tuple(tokens[n:] for tokens in pair.tokens)
     samples = [

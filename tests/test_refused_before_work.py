@@ -29,7 +29,7 @@ def offline(tmp_path_factory) -> Path:
 
 def refuse(capsys, monkeypatch, *arguments: str) -> str:
     """The message of a refused command; no kernel was started and no stage exists."""
-    monkeypatch.setattr(jobs, "_execute", lambda *_: pytest.fail("a kernel was started"))
+    monkeypatch.setattr("papermill.execute_notebook", lambda *_, **__: pytest.fail("a kernel was started"))
     capsys.readouterr()  # what making the models printed
     assert main(["run", *arguments]) == jobs.BAD_INPUT
     message = capsys.readouterr().err
@@ -117,7 +117,7 @@ def test_an_earlier_stage_of_another_profile_or_seed_does_not_count(smoke_run, m
 
 def test_a_stage_that_exists_with_another_configuration(smoke_run, monkeypatch, capsys):
     monkeypatch.setenv("C2F_OUTPUTS", str(smoke_run.parent))
-    monkeypatch.setattr(jobs, "_execute", lambda *_: pytest.fail("a kernel was started"))
+    monkeypatch.setattr("papermill.execute_notebook", lambda *_, **__: pytest.fail("a kernel was started"))
     before = (smoke_run / "03_coarse_rlhf" / "results.json").stat().st_mtime_ns
     assert main(["run", "03", "--run-id", smoke_run.name, "-p", "coarse.iterations=9"]) == jobs.BAD_INPUT
     message = capsys.readouterr().err
@@ -134,7 +134,7 @@ def test_a_stage_that_exists_with_another_configuration(smoke_run, monkeypatch, 
 
 def test_a_stage_of_another_profile_or_seed_than_the_runs(smoke_run, monkeypatch, capsys):
     monkeypatch.setenv("C2F_OUTPUTS", str(smoke_run.parent))
-    monkeypatch.setattr(jobs, "_execute", lambda *_: pytest.fail("a kernel was started"))
+    monkeypatch.setattr("papermill.execute_notebook", lambda *_, **__: pytest.fail("a kernel was started"))
     for other, advice in ((["--seed", "1"], "add --seed 0 "), (["--profile", "tiny"], "add --profile smoke ")):
         assert main(["run", "01", "--run-id", smoke_run.name, *other]) == jobs.BAD_INPUT
         message = capsys.readouterr().err

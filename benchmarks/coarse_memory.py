@@ -1,8 +1,7 @@
 """Does memory stay flat while the limit grows? Peak resident memory of whole training iterations against l(t).
 
     python benchmarks/coarse_memory.py                  # vocabulary 32,000, l0 = 32 up to 8 l0, 64 prompts: minutes
-    on one core python benchmarks/coarse_memory.py --vocabulary 8192 --prompts 16 --budget 256 --iterations 1   # a
-    small try
+    python benchmarks/coarse_memory.py --vocabulary 8192 --prompts 16 --budget 256 --iterations 1      # a small try
 
 A randomly initialised Mistral with a separate critic and a reward model trains under a fixed limit; every limit runs
 in a fresh process. `growth` is the peak resident size during the iterations minus the resident size after loading,

@@ -1,8 +1,8 @@
 """How long is one iteration of coarse RLHF, and where does the time go, beside TRL 1.10's PPO on the same work in the
 same run?
 
-    python benchmarks/coarse_speed.py --trl PYTHON                 # PYTHON: interpreter of an environment with
-    trl==1.10.* python benchmarks/coarse_speed.py --iterations 2 --threads 1   # a small try, ours alone
+    python benchmarks/coarse_speed.py --trl PYTHON      # PYTHON: interpreter of an environment with trl==1.10.*
+    python benchmarks/coarse_speed.py --iterations 2 --threads 1                # a small try, ours alone
 
 The work: the embedded domain's actor (about 97,000 parameters) with a separate critic of the same shape and a reward
 model, all at random weights; 64 prompts, answers of exactly 144 tokens (end-of-sequence is off on both sides), 2

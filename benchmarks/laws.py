@@ -10,7 +10,7 @@ do not know the maximum run where cost to a target counts, the other laws that l
 hacked or the right length is known.
 Every finished run is one file under outputs/laws-<seed>/study/, so a stopped study continues where it was. One run
 takes about 15 seconds of one core, a seed with all conditions, clocks and laws about half an hour; use one thread per
-lane. Conditions, clocks and measures: `c2f_utils/law_study.py`.
+lane. Conditions, clocks and measures: `c2f_utils/report/law_study.py`.
 """
 
 import argparse
@@ -21,6 +21,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import law_runs  # noqa: E402
+
 from c2f_utils.files import read_json, write_json, write_text  # noqa: E402
 from c2f_utils.report import law_study  # noqa: E402
 from c2f_utils.runs.run import Run  # noqa: E402
@@ -28,7 +30,6 @@ from c2f_utils.runs.stage import Stage, run_folder  # noqa: E402
 from c2f_utils.settings.config import Law  # noqa: E402
 from c2f_utils.settings.laws import make_law
 from c2f_utils.settings.load import load_settings  # noqa: E402
-from c2f_utils.stages import law_runs  # noqa: E402
 from c2f_utils.stages.inputs import Inputs  # noqa: E402
 
 HACKED_BUDGET = 200_000  # rollout tokens; enough for the logistic law to reach its maximum

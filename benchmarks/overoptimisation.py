@@ -11,11 +11,13 @@ under the usual labels, and by the exact checker. An arm that is in the output f
 
 import argparse
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from c2f_utils import stats
 from c2f_utils.coarse import ppo
 from c2f_utils.coarse.experience import Experience
 from c2f_utils.coarse.trainer import CoarseTrainer
@@ -23,7 +25,7 @@ from c2f_utils.errors import C2FError
 from c2f_utils.files import read_json, write_json
 from c2f_utils.measure import answers
 from c2f_utils.models import rewards
-from c2f_utils.report import overoptimisation
+from c2f_utils.report.figures_reward import root_kl, smoothed
 from c2f_utils.runs.run import Run
 from c2f_utils.runs.stage import Stage, run_folder
 from c2f_utils.settings.laws import make_law
@@ -42,6 +44,58 @@ CONDITIONS = {
 }
 HELD_OUT_PAIRS = 4000  # the held-out reward model is trained on
 OTHER_SEED = 7919  # of the held-out reward model's pairs and head
+METRICS = ("held_out", "utility")
+
+
+def columns(rows: Sequence[dict]) -> dict[str, list[float]]:
+    """Rows of one curve as lists by name, the form kept on disk."""
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def features(curve: dict[str, list[float]]) -> dict[str, float]:
+    """What one curve says, from its moving means: end of the training reward and KL, and by metric the peak, sqrt(KL)
+    at the peak, the end, and the drop from peak to end."""
+    x, training = root_kl(curve), smoothed(curve["training"])
+    found = {"training_end": training[-1], "root_kl_end": x[-1], "tokens_end": smoothed(curve["tokens"])[-1]}
+    for metric in METRICS:
+        y = smoothed(curve[metric])
+        peak = int(y.argmax())
+        found |= {
+            f"{metric}_peak": y[peak],
+            f"{metric}_root_kl_at_peak": x[peak],
+            f"{metric}_end": y[-1],
+            f"{metric}_drop": y[peak] - y[-1],
+        }
+    found["gap_end"] = training[-1] - found["held_out_end"]
+    return {name: float(value) for name, value in found.items()}
+
+
+def at_root_kl(curve: dict[str, list[float]], metric: str, where: float) -> float:
+    """The smoothed metric when the policy first reaches this sqrt(KL), linear between iterations."""
+    return float(np.interp(where, np.maximum.accumulate(root_kl(curve)), smoothed(curve[metric])))
+
+
+def compare(pairs: Sequence[tuple[dict, dict]]) -> dict[str, dict]:
+    """First curve minus second, paired by seed: every feature, and the metrics at the largest sqrt(KL) both reach.
+
+    One entry {"first", "second", "difference", "low", "high", "n"} per feature: means over seeds, and the t-interval of
+    the paired differences (null bounds for a single seed).
+    """
+    first, second = ([features(curve) for curve in side] for side in zip(*pairs, strict=True))
+    for a, b, (curve, other) in zip(first, second, pairs, strict=True):
+        reach = min(root_kl(curve).max(), root_kl(other).max())
+        for metric in METRICS:
+            a[f"{metric}_at_equal_kl"] = at_root_kl(curve, metric, reach)
+            b[f"{metric}_at_equal_kl"] = at_root_kl(other, metric, reach)
+    found = {}
+    for name in first[0]:
+        mine, others = [row[name] for row in first], [row[name] for row in second]
+        interval = stats.seed_interval(np.subtract(mine, others))
+        means = {"first": float(np.mean(mine)), "second": float(np.mean(others))}
+        found[name] = means | {"difference": interval.value, "low": interval.low, "high": interval.high}
+        found[name] = {key: value if value is None else round(value, 4) for key, value in found[name].items()}
+        found[name]["n"] = interval.n
+    return found
 
 
 def train(process: CoarseTrainer, held_out: rewards.RewardFunction) -> Iterator[dict]:
@@ -116,7 +170,7 @@ class Study:
         samples = self.inputs.answers(process.policy.actor, self.inputs.prompts("test"), limit=law.limit)
         final = answers.measure(samples, held_out)
         final |= {"held_out": final.pop("reward"), "training": round(float(proxy(samples).mean()), 6)}
-        return {"curve": overoptimisation.columns(rows), "final": final}
+        return {"curve": columns(rows), "final": final}
 
 
 def describe(name: str, model: rewards.RewardModel, held_out: reward_model.HeldOut) -> dict:
@@ -138,7 +192,7 @@ def summary(content: dict) -> dict:
         arms = [run[condition]["arms"] for run in content["runs"].values() if condition in run]
         pairs = [(each["warm"]["curve"], each["single"]["curve"]) for each in arms if len(each) == len(ARMS)]
         if pairs:
-            found[condition] = overoptimisation.compare(pairs)
+            found[condition] = compare(pairs)
     return found
 
 

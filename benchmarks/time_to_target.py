@@ -22,6 +22,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import law_runs  # noqa: E402
+
 from c2f_utils import stats  # noqa: E402
 from c2f_utils.errors import C2FError  # noqa: E402
 from c2f_utils.files import read_json, write_json  # noqa: E402
@@ -31,7 +33,6 @@ from c2f_utils.runs.stage import Stage, run_folder  # noqa: E402
 from c2f_utils.settings.config import Law  # noqa: E402
 from c2f_utils.settings.laws import make_law
 from c2f_utils.settings.load import load_settings  # noqa: E402
-from c2f_utils.stages import law_runs  # noqa: E402
 from c2f_utils.stages.inputs import Inputs  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"

@@ -22,10 +22,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from c2f_utils.files import read_yaml
+    from c2f_utils.files import read_mapping
     from c2f_utils.headless import jobs as batch
 
-    overrides = read_yaml(options.overrides) if options.overrides else {}
+    overrides = read_mapping(options.overrides) if options.overrides else {}
     names = ("profile", "seed", "run_id", "study", "overwrite")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     twice = {text.partition("=")[0] for text in options.parameter} & set(given)
@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("notebook", nargs="+", metavar="NOTEBOOK", help="all, a number (03), a name, or a path")
     run.add_argument("--profile", help=(
-        "smoke (a dry run of the code: nothing is learnt), tiny, small_gpu or mistral_7b (default: smoke)"
+        "tiny (default), small_gpu, mistral_7b, or smoke (a dry run of the code: nothing is learnt)"
     ))  # fmt: skip
     run.add_argument("--seed", type=int, help="default: 0")
     run.add_argument("--run-id", help="folder under outputs/ (default: lab)")

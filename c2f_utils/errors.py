@@ -8,3 +8,7 @@ class C2FError(Exception):
 def problems(title: str, found: list[str]) -> C2FError:
     """Build one error out of several problems so that a user mends them in a single round."""
     return C2FError(title + "\n" + "\n".join(f"  - {line}" for line in found))
+
+
+class CannotWrite(C2FError):
+    """The disk is full or a folder cannot be written: nothing that follows could be kept."""

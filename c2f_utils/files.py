@@ -1,6 +1,7 @@
 """Where the project and its runs are, and small files: written so that a kill or a full disk never leaves half of one
 under its final name, read with errors that say what was expected."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from c2f_utils.errors import C2FError
+from c2f_utils.errors import C2FError, CannotWrite
 
 
 def root() -> Path:
@@ -27,23 +28,29 @@ def outputs() -> Path:
     return Path(os.environ.get("C2F_OUTPUTS") or root() / "outputs").absolute()
 
 
-def write_text(path: Path, text: str) -> None:
+def write_bytes(path: Path, content: bytes) -> None:
     """Replace the file atomically: written beside it, flushed to the disk, then renamed.
 
-    Raises C2FError when the disk is full or the folder cannot be written; the old content is then still there.
+    Raises CannotWrite when the disk is full or the folder cannot be written; the old content is then still there.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "w", encoding="utf-8") as handle:
-            handle.write(text)
+        with open(partial, "wb") as handle:
+            handle.write(content)
             handle.flush()
             os.fsync(handle.fileno())
         os.replace(partial, path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise C2FError(f"cannot write {path}: {error.strerror}; free space or choose another C2F_OUTPUTS") from error
+        with contextlib.suppress(OSError):  # the folder itself may be what is wrong
+            partial.unlink()
+        raise CannotWrite(f"cannot write {path}: {error.strerror}; free space or choose another C2F_OUTPUTS") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file atomically, as `write_bytes` does."""
+    write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: Path, value: object) -> None:
@@ -109,17 +116,21 @@ _Loader.add_implicit_resolver(
 )
 
 
-def read_yaml(path: str | Path) -> dict[str, object]:
-    """Read a YAML mapping, with `1e-6` as a number; raises C2FError when the file is missing or no mapping."""
+def read_mapping(path: str | Path, what: str = "overrides file", example: str = "coarse: {iterations: 5}") -> dict:
+    """Read a mapping from YAML, with `1e-6` as a number, or from a .json file.
+
+    Raises C2FError, naming the file as `what`, when it cannot be read or holds something else than a mapping.
+    """
+    path = Path(path)
     try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text) if path.suffix == ".json" else yaml.load(text, Loader=_Loader)
     except OSError as error:
-        raise C2FError(f"overrides file {path}: {error.strerror}; expected a readable YAML file") from None
-    except yaml.YAMLError as error:
-        raise C2FError(f"overrides file {path} is not valid YAML: {error}") from None
+        raise C2FError(f"{what} {path}: {error.strerror}; expected a readable YAML or JSON file") from None
+    except UnicodeDecodeError:
+        raise C2FError(f"{what} {path} is not UTF-8 text; expected a YAML or JSON file") from None
+    except (yaml.YAMLError, json.JSONDecodeError) as error:
+        raise C2FError(f"{what} {path} cannot be parsed: {error}") from None
     if not isinstance(content, dict | None):
-        raise C2FError(
-            f"overrides file {path} holds a {type(content).__name__}; expected a mapping such as 'coarse: "
-            f"{{iterations: 5}}'"
-        )
+        raise C2FError(f"{what} {path} holds a {type(content).__name__}; expected a mapping such as '{example}'")
     return content or {}

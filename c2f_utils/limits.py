@@ -64,6 +64,11 @@ class Law:
         for key, value in state.items():
             setattr(self, key, value)
 
+    def _move(self, exact: float, least: float = 0.0) -> None:
+        """Go to `exact` tokens within `least` and the maximum, kept unrounded: rounding would swallow small growth."""
+        self.exact = max(float(least), min(float(self.maximum), exact))
+        self.limit = round(self.exact)
+
     def checked(self, signals: Signals) -> Signals:
         """The same signals; raises C2FError when one that this law needs was not measured."""
         missing = [name for name in self.needs if getattr(signals, name) in (None, ())]
@@ -130,7 +135,7 @@ class Logistic(Law):
     truncation_target: float = 0.3
     mean: float | None = None
     variance: float = 0.0
-    exact: float | None = None  # the limit before rounding: rounding each step would swallow small growth
+    exact: float | None = None  # the limit before rounding
     needs: ClassVar[tuple[str, ...]] = ("reward", "value_error", "truncated_share")
 
     def update(self, signals: Signals) -> int:
@@ -143,8 +148,7 @@ class Logistic(Law):
         change = signals.reward - (signals.reward if self.mean is None else self.mean)
         self.mean = signals.reward if self.mean is None else self.mean + 0.3 * change
         self.variance = 0.7 * (self.variance + 0.3 * change * change)
-        self.exact = min(float(self.maximum), (self.limit if self.exact is None else self.exact) + growth)
-        self.limit = round(self.exact)
+        self._move((self.limit if self.exact is None else self.exact) + growth)
         seen = f"z(reward) {z:+.2f}, value error {signals.value_error:.2f}, cut {signals.truncated_share:.0%}"
         self.reason = f"{seen}: +{growth:.1f}"
         return self.limit
@@ -174,10 +178,7 @@ class Tail(Law):
         self.peak = max(self.peak, self.mean)
         self.awake = self.awake or self.mean > self.productive
         share = min(1.0, max(0.0, (self.mean - 0.2 * self.peak) / (0.3 * self.peak))) if self.awake else 1.0
-        self.exact = min(
-            float(self.maximum), (self.limit if self.exact is None else self.exact) * (1 + self.growth * share)
-        )
-        self.limit = round(self.exact)
+        self._move((self.limit if self.exact is None else self.exact) * (1 + self.growth * share))
         seen = f"tail return {signals.tail_return:+.2f} (mean {self.mean:+.2f}, peak {self.peak:.2f})"
         self.reason = f"{seen}: {share:.0%} of full growth"
         return self.limit
@@ -243,8 +244,7 @@ class Useful(Law):
             share = min(pays, new)
             wanted = (1 + self.growth * share) * old
             why = f"searching: {share:.0%} of full growth"
-        self.exact = min(float(self.maximum), max(float(self.minimum), wanted))
-        self.limit = round(self.exact)
+        self._move(wanted, self.minimum)
         seen = f"tail return {self.mean:+.2f} (peak {self.peak:.2f}), tail repetition {self.repetition:.2f}"
         self.reason = f"{seen}; {why}"
         return self.limit
@@ -289,8 +289,7 @@ class Gated(Law):
             factor, why = 1 + self.growth, "cut, value holds, tail is new: grow"
         else:
             factor, why = 1.0, "witnesses disagree: hold"
-        self.exact = max(float(self.minimum), min(float(self.maximum), (self.exact or self.limit) * factor))
-        self.limit = round(self.exact)
+        self._move((self.exact or self.limit) * factor, self.minimum)
         seen = f"cut {signals.truncated_share:.0%}, value slope {signals.value_slope:+.3f}"
         self.reason = f"{seen}, tail repetition {self.repetition:.2f}; {why}"
         return self.limit
@@ -335,9 +334,7 @@ class Probe(Law):
         self.seen += 1
         self.slope += (slope - self.slope) / min(self.seen, 10)
         share = 1.0 if self.seen < 5 else min(1.0, max(-0.5, self.slope / self.productive))
-        wanted = (self.exact or self.limit) * (1 + self.growth * share)
-        self.exact = max(float(self.minimum), min(float(self.maximum), wanted))
-        self.limit = round(self.exact)
+        self._move((self.exact or self.limit) * (1 + self.growth * share), self.minimum)
         self.reason = f"dR/dlog l {slope:+.2f} (mean {self.slope:+.2f}): {share:+.0%} of full growth"
         return self.limit
 
@@ -387,9 +384,3 @@ def refuse_another(law: Law, name: str, began: dict[str, object] | None, where: 
             f"checkpoint {where} was written under another law {name} ({found}); ask for that one, or start anew in "
             "another folder (a notebook: overwrite=True)"
         )
-
-
-def positions_of(model_config) -> int:
-    """How many positions a model may use at once: its position limit or its sliding window, whichever is smaller."""
-    positions = model_config.max_position_embeddings
-    return min(positions, getattr(model_config, "sliding_window", None) or positions)

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-PREFIXES = (32, 64, 128)
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
 
 
@@ -120,45 +119,10 @@ def gzip_ratio(text: str) -> float:
     return len(raw) / len(gzip.compress(raw, compresslevel=9, mtime=0)) if raw else 0.0
 
 
-def prefix_table(answers: Sequence[Sequence[Hashable]], prefixes: Iterable[int] = PREFIXES) -> list[dict]:
+def prefix_table(answers: Sequence[Sequence[Hashable]], prefixes: Iterable[int]) -> list[dict]:
     """Rows {"prefix", "rep4", "n"}: mean repeated 4-gram share of the n answers long enough (rep4 None when n = 0)."""
     rows = []
     for prefix in prefixes:
         values = [value for answer in answers if (value := rep4_at(answer, prefix)) is not None]
-        rows.append({"prefix": prefix, "rep4": float(np.mean(values)) if values else None, "n": len(values)})
+        rows.append({"prefix": prefix, "rep4": sum(values) / len(values) if values else None, "n": len(values)})
     return rows
-
-
-def summary(
-    answers: Sequence[Sequence[Hashable]], texts: Sequence[str] | None = None, prefixes: Iterable[int] = PREFIXES
-) -> dict:
-    """Mean redundancy over answers: whole answer, fixed prefixes and, when the texts are given, sentences and gzip.
-
-    `answers` are token ids or words without padding; `texts`, if given, are the same answers as text. Measures that
-    need the text are None without it; every mean is None when there is no answer.
-    """
-    if texts is not None and len(texts) != len(answers):
-        raise ValueError(f"{len(answers)} answers but {len(texts)} texts; expected one text per answer")
-    whole = [rep_n(answer, 4) for answer in answers]
-    loops = [loop_tail(answer) for answer in answers]
-    parts = [sentences(text) for text in texts or ()]
-    return {
-        "n": len(answers),
-        "mean_tokens": _mean(len(answer) for answer in answers),
-        "rep2": _mean(rep_n(answer, 2) for answer in answers),
-        "rep3": _mean(rep_n(answer, 3) for answer in answers),
-        "rep4": _mean(whole),
-        "distinct4": _mean(1 - value for value in whole),
-        "share_rep4_above_half": _mean(value > 0.5 for value in whole),
-        "loop_tokens": _mean(loop.tokens for loop in loops),
-        "loop_share": _mean(loop.tokens / max(1, len(answer)) for loop, answer in zip(loops, answers, strict=True)),
-        "prefixes": prefix_table(answers, prefixes),
-        "duplicate_sentences": _mean(duplicate_sentence_share(part) for part in parts),
-        "near_duplicates": _mean(near_duplicate_rate(part) for part in parts),
-        "gzip_ratio": _mean(gzip_ratio(text) for text in texts or ()),
-    }
-
-
-def _mean(values: Iterable[float]) -> float | None:
-    values = list(values)
-    return float(np.mean(values)) if values else None

@@ -33,7 +33,7 @@ def real_data() -> Path:
 
 @pytest.fixture(scope="session")
 def smoke_run(tmp_path_factory) -> Path:
-    """Folder of one finished run of all nine notebooks on `smoke`, seed 0; tests may read it, not change it."""
+    """Folder of one finished run of all notebooks on `smoke`, seed 0; tests may read it, not change it."""
     from finished_runs import finished
 
     outputs = tmp_path_factory.mktemp("finished")

@@ -158,10 +158,10 @@ def test_a_refusal_inside_the_kernel_does_not_replace_an_earlier_executed_notebo
     before = (stage().dir / "notebook.ipynb").read_bytes()
     path = write(project, BASE, RESULT)
     path.write_text(
-        path.read_text().replace("notebook.start(globals()", "notebook.start({'profile': 'tiny', 'run_id': 'r'}")
+        path.read_text().replace("notebook.start(globals()", "notebook.start({'profile': 'smoke', 'run_id': 'r'}")
     )
     assert main(["run", "01", "--run-id", "r"]) == jobs.FAILED
-    assert "holds profile smoke, seed 0" in capsys.readouterr().err
+    assert "holds profile tiny, seed 0" in capsys.readouterr().err
     assert (stage().dir / "notebook.ipynb").read_bytes() == before and stage().done
 
 

@@ -284,7 +284,7 @@ def test_a_non_finite_reward_stops_before_the_update_and_names_its_samples(bad, 
 
 
 def test_impossible_work_is_refused_before_it_starts():
-    with pytest.raises(C2FError, match="beyond the model's 128 positions"):
+    with pytest.raises(C2FError, match="positions, the model has 128"):
         trainer(limits.Fixed(500))
     process = trainer()
     with pytest.raises(C2FError, match="no prompts"):

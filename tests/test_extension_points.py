@@ -1,29 +1,35 @@
-"""A user's own law, reward and operator: the README's own words are run, each at most ten lines long."""
+"""A user's own law, reward and operator: the ready cells of notebooks 03 and 06 are switched on and run to the end."""
 
 import json
 import linecache
 import re
 import shutil
-from types import SimpleNamespace
 
 import pytest
-from finished_runs import ROOT, check_metrics
+from finished_runs import ROOT, c2f, check_metrics, finished
 
 from c2f_utils import notebook
+from c2f_utils.__main__ import main
 from c2f_utils.errors import C2FError
 from c2f_utils.runs.run import Run
 from c2f_utils.settings.load import load_settings
 
-STAGE = "03_coarse_rlhf"
+STAGE, MERGING = "03_coarse_rlhf", "06_residue_merging"
 
 
-def snippet(kind: str) -> str:
-    """The README's code block behind `<!-- tested: own KIND -->`."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    found = re.search(rf"<!-- tested: own {kind} -->\s*\n```python\n(.*?)```", text, flags=re.DOTALL)
-    if not found:
-        pytest.skip(f"README.md has no code block marked '<!-- tested: own {kind} -->' yet")
-    return found[1]
+def cell(stage: str, word: str, kind: str = "code") -> str:
+    """The source of the notebook's cell that holds `word`."""
+    cells = json.loads((ROOT / "notebooks" / f"{stage}.ipynb").read_text(encoding="utf-8"))["cells"]
+    found = ["".join(each["source"]) for each in cells if each["cell_type"] == kind and word in "".join(each["source"])]
+    assert len(found) == 1, f"{len(found)} cells of {stage} hold {word!r}"
+    return found[0]
+
+
+OWN = {
+    "law": (STAGE, "class Doubling"),
+    "reward": (STAGE, "def short_and_varied"),
+    "operator": (MERGING, "def clipped"),
+}
 
 
 @pytest.fixture
@@ -51,59 +57,90 @@ def usual(run_id: str = "usual") -> list[dict]:
     return rows
 
 
-@pytest.mark.parametrize("kind", ["law", "reward", "operator"])
-def test_the_readme_needs_at_most_ten_lines(kind):
-    lines = [line for line in snippet(kind).splitlines() if line.strip()]
+@pytest.mark.parametrize("kind", OWN)
+def test_each_takes_at_most_ten_lines(kind):
+    lines = [line for line in cell(*OWN[kind]).splitlines() if line.strip()]
     assert len(lines) <= 10, f"{len(lines)} lines"
 
 
-def test_a_law_of_ones_own_moves_the_limit(project):
-    run = begin()
-    space = {"run": run}
-    exec(snippet("law"), space)
-    run.here.finish()
-    assert [row["limit"] for row in space["rows"]] == [8, 16, 32] and space["rows"][0]["reason"] == "doubled"
-    found = run.here.results()
+def test_the_law_and_the_reward_of_notebook_03_run_to_its_last_cell_and_the_table_names_them(project, tmp_path, capsys):
+    flags = ("-p", "own_law=True", "-p", "own_reward=True")
+    finished(tmp_path, "run", "03", "--profile", "smoke", "--run-id", "r", *flags)
+    folder = tmp_path / "r" / STAGE
+    found = json.loads((folder / "results.json").read_text())
     check_metrics(found["final"])
-    assert found["law"] == "doubling" and found["limits"] == [8, 16, 32]
+    assert found["law"] == "doubling" and found["limits"] == [8, 16, 32], "the visible iteration moves a copy"
+    assert (folder / "figures" / "training_panel.png").is_file()
+    assert json.loads((folder / "status.json").read_text())["status"] == "done"
+    logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert logged[0]["reason"] == "doubled"
+    assert [row["reward"] for row in logged] != [row["reward"] for row in usual()], "paid by another function"
+    assert main(["table", "--run-id", "r"]) == 0
+    said = capsys.readouterr().out
+    assert "own law Doubling(limit=8" in said and "own reward short_and_varied" in said
 
 
-def test_a_reward_of_ones_own_is_what_the_policy_is_paid_for(project):
-    run = begin()
-    space = {"run": run}
-    exec(snippet("reward"), space)
+def test_the_visible_iteration_leaves_the_training_what_it_is(project, smoke_run):
+    """What it draws, trains and moves is thrown away: neither seeds nor the law of the training feel it."""
+    import torch
+
+    from c2f_utils import limits
+    from c2f_utils.stages import coarse_rlhf
+    from c2f_utils.stages.inputs import Inputs
+
+    run, law = begin("r"), limits.Fixed(9)
+    small = coarse_rlhf.small_trainer(Inputs(run), law, prompts=4)
+    small.step()
+    torch.rand(7)
+    assert small.iteration == 1 and law == limits.Fixed(9) and law.reason == "start"
+    assert not list(run.here.dir.rglob("checkpoints"))
+    list(coarse_rlhf.train(run))
     run.here.finish()
-    own = [row["reward"] for row in space["rows"]]
-    assert own != [row["reward"] for row in usual()]
-    check_metrics(run.here.results()["final"])
+    assert (run.here.dir / "results.json").read_bytes() == (smoke_run / STAGE / "results.json").read_bytes()
 
 
-def test_an_operator_of_ones_own_merges(smoke_run, tmp_path):
+def test_the_operator_of_notebook_06_is_swept_chosen_and_merged(smoke_run, tmp_path):
     from safetensors.torch import load_file
 
-    from c2f_utils import merge
-
-    folders = {
-        name: str(next(smoke_run.glob(f"{number}_*/model")))
-        for name, number in (("base", "01"), ("coarse", "03"), ("instruct", "05"))
-    }
-    space = dict(folders)
-    exec(snippet("operator"), space)
-    merge.run_merge(merge.plan_merge(space["recipe"]), tmp_path / "fine")
-    c = space["recipe"].coefficient.default
-    theta = {name: load_file(f"{folder}/model.safetensors") for name, folder in folders.items()}
-    for name, merged in load_file(tmp_path / "fine" / "model.safetensors").items():
+    numbers = {"base": "01", "coarse": "03", "instruct": "05", "fine": "06"}
+    for stage in sorted(smoke_run.glob("0[1-5]_*")):
+        shutil.copytree(stage, tmp_path / "r" / stage.name)
+    finished(tmp_path, "run", "06", "--profile", "smoke", "--run-id", "r", "-p", "own_operator=True")
+    run = tmp_path / "r"
+    chosen = json.loads((run / MERGING / "results.json").read_text())["chosen"]
+    assert chosen["operator"] == {"name": "clipped"}
+    theta = {k: load_file(next(run.glob(f"{n}_*/model/model.safetensors"))) for k, n in numbers.items()}
+    for name, merged in theta["fine"].items():
         residue = theta["coarse"][name] - theta["base"][name]
-        expected = theta["instruct"][name] + c * residue.clamp(-0.01, 0.01)
+        expected = theta["instruct"][name] + chosen["coefficient"] * residue.clamp(-0.01, 0.01)
         assert (merged - expected).abs().max() < 1e-6, name
+    refused = c2f(tmp_path, "run", "06", "--profile", "smoke", "--run-id", "r")
+    assert refused.returncode == 1 and "begun with another operator" in refused.stderr
 
 
-def test_the_recipe_of_the_readme_is_planned_without_a_folder_and_merges_with_one(smoke_run, tmp_path, capsys):
-    from c2f_utils.__main__ import main
+def test_a_merge_made_with_another_operator_is_not_shown_as_ones_own(smoke_run, tmp_path, monkeypatch):
+    """A stage of a time when no operator was recorded."""
+    from c2f_utils.stages.residue_merging import Merging
 
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    recipe = re.search(r"<!-- tested: recipe -->\s*\n```yaml\n(.*?)```", text, flags=re.DOTALL)[1]
-    (tmp_path / "recipe.yaml").write_text(recipe.replace("outputs/demo", str(smoke_run)))
+    shutil.copytree(smoke_run, tmp_path / "r")
+    path = tmp_path / "r" / MERGING / "provenance.json"
+    record = json.loads(path.read_text())
+    del record["inputs"]["operator"]
+    path.write_text(json.dumps(record))
+    monkeypatch.setenv("C2F_OUTPUTS", str(tmp_path))
+    run = Run(load_settings("smoke", run_id="r"))
+    run.here = run.stage(MERGING)
+    assert run.here.begin(run.inputs(MERGING)[0]) == "load"
+    space = {}
+    exec(cell(*OWN["operator"]), space)
+    with pytest.raises(C2FError, match="was made with operator 'residue', not 'clipped'"):
+        Merging(run, space["own"])
+    assert Merging(run).finish() == run.here.results(), "loaded"
+
+
+def test_the_recipe_of_notebook_06_is_planned_without_a_folder_and_merges_with_one(smoke_run, tmp_path, capsys):
+    recipe = re.search(r"```yaml\n(.*?)```", cell(MERGING, "# recipe.yaml", "markdown"), flags=re.DOTALL)[1]
+    (tmp_path / "recipe.yaml").write_text(recipe.replace("outputs/lab", str(smoke_run)))
     assert main(["merge", str(tmp_path / "recipe.yaml"), "--plan"]) == 0
     assert "nothing was written" in capsys.readouterr().out
     assert main(["merge", str(tmp_path / "recipe.yaml")]) == 2
@@ -200,16 +237,6 @@ class Mine:
 """
 
 
-def remembered(own: object) -> str:
-    """What notebook 03 writes down of a law or reward to know it again."""
-    from c2f_utils.stages import coarse_rlhf
-
-    found = {}
-    here = SimpleNamespace(loaded=True, add_input=lambda name, mark, words: found.update({name: mark}))
-    assert list(coarse_rlhf.train(SimpleNamespace(here=here, settings=load_settings("smoke")), law=own)) == []
-    return found["law"]
-
-
 @pytest.mark.parametrize(
     ("cell", "change"),
     [
@@ -220,18 +247,20 @@ def remembered(own: object) -> str:
     ],
 )
 def test_an_edited_class_typed_in_a_notebook_is_another_one(cell, change):
+    from c2f_utils.stages.own_parts import identity
+
     made = [typed(text, "Mine")(8) for text in (cell, cell, cell.replace(*change))]
-    first, again, edited = (remembered(own) for own in made)
+    first, again, edited = (identity(own) for own in made)
     assert first == again and first != edited
 
 
 def test_what_an_object_was_made_with_and_what_its_class_inherits_belong_to_it():
-    assert remembered(typed(REWARD, "Mine")(1)) != remembered(typed(REWARD, "Mine")(2))
+    from c2f_utils.stages.own_parts import identity
+
+    assert identity(typed(REWARD, "Mine")(1)) != identity(typed(REWARD, "Mine")(2))
     below = "\nclass Below(Mine):\n    pass\n"
     former, later = (typed(text + below, "Below")(8) for text in (LAW, LAW.replace("2 *", "3 *")))
-    assert remembered(former) != remembered(later)
-    sessions = {}, {}
-    for space in sessions:  # without lines to read, and each at another address
-        exec(REWARD, space)
-    first, next_one = (remembered(space["Mine"](1)) for space in sessions)
-    assert first == next_one, "equal in the next session"
+    assert identity(former) != identity(later)
+    without_lines = {}
+    exec(REWARD, without_lines)
+    assert "0x" not in str(identity(without_lines["Mine"](1))), "equal in the next session"

@@ -161,11 +161,11 @@ def test_06_killed_in_its_last_control_ends_as_an_unbroken_run(smoke_run, tmp_pa
     run = begin("06_residue_merging")
     run.here.log = lambda row: (_ for _ in ()).throw(Killed)
     with pytest.raises(Killed):
-        residue_merging.make(run)
+        residue_merging.Merging(run).finish()
     run.here.release()
     assert not (run.here.dir / "results.json").exists()
     run = begin("06_residue_merging")
-    residue_merging.make(run)
+    residue_merging.Merging(run).finish()
     run.here.finish()
     whole = smoke_run / "06_residue_merging"
     for file in ("results.json", "model/model.safetensors", "controls/ppo_instruct/model.safetensors"):

@@ -2,6 +2,7 @@
 
 import math
 
+import law_runs
 import pytest
 import torch
 from tiny_models import TOKENIZER, PrefixReward, causal
@@ -13,7 +14,6 @@ from c2f_utils.report import law_study
 from c2f_utils.settings.config import Law
 from c2f_utils.settings.laws import make_law
 from c2f_utils.settings.load import load_settings
-from c2f_utils.stages import law_runs
 from c2f_utils.stages.inputs import Inputs
 
 

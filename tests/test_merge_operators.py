@@ -1,5 +1,6 @@
 """Promises of the operators: each is its formula, with its edge cases, and one's own can join them."""
 
+import inspect
 import math
 
 import numpy as np
@@ -10,7 +11,16 @@ from hypothesis import strategies as st
 from merge_models import load, trio
 
 from c2f_utils.errors import C2FError
-from c2f_utils.merge import Recipe, anatomy, merge_state_dicts, plan_merge, random_residue, register_operator, run_merge
+from c2f_utils.merge import (
+    Recipe,
+    anatomy,
+    known_operators,
+    merge_state_dicts,
+    plan_merge,
+    random_residue,
+    register_operator,
+    run_merge,
+)
 from c2f_utils.merge import operators as registry
 from c2f_utils.merge import thresholds as search
 from c2f_utils.merge.in_memory import _Held
@@ -526,12 +536,19 @@ def test_anatomy_describes_the_residue_the_same_from_folders_and_memory(tmp_path
     assert anatomy(base, instruct, base)[0]["cosine"] is None
 
 
-def test_settings_know_the_operators_and_their_keys_without_torch():
-    from c2f_utils.merge import operators
-    from c2f_utils.settings.preflight import OPERATORS
+def test_settings_know_the_options_that_the_kernels_take():
+    from c2f_utils.settings.merge_options import OPTIONS
 
-    ours = {name: tuple(operator.options) for name, operator in operators._REGISTRY.items() if operator.builtin}
-    assert ours == OPERATORS
+    built_in = {name: operator for name, operator in known_operators().items() if operator.builtin}
+    taken = {n: [*inspect.signature(o.kernel).parameters][2:] for n, o in built_in.items()}
+    assert taken == {name: [*options] for name, options in OPTIONS.items()}
+
+
+def test_the_options_of_ones_own_operator_are_those_of_its_function():
+    def scaled(piece, c, factor: float = 2.0):
+        return piece.instruct + c * factor * piece.residue
+
+    assert register_operator("scaled_twice", scaled).options == {"factor": 2.0}
 
 
 def test_an_operator_of_ones_own_may_be_named_in_the_settings(monkeypatch):

@@ -122,8 +122,8 @@ def test_a_wrong_recipe_is_refused_with_the_reason(change, words):
     [
         ("r.yaml", "base: [", "cannot be parsed"),
         ("r.json", "{", "cannot be parsed"),
-        ("r.yaml", "- a\n- b\n", "a recipe is a mapping"),
-        ("r.yaml", "", "a recipe is a mapping"),
+        ("r.yaml", "- a\n- b\n", "holds a list; expected a mapping"),
+        ("r.yaml", "", "base: missing"),
         ("r.yaml", "base: b\n", "missing"),
     ],
 )

@@ -13,13 +13,15 @@ from c2f_utils import files, notebook, threads
 from c2f_utils.errors import C2FError
 from c2f_utils.files import read_json
 from c2f_utils.notebook import cells, panel, show
+from c2f_utils.notebook.opening import DECIDING, deciding, opening
 from c2f_utils.runs import provenance
 from c2f_utils.runs.run import Run
 from c2f_utils.runs.stage import Stage, run_folder
 from c2f_utils.settings import parameters
+from c2f_utils.settings.config import PROFILES
 from c2f_utils.settings.load import load_settings
 
-BASE, REWARD = "01_base_model", "02_reward_model"
+BASE, REWARD, RLHF = "01_base_model", "02_reward_model", "03_coarse_rlhf"
 ROOT = files.root()
 
 
@@ -206,6 +208,34 @@ def test_an_unparameterised_run_uses_the_defaults(tmp_path):
     assert Stage(run_folder("lab") / BASE).done
 
 
+# The opening cell
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_every_setting_that_the_opening_cell_lists_decides_its_stage(profile):
+    settings = load_settings(profile)
+    for stage, names in DECIDING.items():
+        rows = deciding(settings, stage)
+        assert {name for name, *_ in rows} <= set(names.split()) and 0 < len(rows) <= 20, "a selection, not a dump"
+        assert all(usual is None for *_, usual, _ in rows), "nothing differs from the profile"
+
+
+def test_settings_that_differ_from_the_profile_are_marked_listed_or_not(capsys):
+    changed = {"coarse.iterations": 30, "coarse.probes": 1, "coarse.law": {"name": "fixed", "limit": 40}}
+    rows = {name: (value, usual) for name, value, usual, _ in deciding(load_settings("tiny", overrides=changed), RLHF)}
+    assert rows["coarse.iterations"] == ("30", "17") and rows["coarse.clip"] == ("0.2", None)
+    assert rows["coarse.probes"] == ("1", "4"), "not of the selection, and shown because it was changed"
+    assert rows["coarse.law"] == ("fixed, limit 40", "logistic, start 24, maximum 144, step 8")
+    notebook.start(session(PARAMETERS, "# Parameters\noverrides = {'pretrain.tokens': 24001}\n"), BASE)
+    said = capsys.readouterr().out
+    assert "* pretrain.tokens = 24001 (profile: 24000)" in said and "\n  pretrain.layers = 2\n" in said
+
+
+def test_versions_are_folded():
+    markup = opening({"run": "x"}, [("a.b", "1", None, "tokens")], {"torch": "2"}).markup
+    assert "torch" in markup[markup.index("<details>") :] and "torch" not in markup[: markup.index("<details>")]
+
+
 # Views
 
 EVIL = "<script>alert(1)</script> & a b c d e a b c d"
@@ -228,7 +258,7 @@ def sample(text: str = EVIL, **fields) -> dict:
         lambda: show.sample_browser([sample(iteration=0), sample()]),
         lambda: show.side_by_side({"<i>a</i>": [sample()], "b": [sample()]}),
         lambda: show.side_by_side({"<i>a</i>": [sample()], "b": [sample()]}, blind=True),
-        lambda: show.two_columns({"<script>": "<script>"}),
+        lambda: opening({"<script>": "<script>"}, [("a.b", "<script>", "<img ", "<script>")], {"<script>": "1"}),
     ],
 )
 def test_everything_written_by_a_model_is_escaped(view):

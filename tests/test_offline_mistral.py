@@ -9,7 +9,7 @@ import torch
 from finished_runs import DECODINGS, check_metrics, check_samples, finished, results, rows
 
 from c2f_utils.domain import preferences
-from c2f_utils.files import read_yaml
+from c2f_utils.files import read_mapping
 from c2f_utils.settings.config import STAGES
 from c2f_utils.settings.load import load_settings
 
@@ -130,7 +130,7 @@ def test_the_loader_reads_the_published_file(real_data):
 
 
 def test_the_published_file_passes_as_the_data_of_a_profile(real_data):
-    overrides = read_yaml(offline_mistral.build())
+    overrides = read_mapping(offline_mistral.build())
     overrides["data"]["preferences"] = str(real_data / "hh_rlhf" / "harmless_base.jsonl.gz")
     assert not load_settings("mistral_7b", overrides=overrides).embedded
 

@@ -1,30 +1,19 @@
 """Over-optimisation curves: peaks where they are, seeds paired, KL as the samples say, arms run once."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
 
 import numpy as np
+import overoptimisation as benchmark
 import pytest
 from tiny_models import distinct_tokens, trainer
 
 from c2f_utils.errors import C2FError
 from c2f_utils.models import rewards
 from c2f_utils.report import figures
-from c2f_utils.report import overoptimisation as o
 
-BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "overoptimisation.py"
-RESULTS = BENCHMARK.parent / "results" / "overoptimisation.json"
-
-
-@pytest.fixture(scope="module")
-def benchmark():
-    spec = importlib.util.spec_from_file_location("overoptimisation_benchmark", BENCHMARK)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+RESULTS = Path(benchmark.__file__).parent / "results" / "overoptimisation.json"
 
 
 def curve(peak: float, height: float = 2.0, count: int = 61, reach: float = 4.0) -> dict:
@@ -39,41 +28,41 @@ def curve(peak: float, height: float = 2.0, count: int = 61, reach: float = 4.0)
 
 
 def test_the_peak_its_kl_and_the_drop_after_it_are_found():
-    found = o.features(curve(3.0))
+    found = benchmark.features(curve(3.0))
     assert found["held_out_peak"] == pytest.approx(2.0, abs=0.02)
     assert found["held_out_root_kl_at_peak"] == pytest.approx(3.0, abs=0.1)
     assert found["held_out_drop"] == pytest.approx(1.0, abs=0.2) and found["utility_drop"] == pytest.approx(2, abs=0.4)
     assert found["gap_end"] == pytest.approx(found["training_end"] - found["held_out_end"]) and found["gap_end"] > 2
-    rising = o.features(curve(9.0))
+    rising = benchmark.features(curve(9.0))
     assert rising["held_out_drop"] == 0 and rising["held_out_root_kl_at_peak"] == rising["root_kl_end"]
 
 
 def test_one_lucky_iteration_is_no_peak():
     given = curve(3.0)
     given["held_out"][10] += 2.0
-    assert o.features(given)["held_out_root_kl_at_peak"] == pytest.approx(3.0, abs=0.1)
+    assert benchmark.features(given)["held_out_root_kl_at_peak"] == pytest.approx(3.0, abs=0.1)
 
 
 def test_kl_below_zero_counts_as_none_and_equal_kl_means_the_same_place_on_the_axis():
     given = curve(3.0)
     given["kl_per_answer"][:5] = [-0.4] * 5
-    assert o.root_kl(given)[0] == 0 and np.isfinite(o.root_kl(given)).all()
-    assert o.at_root_kl(curve(3.0), "held_out", 2.0) == pytest.approx(1.0, abs=0.02)
+    assert benchmark.root_kl(given)[0] == 0 and np.isfinite(benchmark.root_kl(given)).all()
+    assert benchmark.at_root_kl(curve(3.0), "held_out", 2.0) == pytest.approx(1.0, abs=0.02)
 
 
 def test_arms_are_compared_seed_by_seed_and_at_the_kl_that_both_reach():
     pairs = [(curve(3.0, height), curve(2.0, height, reach=3.0)) for height in (0.0, 5.0, 10.0)]
-    found = o.compare(pairs)
+    found = benchmark.compare(pairs)
     later = found["held_out_root_kl_at_peak"]
     assert later["difference"] == pytest.approx(1.0, abs=0.15) and later["low"] > 0.8, "heights differ, peaks do not"
     level = found["held_out_peak"]
     assert abs(level["difference"]) < 0.05 and level["high"] < 0.1 and level["n"] == 3
     equal = found["held_out_at_equal_kl"]
     assert equal["first"] - equal["second"] == pytest.approx(1.0, abs=0.2), "0 off its peak against 1 off"
-    assert o.compare(pairs[:1])["held_out_peak"]["low"] is None
+    assert benchmark.compare(pairs[:1])["held_out_peak"]["low"] is None
 
 
-def test_rows_are_the_policys_own_samples_and_the_first_is_the_base(benchmark):
+def test_rows_are_the_policys_own_samples_and_the_first_is_the_base():
     process, seen = trainer("fixed"), []
 
     def held_out(samples):
@@ -93,7 +82,7 @@ def test_rows_are_the_policys_own_samples_and_the_first_is_the_base(benchmark):
 
 
 @pytest.fixture
-def fake_study(benchmark, monkeypatch):
+def fake_study(monkeypatch):
     """A study whose arms cost nothing; the arms that were run, in order."""
     ran = []
 
@@ -123,9 +112,7 @@ def run_main(benchmark, monkeypatch, *arguments: str) -> None:
     benchmark.main()
 
 
-def test_a_study_that_was_interrupted_goes_on_with_the_arms_that_are_missing(
-    benchmark, monkeypatch, fake_study, tmp_path
-):
+def test_a_study_that_was_interrupted_goes_on_with_the_arms_that_are_missing(monkeypatch, fake_study, tmp_path):
     out = tmp_path / "o.json"
     usual = ("--out", str(out), "--iterations", "7", "--conditions", "usual")
     with pytest.raises(KeyboardInterrupt):
@@ -152,7 +139,7 @@ def test_the_figure_shows_every_seed_and_says_when_there_is_no_study(tmp_path):
     assert "no study on disk" in " ".join(text.get_text() for text in empty.axes[0].texts)
 
 
-def test_the_committed_study_is_drawn_and_its_summary_follows_from_its_curves(benchmark):
+def test_the_committed_study_is_drawn_and_its_summary_follows_from_its_curves():
     content = json.loads(RESULTS.read_text())
     assert len(content["runs"]) >= 3 and content["summary"] == benchmark.summary(content)
     assert len(figures.overoptimisation(RESULTS).data)

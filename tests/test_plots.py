@@ -15,7 +15,8 @@ from fake_results import fake_run
 from c2f_utils.errors import C2FError
 from c2f_utils.report import figures
 from c2f_utils.report.labels import point_labels, spread
-from c2f_utils.report.results import target_tokens
+from c2f_utils.report.results import DECODINGS, target_tokens
+from c2f_utils.report.style import DOUBLE, LAW_COLOURS, ROLE_COLOURS
 
 STAGE_FIGURES = {
     "loss_curve": "01_base_model",
@@ -97,7 +98,7 @@ def test_the_picture_of_the_readme_says_what_is_missing(tmp_path, run):
 
 
 @pytest.mark.parametrize("name", ["quality_length_frontier", "quality_redundancy_frontier"])
-@pytest.mark.parametrize("decoding", figures.DECODINGS)
+@pytest.mark.parametrize("decoding", DECODINGS)
 def test_names_of_models_do_not_overlap_and_stay_inside(run, name, decoding):
     fig = getattr(figures, name)(run, decoding=decoding)
     fig.draw_without_rendering()
@@ -131,10 +132,10 @@ def test_spread_keeps_order_and_gap_and_moves_nothing_without_need():
 
 
 def test_roles_and_laws_keep_their_colour():
-    assert figures.ROLE_COLOURS == {
+    assert ROLE_COLOURS == {
         "base": "#7f7f7f", "coarse": "#e07b00", "instruct": "#1f77b4", "fine": "#2a9d3a", "control": "#8c6bb1",
     }  # fmt: skip
-    assert figures.LAW_COLOURS["logistic"] == "#e07b00"
+    assert LAW_COLOURS["logistic"] == "#e07b00"
 
 
 def test_saving_writes_pdf_png_and_the_numbers_and_twice_gives_the_same_bytes(run, tmp_path):
@@ -153,7 +154,7 @@ def test_saving_writes_pdf_png_and_the_numbers_and_twice_gives_the_same_bytes(ru
     captions = [text.get_text() for text in fig.texts if text.get_gid() == "caption"]
     assert captions == ["run demo · 03_coarse_rlhf"]
     image = matplotlib.image.imread(stage / "figures" / "panel.png")
-    assert image.shape[1] == round(figures.DOUBLE * 200)
+    assert image.shape[1] == round(DOUBLE * 200)
 
 
 def test_a_folder_that_cannot_be_written_is_named(run, tmp_path):
@@ -214,7 +215,7 @@ def test_a_prefix_that_only_a_handful_of_answers_reach_is_not_drawn(run):
 
 def test_the_chosen_operator_is_the_only_green_one(run):
     colours = figures.operator_table(run).axes[0].collections[0].get_facecolors()
-    green = [matplotlib.colors.to_hex(colour) == figures.ROLE_COLOURS["fine"] for colour in colours]
+    green = [matplotlib.colors.to_hex(colour) == ROLE_COLOURS["fine"] for colour in colours]
     assert green == [True, False, False, False, False]
 
 

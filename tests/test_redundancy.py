@@ -89,26 +89,18 @@ def test_gzip_ratio_rises_with_repetition_and_does_not_depend_on_the_clock():
     assert r.gzip_ratio("") == 0.0
 
 
-def test_summary_says_how_many_answers_were_long_enough():
-    answers = [list(range(40)), [1, 2, 3, 4] * 20, [5]]
-    found = r.summary(answers, ["a b c d . a b c d .", "x .", ""], prefixes=(32, 64, 128))
-    assert found["prefixes"] == [
+def test_a_prefix_counts_only_the_answers_that_are_long_enough():
+    assert r.prefix_table([list(range(40)), [1, 2, 3, 4] * 20, [5]], (32, 64, 128)) == [
         {"prefix": 32, "rep4": pytest.approx((0 + (1 - 4 / 29)) / 2), "n": 2},
         {"prefix": 64, "rep4": pytest.approx(1 - 4 / 61), "n": 1},
         {"prefix": 128, "rep4": None, "n": 0},
     ]
-    assert found["n"] == 3 and found["mean_tokens"] == pytest.approx(121 / 3)
-    assert found["share_rep4_above_half"] == pytest.approx(1 / 3)
-    assert found["duplicate_sentences"] == pytest.approx(0.5 / 3)
-    without = r.summary(answers)
-    assert without["duplicate_sentences"] is None and without["gzip_ratio"] is None
-    assert r.summary([])["rep4"] is None
-    with pytest.raises(ValueError, match="one text per answer"):
-        r.summary(answers, ["only one"])
 
 
 def test_thousands_of_answers_take_seconds_at_most():
     answers = np.random.default_rng(0).integers(0, 96, (2000, 160)).tolist()
     start = time.process_time()
-    r.summary(answers)
+    r.prefix_table(answers, (32, 64, 128))
+    for answer in answers:
+        r.loop_tail(answer), r.repeated_spans(answer)
     assert time.process_time() - start < 5

@@ -100,13 +100,13 @@ def test_every_impossible_prompt_is_named_at_once():
         again(trainer("fixed"), prompts=bad)
     said = str(caught.value)
     assert "prompts 3 of 6 are empty" in said and "prompts 4 hold token ids outside" in said
-    assert "longest prompt (number 5, 120 tokens) is 136, beyond the model's 128 positions" in said
+    assert "longest prompt (number 5): a prompt of 120 tokens with a limit of 16 needs 136 positions" in said
 
 
 def test_a_sliding_window_bounds_the_limit_as_positions_do():
     process = trainer("fixed")
     process.policy.actor.config.sliding_window = 40
-    with pytest.raises(C2FError, match="beyond the model's 40 positions"):
+    with pytest.raises(C2FError, match="positions, the model has 40"):
         again(process, law=limits.Fixed(30))
 
 

@@ -53,7 +53,8 @@ def refuse(capsys, monkeypatch, *arguments: str) -> str:
         (["-p", "merge.operator=residu"], ["no operator 'residu'", "did you mean 'residue'"]),
         (["-p", "merge.other_operators=[{'name': 'trimm'}]"], ["other_operators.0", "did you mean 'trim'"]),
         (["-p", "merge.other_operators=[{'density': 1}]"], ["{'density': 1} has no name"]),
-        (["-p", "merge.other_operators=[{'name': 'trim', 'densty': 1}]"], ["trim has no key 'densty'", "density"]),
+        (["-p", "merge.other_operators=[{'name': 'trim', 'densty': 1}]"], ["densty: trim has no such key", "density"]),
+        (["-p", "merge.other_operators=[{'name': 'trim', 'density': 3.0}]"], ["density: 3.0 must lie within 0 and 1"]),
         (["-p", "pretrain.heads=3"], ["pretrain.heads = 3 does not divide pretrain.hidden_size = 32", "e.g. 2"]),
         (["-p", "iterations=5"], ["no parameter 'iterations'", "written with its section: coarse.iterations=5"]),
         (["-p", "seed='1'"], ["seed = '1' is text", "expected int", "write 1, without quotes"]),
@@ -289,7 +290,7 @@ def test_a_full_run_folder(outputs, capsys, monkeypatch):
         pytest.param(["-p", "study", "false"], "write False, without quotes", marks=pytest.mark.slow),
         pytest.param(["-y", "overrides: {reward.learning_rate: 1e-6}"], "'1e-6' is text", marks=pytest.mark.slow),
         pytest.param(["-p", "profile", "huge"], "unknown profile 'huge'", marks=pytest.mark.slow),
-        pytest.param([], "c2f run 01 --profile smoke --seed 0 --run-id lab", marks=pytest.mark.slow),
+        pytest.param([], "c2f run 01 --profile tiny --seed 0 --run-id lab", marks=pytest.mark.slow),
     ],
 )
 def test_plain_papermill_is_refused_by_the_first_code_cell(tmp_path, parameters, said):

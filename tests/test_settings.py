@@ -9,7 +9,7 @@ import yaml
 from pydantic import ValidationError
 
 from c2f_utils.errors import C2FError
-from c2f_utils.files import read_yaml
+from c2f_utils.files import read_mapping
 from c2f_utils.runs.run import PARENTS
 from c2f_utils.settings import config
 from c2f_utils.settings.config import PROFILES, STAGES
@@ -83,11 +83,7 @@ def test_one_key_of_a_law_can_be_changed():
         ("schedules.laws.fixed_long.limt", 1, "did you mean limit?"),
         ("coarse.law", "linear", "coarse.law = 'linear': expected a group of settings with keys among name, limit"),
         ("coarse.lambda_policy", 3, "coarse.lambda_policy = 3: expected less than or equal to 1 or 'adaptive'"),
-        (
-            "schedules.critic_free",
-            {"a": {"trainer": "grpo"}},
-            "schedules.critic_free.a.law is missing; give",
-        ),
+        ("schedules.critic_free", {"a": {"trainer": "grpo"}}, "schedules.critic_free.a.law is missing; give"),
         ("coarse.law.lenght", 1, "known here: name, limit"),
     ],
 )
@@ -124,7 +120,7 @@ def test_settings_are_frozen():
 def test_our_yaml_reads_scientific_notation_as_a_number_and_text_as_text(tmp_path):
     text = "a: 1e-6\nb: 1E5\nc: 1.5e-3\nd: -2e-1\ne: '1e-6'\nf: 1e-6x\ng: false\nh: 0x1e5\n"
     (tmp_path / "o.yaml").write_text(text)
-    found = read_yaml(tmp_path / "o.yaml")
+    found = read_mapping(tmp_path / "o.yaml")
     assert [found[key] for key in "abcd"] == [1e-6, 1e5, 1.5e-3, -0.2]
     assert found["e"] == "1e-6" and found["f"] == "1e-6x" and found["g"] is False and found["h"] == 0x1E5
     assert yaml.safe_load("a: 1e-6") == {"a": "1e-6"}, "if this changes, our reader is not needed any more"
@@ -134,14 +130,14 @@ def test_our_yaml_reads_scientific_notation_as_a_number_and_text_as_text(tmp_pat
 def test_an_overrides_file_that_is_no_mapping_is_refused(tmp_path, text):
     (tmp_path / "o.yaml").write_text(text)
     with pytest.raises(C2FError, match="o.yaml"):
-        read_yaml(tmp_path / "o.yaml")
+        read_mapping(tmp_path / "o.yaml")
 
 
 def test_an_empty_overrides_file_changes_nothing_and_a_missing_one_is_refused(tmp_path):
     (tmp_path / "o.yaml").write_text("# nothing yet\n")
-    assert read_yaml(tmp_path / "o.yaml") == {}
-    with pytest.raises(C2FError, match="expected a readable YAML file"):
-        read_yaml(tmp_path / "missing.yaml")
+    assert read_mapping(tmp_path / "o.yaml") == {}
+    with pytest.raises(C2FError, match="expected a readable YAML or JSON file"):
+        read_mapping(tmp_path / "missing.yaml")
 
 
 def test_the_embedded_domain_takes_no_foreign_models_and_preferences_need_them():

@@ -23,7 +23,7 @@ def hub(tmp_path_factory):
 def test_model_table_has_every_model_and_all_metrics(run, hub):
     frame = t.model_table(run, "greedy")
     assert list(frame["model"]) == [label for label, *_ in MODELS.values()]
-    assert list(frame.columns) == ["model", "role", *t.METRICS]
+    assert list(frame.columns) == ["model", "role", *t.MEASURED]
     assert t.model_table(hub)["accuracy_last"].isna().all() and t.model_table(hub)["reward"].notna().all()
     assert t.model_table({}).empty
 

@@ -1,4 +1,4 @@
-"""Tables and figures of notebook 04's study: right numbers from made-up runs, and words where there is nothing."""
+"""Tables and figures of notebook 09's study: right numbers from made-up runs, and words where there is nothing."""
 
 import json
 

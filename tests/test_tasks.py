@@ -133,7 +133,7 @@ def test_worked_instructions_are_right_and_end():
 def test_the_tokenizer_agrees_with_the_checker(tmp_path):
     from transformers import AutoTokenizer
 
-    stories.save_tokenizer(tmp_path)
+    stories.make_tokenizer().save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     problem = stories.problems("test", 1, 0)[0]
     assert tokenizer(" ".join(problem.words))["input_ids"] == problem.prompt_ids

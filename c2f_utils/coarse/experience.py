@@ -35,6 +35,7 @@ class Experience:
     values: Tensor | None = None
     final_values: Tensor | None = None  # [B]
     shaped: Tensor | None = None  # [B] reward after price, penalty, scaling and clip
+    paid: Tensor | None = None  # per token: minus the price of KL, and at the last token also `shaped`
     advantages: Tensor | None = None
     returns: Tensor | None = None
 
@@ -42,6 +43,22 @@ class Experience:
     def sampler_mismatch(self) -> float:
         """Mean absolute difference between the sampler's log-probabilities and the old policy's, nats per token."""
         return float((ppo.pad([s.logps for s in self.samples]) - self.logps)[self.mask].abs().mean())
+
+
+def token_rows(e: Experience, index: int, words: Sequence[str]) -> list[dict[str, float | int | str]]:
+    """One answer token by token after `credit`; `words` are its tokens as text.
+
+    `reward` is what the token is paid, `kl_price` the part of it that is the price of KL, `value` the critic's V before
+    the token, `advantage` is whitened over the batch, `return` the critic's target. Units: normalised reward.
+    """
+    rows = []
+    for t, word in enumerate(words):
+        end = t + 1 == e.samples[index].tokens
+        paid = float(e.paid[index, t])
+        row = {"position": t + 1, "token": word, "reward": paid, "kl_price": paid - end * float(e.shaped[index])}
+        names = {"value": e.values, "advantage": e.advantages, "return": e.returns}
+        rows.append(row | {name: float(array[index, t]) for name, array in names.items()})
+    return rows
 
 
 def pool(

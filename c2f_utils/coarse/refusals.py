@@ -11,7 +11,8 @@ from torch import nn
 from c2f_utils.coarse.ranks import Ranks
 from c2f_utils.domain.samples import Prompt
 from c2f_utils.errors import C2FError, problems
-from c2f_utils.limits import Law, positions_of
+from c2f_utils.limits import Law
+from c2f_utils.positions import beyond
 from c2f_utils.settings.config import Coarse
 
 
@@ -39,13 +40,11 @@ def refuse(
             f"prompts {_few(foreign)} hold token ids outside the model's vocabulary of {model.vocab_size}; "
             "they were made with another tokenizer: use the base model's"
         )
-    positions = positions_of(model)
     longest = max(range(len(prompts)), key=lambda i: len(prompts[i].ids))
-    if (needed := len(prompts[longest].ids) + law.largest) > positions:
+    if said := beyond(len(prompts[longest].ids), law.largest, model):
         found.append(
-            f"the law's largest limit {law.largest} plus the longest prompt (number {longest}, "
-            f"{len(prompts[longest].ids)} tokens) is {needed}, "
-            f"beyond the model's {positions} positions; lower the law's maximum or data.max_prompt_tokens"
+            f"the law's largest limit and the longest prompt (number {longest}): {said}; lower the law's maximum or "
+            "data.max_prompt_tokens"
         )
     if config.prompts < ranks.world:
         found.append(

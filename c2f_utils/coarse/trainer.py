@@ -165,6 +165,7 @@ class CoarseTrainer:
         e.shaped = shaped.masked_fill(bootstrapped, 0.0)
         rewards = -self.kl.coefficient * ppo.kl_k1(e.logps, e.reference) * e.mask
         rewards[torch.arange(len(tokens)), tokens.long() - 1] += e.shaped
+        e.paid = rewards
         final = e.final_values * bootstrapped
         lam = ppo.adaptive_lambda(e.limit, c.lambda_alpha) if c.lambda_policy == "adaptive" else c.lambda_policy
         advantages = targets = ppo.gae(rewards, e.values, final, e.mask, c.discount, lam)

@@ -14,7 +14,6 @@ import random
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from c2f_utils.redundancy import duplicate_sentence_share, rep_n
@@ -386,7 +385,3 @@ def make_tokenizer():
         tokenizer_object=raw, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
         padding_side="right", model_max_length=1024, clean_up_tokenization_spaces=False,
     )  # fmt: skip
-
-
-def save_tokenizer(folder: Path) -> None:
-    make_tokenizer().save_pretrained(folder)

@@ -77,11 +77,7 @@ class _Stop:
         print(f"\nstopping after the next checkpoint{hint} ...", file=sys.stderr, flush=True)
 
 
-def prepare(
-    targets: Sequence[str],
-    values: dict[str, object],
-    assignments: Sequence[str] = (),
-) -> list[Job]:
+def prepare(targets: Sequence[str], values: dict[str, object], assignments: Sequence[str] = ()) -> list[Job]:
     """The jobs for `targets` (numbers, names or paths of notebooks, or "all"), checked down to the last value.
 
     `values` holds the standard parameters; `assignments` are `name=value` texts, whose dotted names become
@@ -128,7 +124,7 @@ def run(jobs: Sequence[Job], thread_count: int | None = None) -> int:
                 return STOPPED
     if len(jobs) > 1:
         print(f"{'total':28}{'':8}{time.perf_counter() - started:8.1f} s")
-    if jobs[-1].stage == STAGES[-1]:
+    if any(job.stage == "08_report" for job in jobs):
         print(summary(run_id))
     return DONE
 

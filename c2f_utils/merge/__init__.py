@@ -18,26 +18,3 @@ from c2f_utils.merge.recipe import Coefficient, Recipe, Rule, Weighted, load_rec
 from c2f_utils.merge.residues import anatomy
 from c2f_utils.merge.stream import run_merge
 from c2f_utils.merge.verification import Verified, verify, verify_and_record
-
-__all__ = [
-    "Coefficient",
-    "Operator",
-    "Piece",
-    "Plan",
-    "Recipe",
-    "Report",
-    "Rule",
-    "Verified",
-    "Weighted",
-    "anatomy",
-    "load_recipe",
-    "load_report",
-    "merge_state_dicts",
-    "known_operators",
-    "plan_merge",
-    "random_residue",
-    "register_operator",
-    "run_merge",
-    "verify",
-    "verify_and_record",
-]

@@ -2,13 +2,14 @@
 cell.
 """
 
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from c2f_utils.errors import C2FError, problems
 from c2f_utils.merge import kernels
 from c2f_utils.merge.kernels import Kernel
+from c2f_utils.settings.merge_options import OPTIONS, option_problems
 
 
 @dataclass(frozen=True)
@@ -33,106 +34,36 @@ class Operator:
     matrix: bool = False
     negative: bool = True  # whether c < 0 means anything
     hides: bool = True  # whether a NaN of an input may vanish from the result, so that inputs must be looked at too
-    check: Callable[[Mapping[str, object]], list[str]] | None = None
     builtin: bool = False
-
-
-def _check_density(options: Mapping[str, object]) -> list[str]:
-    density, found = options["density"], []
-    if not 0 <= density <= 1:
-        found.append(f"operator.density: {density} must lie within 0 and 1 (the share kept)")
-    if options.get("scope", "tensor") not in ("tensor", "global"):
-        found.append(f"operator.scope: {options['scope']!r} must be tensor or global")
-    return found
-
-
-def _check_dare(options: Mapping[str, object]) -> list[str]:
-    density = options["density"]
-    return (
-        [] if 0 < density <= 1 else [f"operator.density: {density} must be above 0 and at most 1: dare divides by it"]
-    )
-
-
-def _check_rank(options: Mapping[str, object]) -> list[str]:
-    rank = options["rank"]
-    return (
-        []
-        if 0 <= rank <= 1
-        else [f"operator.rank: {rank} must lie within 0 (automatic) and 1 (the share of singular vectors kept)"]
-    )
 
 
 _BUILT_IN = (
     Operator("residue", kernels.residue, "instruct + c * r", hides=False, zero_is_instruct=True, several=True),
     Operator(
-        "lerp",
-        kernels.lerp,
-        "(1 - c) * instruct + c * coarse",
-        reads=("instruct", "coarse"),
-        hides=False,
-        zero_is_instruct=True,
-        one_is_coarse=True,
+        "lerp", kernels.lerp, "(1 - c) * instruct + c * coarse", reads=("instruct", "coarse"), hides=False,
+        zero_is_instruct=True, one_is_coarse=True,
     ),
     Operator(
-        "slerp",
-        kernels.slerp,
-        "base + slerp(d_I, r; c) per tensor",
-        statistics=("gram",),
-        hides=False,
-        zero_is_instruct=True,
-        one_is_coarse=True,
+        "slerp", kernels.slerp, "base + slerp(d_I, r; c) per tensor", statistics=("gram",), hides=False,
+        zero_is_instruct=True, one_is_coarse=True,
     ),
     Operator(
-        "trim",
-        kernels.trim,
-        "instruct + c * top(r; density)",
-        {"density": 0.2, "scope": "tensor"},
-        statistics=("thresholds",),
-        zero_is_instruct=True,
-        several=True,
-        check=_check_density,
+        "trim", kernels.trim, "instruct + c * top(r; density)", statistics=("thresholds",),
+        zero_is_instruct=True, several=True,
+    ),
+    Operator("dare", kernels.dare, "instruct + c * drop(r; density) / density", zero_is_instruct=True, several=True),
+    Operator(
+        "ties", kernels.ties, "base + elected mean of top(d_I), top(d_k) with weights 1, c",
+        statistics=("thresholds", "instruct_threshold"), several=True, negative=False,
     ),
     Operator(
-        "dare",
-        kernels.dare,
-        "instruct + c * drop(r; density) / density",
-        {"density": 0.5, "seed": 0},
-        zero_is_instruct=True,
-        several=True,
-        check=_check_dare,
+        "orthogonal", kernels.orthogonal, "instruct + c * (r - proj(r on d_I))", statistics=("gram",),
+        hides=False, zero_is_instruct=True, several=True,
     ),
-    Operator(
-        "ties",
-        kernels.ties,
-        "base + elected mean of top(d_I), top(d_k) with weights 1, c",
-        {"density": 0.2, "scope": "tensor"},
-        statistics=("thresholds", "instruct_threshold"),
-        several=True,
-        negative=False,
-        check=_check_density,
-    ),
-    Operator(
-        "orthogonal",
-        kernels.orthogonal,
-        "instruct + c * (r - proj(r on d_I))",
-        statistics=("gram",),
-        hides=False,
-        zero_is_instruct=True,
-        several=True,
-    ),
-    Operator(
-        "tsv",
-        kernels.tsv,
-        "base + TSV-Merge(d_I, c * d_k)",
-        {"rank": 0.0},
-        several=True,
-        matrix=True,
-        negative=False,
-        check=_check_rank,
-    ),
-)
+    Operator("tsv", kernels.tsv, "base + TSV-Merge(d_I, c * d_k)", several=True, matrix=True, negative=False),
+)  # fmt: skip
 _REGISTRY: dict[str, Operator] = {
-    operator.name: Operator(**{**operator.__dict__, "builtin": True}) for operator in _BUILT_IN
+    operator.name: replace(operator, options=OPTIONS[operator.name], builtin=True) for operator in _BUILT_IN
 }
 
 
@@ -149,11 +80,13 @@ def register_operator(
     """Make `{"name": name, **options}` usable in recipes of this process; the same name again replaces the older one.
 
     `kernel(piece, c, **options)` returns the merged piece as a flat float32 tensor; see `Piece` for what it may read.
+    `options` with their defaults are read off its signature unless they are given.
     `statistics` asks for `piece.stats.gram` ("gram") or for `piece.trimmed` ("thresholds", with the option
     `density`). Set `zero_is_instruct` when c = 0 gives instruct exactly: those tensors are then copied. Raises
     C2FError for a built-in name or an unknown statistic.
     """
-    options = dict(options or {})
+    declared = list(inspect.signature(kernel).parameters.values())[2:] if inspect.isroutine(kernel) else []
+    options = options or {item.name: item.default for item in declared if item.default is not item.empty}
     found = []
     if name in _REGISTRY and _REGISTRY[name].builtin:
         found.append(f"{name!r} is a built-in operator; choose another name")
@@ -167,16 +100,8 @@ def register_operator(
         found.append("an option cannot be called name")
     if found:
         raise problems(f"operator {name!r} cannot be registered:", found)
-    check = _check_density if "density" in options else None
     _REGISTRY[name] = Operator(
-        name,
-        kernel,
-        formula,
-        options,
-        statistics=tuple(statistics),
-        zero_is_instruct=zero_is_instruct,
-        several=several,
-        check=check,
+        name, kernel, formula, options, statistics=tuple(statistics), zero_is_instruct=zero_is_instruct, several=several
     )
     return _REGISTRY[name]
 
@@ -201,39 +126,13 @@ def check_operator(spec: Mapping[str, object], models: int) -> list[str]:
         known = ", ".join(sorted(_REGISTRY))
         return [f"operator.name: {name!r} is unknown; expected one of {known} (own ones: register_operator first)"]
     operator = _REGISTRY[name]
-    found, options = [], dict(operator.options)
-    for key, value in spec.items():
-        if key == "name":
-            continue
-        if key not in operator.options:
-            known = ", ".join(operator.options) or "none"
-            found.append(f"operator.{key}: {name} has no such key; its own keys: {known}")
-        elif not _same_kind(operator.options[key], value):
-            found.append(f"operator.{key}: {value!r} is not {_kind(operator.options[key])}")
-        else:
-            options[key] = value
-    if not found and operator.check:
-        found += operator.check(options)
+    found = option_problems(name, spec, operator.options)
     if models > 1 and not operator.several:
         found.append(
             f"operator {name} takes one coarse model, the recipe names {models}; use residue, trim, dare, "
             f"ties, orthogonal or tsv"
         )
     return found
-
-
-def _same_kind(default: object, value: object) -> bool:
-    if isinstance(default, bool) or isinstance(value, bool):
-        return type(default) is type(value)
-    if isinstance(default, float):
-        return isinstance(value, int | float) and math.isfinite(value)
-    return isinstance(value, type(default))
-
-
-def _kind(default: object) -> str:
-    return {float: "a finite number", int: "a whole number", str: "text", bool: "true or false"}.get(
-        type(default), "of the expected type"
-    )
 
 
 def fingerprint(operator: Operator) -> str:

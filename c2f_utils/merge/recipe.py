@@ -14,6 +14,7 @@ import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from c2f_utils.errors import C2FError, problems
+from c2f_utils.files import read_mapping
 from c2f_utils.merge import names as tensor_names
 
 OutDtype = Literal["same", "float32", "bfloat16", "bfloat16_stochastic"]
@@ -169,7 +170,7 @@ class Recipe(_Frozen):
         if not isinstance(fields, dict):
             raise C2FError(
                 f"a recipe is a mapping with base, instruct and coarse, got {type(fields).__name__}; see "
-                f"the README's example"
+                f"the example in notebook 06"
             )
         return cls(**{str(key): value for key, value in fields.items()})
 
@@ -180,38 +181,11 @@ class Recipe(_Frozen):
 
 def load_recipe(path: Path | str) -> Recipe:
     """Read a recipe from a YAML or JSON file; raises C2FError naming the file and every problem."""
-    import yaml
-
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise C2FError(f"recipe {path}: {error.strerror}; give the path of a YAML or JSON file") from None
-    except UnicodeDecodeError:
-        raise C2FError(f"recipe {path} is not UTF-8 text; give the path of a YAML or JSON file") from None
-    try:
-        fields = json.loads(text) if path.suffix == ".json" else yaml.load(text, _Numbers.loader())
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
-        raise C2FError(f"recipe {path} cannot be parsed: {error}") from None
+    fields = read_mapping(path, "recipe", "base: ..., instruct: ..., coarse: ...")
     try:
         return Recipe.from_dict(fields)
     except C2FError as error:
         raise C2FError(f"recipe {path}: {error}") from None
-
-
-class _Numbers:
-    """YAML 1.1 takes 1e-6 for a string; people mean a number."""
-
-    @staticmethod
-    def loader() -> type:
-        import yaml
-
-        class Loader(yaml.SafeLoader):
-            pass
-
-        number = re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
-        Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
-        return Loader
 
 
 _FORMS = {

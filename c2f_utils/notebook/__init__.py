@@ -3,5 +3,3 @@
 from c2f_utils.notebook.cells import finish, seed_everything, start
 from c2f_utils.notebook.panel import LivePanel
 from c2f_utils.notebook.show import sample_browser, side_by_side
-
-__all__ = ["LivePanel", "finish", "sample_browser", "seed_everything", "side_by_side", "start"]

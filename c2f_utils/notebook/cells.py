@@ -11,15 +11,13 @@ import random
 from c2f_utils import threads
 from c2f_utils.errors import problems
 from c2f_utils.files import root
-from c2f_utils.notebook.panel import LivePanel
-from c2f_utils.notebook.show import Html, sample_browser, side_by_side, two_columns
+from c2f_utils.notebook.opening import deciding, opening
+from c2f_utils.notebook.show import Html
 from c2f_utils.runs import provenance, registry
 from c2f_utils.runs.run import Run
 from c2f_utils.runs.stage import Stage
 from c2f_utils.settings import parameters
 from c2f_utils.settings.load import load_settings
-
-__all__ = ["LivePanel", "finish", "sample_browser", "seed_everything", "side_by_side", "start"]
 
 _SAYS = {
     "fresh": "starting",
@@ -87,11 +85,11 @@ def _table(run: Run, state: str, origins: dict[str, str]) -> Html:
         "run": f"{run.id} (profile {settings.profile}, seed {settings.seed}{', study' if settings.study else ''})",
         "folder": _near(run.here.dir),
         "device": f"{run.device}; {run.threads} of {threads.available()} CPU threads",
-        "python": provenance.machine()["python"],
     }
     if origins:
         rows["inputs"] = ", ".join(f"{name} of run {origin}" for name, origin in origins.items())
-    return two_columns(rows | provenance.versions())
+    versions = {"python": provenance.machine()["python"], **provenance.versions()}
+    return opening(rows, deciding(settings, run.here.name), versions)
 
 
 def _near(folder: object) -> str:

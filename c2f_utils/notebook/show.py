@@ -30,15 +30,6 @@ class Html:
         return self.markup
 
 
-def two_columns(rows: Mapping[str, object]) -> Html:
-    """A table of names and values."""
-    body = "".join(
-        f"<tr><th style='text-align:left'>{_escape(name)}</th><td style='text-align:left'>{_escape(value)}</td></tr>"
-        for name, value in rows.items()
-    )
-    return Html(f"<table>{body}</table>", "\n".join(f"{name}: {value}" for name, value in rows.items()))
-
-
 def marked(text: str) -> str:
     """The text escaped, with every run of words that lie in a repeated 4-gram inside one `<mark>`."""
     pieces = re.findall(r"\s+|\S+", text)
@@ -57,10 +48,11 @@ def marked(text: str) -> str:
 
 
 def chips(sample: Mapping[str, object]) -> str:
-    """Small labels of an answer: tokens, reward, utility, how it stopped; what is unknown (null) is left out."""
+    """Small labels of an answer: tokens, limit, reward, utility, how it stopped; what is unknown (null) is left out."""
     labels = []
     if sample.get("tokens") is not None:
-        labels.append(f"{sample['tokens']} tokens")
+        limit = f" of at most {sample['limit']}" if sample.get("limit") else ""
+        labels.append(f"{sample['tokens']}{limit} tokens")
     labels += [f"{key} {sample[key]:.2f}" for key in ("reward", "utility") if sample.get(key) is not None]
     if sample.get("correct_steps") is not None:
         labels.append(f"{sample['correct_steps']} correct steps")
@@ -89,10 +81,7 @@ def sample_browser(samples: Iterable[Mapping[str, object]], limit: int = 8) -> H
 
 
 def side_by_side(
-    samples_by_model: Mapping[str, Sequence[Mapping[str, object]]],
-    limit: int = 4,
-    blind: bool = False,
-    seed: int = 0,
+    samples_by_model: Mapping[str, Sequence[Mapping[str, object]]], limit: int = 4, blind: bool = False, seed: int = 0
 ) -> Html:
     """The models' answers to the same prompts in equal columns; only prompts that every model has answered are shown.
 

@@ -12,28 +12,11 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from c2f_utils.errors import C2FError
+from c2f_utils.errors import C2FError, CannotWrite
 from c2f_utils.files import read_json, read_jsonl, sha256, write_json, write_text
-from c2f_utils.report import figures, tables, verdicts
+from c2f_utils.report import figures, sources, tables, verdicts
 from c2f_utils.report.document import Document, to_html, to_markdown
 from c2f_utils.report.results import DECODINGS
-from c2f_utils.report.sources import (
-    DOES_NOT_SHOW,
-    OURS,
-    PAPER,
-    STAGES,
-    clip,
-    command,
-    decodings,
-    facts_table,
-    find_stages,
-    marked_words,
-    read,
-    run_path,
-    runs_table,
-    short,
-    unchecked,
-)
 
 _DRAWING_ERRORS = (C2FError, KeyError, IndexError, TypeError, ValueError, AttributeError)
 
@@ -50,19 +33,19 @@ def build(run_dir: object, out_dir: object, runs: Iterable[object] = ()) -> Path
 def overview(run_dir: object) -> str:
     """The short form of a report as Markdown: the table of models and every sentence, or what has not been run."""
     run = Path(getattr(run_dir, "dir", run_dir))
-    stages = find_stages(run)
+    stages = sources.find_stages(run)
     parts = []
     if "07_evaluation" in stages:
         results = read_json(stages["07_evaluation"] / "results.json")
-        decoding = decodings(results)[0]
+        decoding = sources.decodings(results)[0]
         parts += [f"Models of run {tables.escape_markdown(run.name)}, {DECODINGS[decoding]}"]
-        parts += [tables.markdown(short(tables.model_table(results, decoding)))]
+        parts += [tables.markdown(sources.short(tables.model_table(results, decoding)))]
     for name, path in stages.items():
         if words := verdicts.everything({name: read_json(path / "results.json")}).get(name):
             parts.append(
-                f"**{STAGES[name][0]}**\n\n" + "\n".join(f"- {tables.escape_markdown(line)}" for line in words)
+                f"**{sources.STAGES[name][0]}**\n\n" + "\n".join(f"- {tables.escape_markdown(line)}" for line in words)
             )
-    if missing := [name for name in STAGES if name not in stages]:
+    if missing := [name for name in sources.STAGES if name not in stages]:
         parts.append("Not run yet: " + ", ".join(f"notebooks/{name}.ipynb" for name in missing) + ".")
     return "\n\n".join(parts) + "\n"
 
@@ -71,16 +54,16 @@ class _Builder:
     """State of one report: the document so far, the files written, and what could not be made."""
 
     def __init__(self, run: Path, out: Path, runs: Iterable[object]) -> None:
-        others = [run_path(run, other) for other in runs]
+        others = [sources.run_path(run, other) for other in runs]
         others = [path for path in dict.fromkeys(others) if path.resolve() != run.resolve()]
-        candidates = [path for path in [run, *others] if find_stages(path)]
+        candidates = [path for path in [run, *others] if sources.find_stages(path)]
         if not candidates:
             names = ", ".join(str(path) for path in [run, *others])
-            raise C2FError(f"no results in {names}; run the notebooks first: {command(run, 'all')}")
+            raise C2FError(f"no results in {names}; run the notebooks first: {sources.command(run, 'all')}")
         self.run, self.out = candidates[0], out
         self.runs = candidates
         self.empty = [path for path in others if path not in candidates]
-        self.stages = find_stages(self.run)
+        self.stages = sources.find_stages(self.run)
         self.results = {name: read_json(path / "results.json") for name, path in self.stages.items()}
         self.missing: list[str] = []
         self.written: list[str] = []
@@ -90,14 +73,14 @@ class _Builder:
         said = {name: words for name in self.results if (words := self._verdicts(name))}
         self._summary(said)
         self._provenance()
-        for name in STAGES:
+        for name in sources.STAGES:
             self._stage(name, said.get(name, []))
         if len(self.runs) > 1:
             self._seeds()
         self._timings()
         self._missing()
         self.document.heading("What this does not show")
-        self.document.bullets(list(DOES_NOT_SHOW))
+        self.document.bullets(list(sources.DOES_NOT_SHOW))
         return self._write()
 
     # Parts
@@ -117,29 +100,33 @@ class _Builder:
             decoding = self._decodings()[0]
             caption = f"All models, {DECODINGS[decoding]}."
             self._table(
-                "models_summary", lambda: short(tables.model_table(self.results["07_evaluation"], decoding)), caption
+                "models_summary",
+                lambda: sources.short(tables.model_table(self.results["07_evaluation"], decoding)),
+                caption,
             )
         for name, words in said.items():
-            doc.heading(STAGES[name][0], 3)
+            doc.heading(sources.STAGES[name][0], 3)
             doc.bullets(words)
         if not said:
             doc.text("No stage that allows a verdict has been run yet.")
         doc.heading("What is the paper's and what is ours")
-        doc.text(PAPER)
-        doc.text(OURS)
+        doc.text(sources.PAPER)
+        doc.text(sources.OURS)
 
     def _provenance(self) -> None:
         doc = self.document
         doc.heading("Runs, seeds and versions")
-        paths = [path for run in self.runs for path in find_stages(run).values()]
+        paths = [path for run in self.runs for path in sources.find_stages(run).values()]
         paths = list(dict.fromkeys(paths))
-        self._table("runs", lambda: runs_table(paths), "Every stage this report was made from.")
+        self._table("runs", lambda: sources.runs_table(paths), "Every stage this report was made from.")
         lent = [
             f"{path.name} comes from run {path.parent.name}" for path in self.stages.values() if path.parent != self.run
         ]
         if lent:
             doc.text("Lent by other runs: " + "; ".join(lent) + ".")
-        sessions = [session for path in paths for session in read(path / "provenance.json").get("sessions") or []]
+        sessions = [
+            session for path in paths for session in sources.read(path / "provenance.json").get("sessions") or []
+        ]
         kinds = {}
         for session in sessions:
             machine = session.get("machine") or {}
@@ -155,21 +142,23 @@ class _Builder:
             doc.text("Attention: some stages were made by code with changes that are not in the commit named.")
 
     def _stage(self, name: str, words: list[str]) -> None:
-        title, question = STAGES[name]
+        title, question = sources.STAGES[name]
         doc = self.document
         doc.heading(f"{name[:2]} {title}")
         doc.text(question)
         if name not in self.results:
-            self.missing.append(f"{name}: not run; notebooks/{name}.ipynb makes it ({command(self.run, name[:2])})")
+            self.missing.append(
+                f"{name}: not run; notebooks/{name}.ipynb makes it ({sources.command(self.run, name[:2])})"
+            )
             doc.text(f"Not run yet: notebooks/{name}.ipynb makes this section.")
             return
-        status = read(self.stages[name] / "status.json")
+        status = sources.read(self.stages[name] / "status.json")
         if status.get("status") not in (None, "done"):
             doc.text(f"This stage is {status['status']}, not done: its numbers are those of an unfinished run.")
             self.missing.append(f"{name}: {status['status']}, not done; run it again to continue")
         if status.get("alarms"):
             doc.bullets([f"Alarm while running: {alarm}" for alarm in status["alarms"]])
-        facts = facts_table(self.results[name])
+        facts = sources.facts_table(self.results[name])
         if len(facts):
             self._table(f"{name[:2]}facts_table", lambda: facts, "Single numbers of this stage.")
         for key, draw, caption in self._figures(name):
@@ -252,7 +241,7 @@ class _Builder:
         return []
 
     def _decodings(self) -> list[str]:
-        return decodings(self.results["07_evaluation"])
+        return sources.decodings(self.results["07_evaluation"])
 
     def _probes(self) -> None:
         probes = self.results["03_coarse_rlhf"].get("probes") or []
@@ -262,9 +251,10 @@ class _Builder:
             self.document.heading("One probe prompt during training", 3)
             rows = [mine[0], mine[-1]] if len(mine) > 1 else mine
             columns = [
-                (f"iteration {row['iteration']}, {row.get('tokens')} tokens", marked_words(row["text"])) for row in rows
+                (f"iteration {row['iteration']}, {row.get('tokens')} tokens", sources.marked_words(row["text"]))
+                for row in rows
             ]
-            self.document.answers(clip(prompt), columns)
+            self.document.answers(sources.clip(prompt), columns)
 
     def _samples(self) -> None:
         rows = read_jsonl(self.stages["07_evaluation"] / "samples.jsonl")
@@ -283,24 +273,24 @@ class _Builder:
             columns = [
                 (
                     f"{models.get(name, {}).get('label') or name} ({mine[name].get('tokens')} tokens)",
-                    marked_words(mine[name]["text"]),
+                    sources.marked_words(mine[name]["text"]),
                 )
                 for name in verdicts.MAIN
                 if name in mine
             ]
-            self.document.answers(clip(prompt), columns)
+            self.document.answers(sources.clip(prompt), columns)
 
     def _seeds(self) -> None:
         doc, name = self.document, "07_evaluation"
         doc.heading("Across runs")
-        judged = {run.name: find_stages(run).get(name) for run in self.runs}
+        judged = {run.name: sources.find_stages(run).get(name) for run in self.runs}
         for run, path in judged.items():
             if path is None:
-                made_by = command(self.run.parent / run, name[:2])
+                made_by = sources.command(self.run.parent / run, name[:2])
                 self.missing.append(f"{name} of run {run}: not run; notebooks/{name}.ipynb makes it ({made_by})")
         names = [run for run, path in judged.items() if path is not None]
         found = [read_json(judged[run] / "results.json") for run in names]
-        seeds = [read(judged[run] / "config.json").get("settings", {}).get("seed") for run in names]
+        seeds = [sources.read(judged[run] / "config.json").get("settings", {}).get("seed") for run in names]
         if len(names) < 2:
             doc.text("Fewer than two runs have an evaluation, so nothing is said across runs.")
             return
@@ -318,7 +308,7 @@ class _Builder:
         for run in self.runs:
             name = f"timings_{run.name}" if len(self.runs) > 1 else "timings"
             frame = tables.timings_table(run)
-            frame = frame[frame["stage"].isin(STAGES)].reset_index(drop=True)
+            frame = frame[frame["stage"].isin(sources.STAGES)].reset_index(drop=True)
             total = pd.to_numeric(frame["wall_s"]).sum()
             peak = pd.to_numeric(frame["peak_mb"]).max()
             words = f"Run {run.name}: {total:.0f} s of wall time in the stages that ended"
@@ -328,7 +318,7 @@ class _Builder:
     def _missing(self) -> None:
         self.document.heading("What is missing")
         self.missing += [f"run {path.name}: no results in {path.name}" for path in self.empty]
-        if unchecked(self.results.get("07_evaluation") or {}):
+        if sources.unchecked(self.results.get("07_evaluation") or {}):
             self.missing.append(
                 "accuracy, correct steps and utility: null, because the exact checker knows only the embedded domain; "
                 "figures show the reward instead"
@@ -363,14 +353,15 @@ class _Builder:
 
     def _failed(self, kind: str, name: str, error: Exception) -> None:
         """A run that was cut short may hold odd results: the rest of the report is still made, and says so."""
-        words = f"{kind} {name}: could not be made ({type(error).__name__}: {error})"
-        if "cannot write" in str(error):
+        if isinstance(error, CannotWrite):
             raise error
+        ours = "" if isinstance(error, C2FError) else f"not as expected: {type(error).__name__} "
+        words = f"{kind} {name}: could not be made ({ours}{error})"
         self.missing.append(words)
         self.document.text(f"Not shown: {words}.")
 
     def _write(self) -> Path:
-        before = read(self.out / "manifest.json").get("files", {})
+        before = sources.read(self.out / "manifest.json").get("files", {})
         write_text(self.out / "report.md", to_markdown(self.document))
         write_text(self.out / "report.html", to_html(self.document, self.out))
         files = sorted([*self.written, "report.md", "report.html"])
@@ -378,11 +369,11 @@ class _Builder:
             # Only names that an earlier report of ours listed, and only below its own folders.
             if stale.split("/")[0] in ("figures", "tables") and ".." not in stale:
                 (self.out / stale).unlink(missing_ok=True)
-        sources = {
-            run.name: {name: sha256(path / "results.json") for name, path in find_stages(run).items()}
+        digests = {
+            run.name: {name: sha256(path / "results.json") for name, path in sources.find_stages(run).items()}
             for run in self.runs
         }
-        manifest = {"run": self.run.name, "runs": [run.name for run in self.runs], "results": sources}
+        manifest = {"run": self.run.name, "runs": [run.name for run in self.runs], "results": digests}
         manifest |= {"files": {name: sha256(self.out / name) for name in files}, "missing": self.missing}
         write_json(self.out / "manifest.json", manifest)
         return self.out / "report.html"

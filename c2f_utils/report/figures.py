@@ -1,12 +1,10 @@
 """Every figure of the workbench, as a function of results on disk; the notebooks and the report draw from here.
 
-    plots.save_figure(plots.training_panel(run.here), run.here, "training_panel")
-
 Inputs: a stage, its directory, the run's directory, or data already read. Output: a matplotlib figure that carries the
 numbers behind it (`fig.data`). A metric that is null is named in the figure, with the reason, never drawn as zero.
-Rooms: `plots_training` (01 to 05), `plots_reward` (02: several reward models, over-optimisation), `plots_laws` (04: the
-study), `plots_merge` (06), `plots_models` (07, several seeds, the README's picture), `plots_style` (one look, reading,
-saving) and `plots_labels` (names beside lines and points).
+Rooms: `figures_training` (01 to 05), `figures_reward` (02: one pair, several reward models, over-optimisation),
+`figures_laws` (09: the study of laws), `figures_merge` (06), `figures_models` (07, several seeds, the README's
+picture), `style` (one look, saving), `results` (reading) and `labels` (names beside lines and points).
 """
 
 from c2f_utils.report.figures_laws import limit_paths, regret_map
@@ -24,8 +22,9 @@ from c2f_utils.report.figures_models import (
     quality_redundancy_frontier,
     seed_overview,
 )
-from c2f_utils.report.figures_reward import length_bias_models, overoptimisation
+from c2f_utils.report.figures_reward import length_bias_models, overoptimisation, pair_scores
 from c2f_utils.report.figures_training import (
+    credit_of_one_answer,
     length_bias,
     loss_curve,
     prefix_reward,
@@ -34,36 +33,4 @@ from c2f_utils.report.figures_training import (
     tokens_to_target,
     training_panel,
 )
-from c2f_utils.report.results import DECODINGS, LABELS
-from c2f_utils.report.style import DOUBLE, LAW_COLOURS, ROLE_COLOURS, SINGLE, save_figure
-
-__all__ = [
-    "DECODINGS",
-    "DOUBLE",
-    "LABELS",
-    "LAW_COLOURS",
-    "ROLE_COLOURS",
-    "SINGLE",
-    "coefficient_sweep",
-    "hero",
-    "layer_sweep",
-    "length_bias",
-    "length_bias_models",
-    "limit_paths",
-    "loss_curve",
-    "operator_table",
-    "overoptimisation",
-    "prefix_redundancy",
-    "prefix_reward",
-    "quality_length_frontier",
-    "quality_redundancy_frontier",
-    "regret_map",
-    "residue_anatomy",
-    "reward_calibration",
-    "save_figure",
-    "schedule_comparison",
-    "seed_overview",
-    "tokens_to_target",
-    "training_panel",
-    "variant_differences",
-]
+from c2f_utils.report.style import save_figure

@@ -25,15 +25,7 @@ from c2f_utils.report.results import (
     quality,
     rows_of,
 )
-from c2f_utils.report.style import (
-    DOUBLE,
-    INK,
-    MUTED,
-    ROLE_COLOURS,
-    new_figure,
-    say,
-    styled,
-)
+from c2f_utils.report.style import DOUBLE, INK, MUTED, ROLE_COLOURS, new_figure, say, styled
 
 STAGE = "06_residue_merging"
 

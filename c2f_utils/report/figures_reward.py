@@ -1,6 +1,7 @@
 """Figures that set reward models beside each other: the length bias of each, and what a policy makes of one model and
 of an average of several (`benchmarks/overoptimisation.py`)."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from c2f_utils.files import read_json
-from c2f_utils.report.overoptimisation import root_kl, smooth
-from c2f_utils.report.results import LABELS, load
-from c2f_utils.report.style import DOUBLE, INK, MUTED, ROLE_COLOURS, new_figure, note, say, styled
+from c2f_utils.report.labels import end_labels
+from c2f_utils.report.results import LABELS, column, load
+from c2f_utils.report.style import DOUBLE, INK, MUTED, ROLE_COLOURS, new_figure, note, say, smooth, styled
 
+WINDOW = 5  # iterations of the moving mean on which peaks are looked for: the answers of one iteration are few
 ARM_COLOURS = {"single": ROLE_COLOURS["control"], "warm": ROLE_COLOURS["coarse"]}
 ARM_NAMES = {"single": "one reward model", "warm": "average of three (WARM)"}
 _PANELS = (
@@ -23,6 +25,25 @@ _PANELS = (
     ("longer answer preferred (share)", (("longer_preferred", "model"), ("longer_labelled", "labels"))),
     ("ranked right (share)", (("accuracy_longer", "longer better"), ("accuracy_shorter", "shorter better"))),
 )
+
+
+@styled
+def pair_scores(rows: list[dict]) -> Figure:
+    """Reward of every prefix of a preferred and of a rejected answer; rows hold `answer`, `position` and `reward`."""
+    fig, axes = new_figure(1, 1, DOUBLE, 2.3, "One pair: the reward after every token")
+    fig.data, ax = pd.DataFrame(rows), axes[0, 0]
+    ends = []
+    for answer, colour in (("chosen", ROLE_COLOURS["fine"]), ("rejected", MUTED)):
+        mine = [row for row in rows if row["answer"] == answer]
+        x, y = column(mine, "position"), column(mine, "reward")
+        ax.plot(x, y, color=colour)
+        ax.plot(x[-1:], y[-1:], "o", color=colour)
+        ends.append((x[-1], y[-1], f"{answer} {y[-1]:+.2f}", colour))
+    ax.set(
+        xlabel="tokens of the answer read so far; the last point is its reward", ylabel=LABELS["reward"], xlim=(0, None)
+    )
+    end_labels(ax, ends)
+    return fig
 
 
 @styled
@@ -74,6 +95,16 @@ def _whiskers(ax: Axes, rows: list[dict], name: str, words: str, place: int) -> 
     return bool(known)
 
 
+def smoothed(values: Sequence[float]) -> np.ndarray:
+    """Moving mean of one value per iteration, as peaks are looked for on it."""
+    return smooth(np.asarray(values, float), WINDOW)
+
+
+def root_kl(curve: dict[str, list[float]]) -> np.ndarray:
+    """sqrt of the smoothed KL per answer; an estimate below zero counts as zero."""
+    return np.sqrt(np.maximum(smoothed(curve["kl_per_answer"]), 0.0))
+
+
 @styled
 def overoptimisation(source: object) -> Figure:
     """Training reward, held-out reward and utility against sqrt(KL per answer), one row per condition; thin lines
@@ -117,7 +148,7 @@ def overoptimisation(source: object) -> Figure:
 
 
 def _curves(ax: Axes, curves: list[dict], metric: str, colour: str, label: str) -> None:
-    points = [(root_kl(curve), smooth(curve[metric])) for curve in curves]
+    points = [(root_kl(curve), smoothed(curve[metric])) for curve in curves]
     for x, y in points if len(points) > 1 else ():
         ax.plot(x, y, color=colour, alpha=0.35, linewidth=0.7)
     if points:

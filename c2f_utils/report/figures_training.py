@@ -164,6 +164,42 @@ def prefix_reward(source: object) -> Figure:
 
 
 @styled
+def credit_of_one_answer(rows: list[dict], stopped: str = "") -> Figure:
+    """One answer token by token: what each token is paid, what the critic expected and was taught, the advantage.
+
+    `rows` as `coarse.experience.token_rows` gives them; `stopped` says in words how the answer ended.
+    """
+    fig, axes = new_figure(
+        3, 1, DOUBLE, 4.6, "Credit for one answer" + (f", {stopped}" if stopped else ""), sharex=True
+    )
+    fig.data = pd.DataFrame(rows)
+    x, price, value, target, advantage = (
+        column(rows, key) for key in ("position", "kl_price", "value", "return", "advantage")
+    )
+    paid, critic, policy = axes[:, 0]
+    paid.bar(x, price, color=ROLE_COLOURS["control"])
+    paid.set(ylabel="paid for KL")
+    paid.margins(y=0.35)
+    final = rows[-1]["reward"] - rows[-1]["kl_price"]
+    note(paid, f"what each token is paid for KL to the base; the last one also earns the answer's reward, {final:+.2f}")
+    line(critic, x, value, ROLE_COLOURS["instruct"])
+    line(critic, x, target, ROLE_COLOURS["coarse"])
+    critic.set(ylabel="reward still to come", xlim=(0.2, x[-1] + 0.8))
+    ends = [(x[-1], value[-1], "critic's value", ROLE_COLOURS["instruct"])]
+    end_labels(critic, [*ends, (x[-1], target[-1], "its target", ROLE_COLOURS["coarse"])], 6.5)
+    policy.bar(x, advantage, color=np.where(advantage < 0, MUTED, ROLE_COLOURS["fine"]))
+    policy.axhline(0, color=INK, linewidth=0.6)
+    policy.set(ylabel="advantage")
+    policy.margins(y=0.25)
+    note(policy, "above 0 (green): made more likely; below (grey): less")
+    if len(rows) <= 60:
+        policy.set_xticks(x, [row["token"] for row in rows], rotation=90, fontsize=6 if len(rows) <= 40 else 5)
+    else:
+        policy.set_xlabel("token of the answer")
+    return fig
+
+
+@styled
 def training_panel(source: object, title: str = "Coarse RLHF: training") -> Figure:
     """Six views of a coarse run by iteration: reward, KL, length against the moving limit, entropy, critic, repetition.
 

@@ -1,7 +1,7 @@
 """Which law for l(t) is robust when nobody knows the right length? Conditions, clocks and measures of the study.
 
 Question: a clock that is right for one task is wrong for another; does one law with one set of constants stay near the
-best clock everywhere? Inputs: finished runs (`stages/law_runs.py` makes them, one per condition, law and seed).
+best clock everywhere? Inputs: finished runs (`benchmarks/law_runs.py` makes them, one per condition, law and seed).
 Outputs: mean utility over the budget, normalised regret, tokens and processor seconds to a target. The conditions
 differ in how long an answer may or should be; they, the grid of clocks and the measures are our design, nothing here
 is the paper's.

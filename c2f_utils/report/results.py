@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -10,6 +11,33 @@ from c2f_utils import stats
 from c2f_utils.errors import C2FError
 from c2f_utils.files import read_json, read_jsonl, root
 
+
+class Metric(NamedTuple):
+    """What a metric is called on an axis, as a column and in a sentence, and its digits in a table."""
+
+    label: str
+    column: str
+    words: str = ""
+    digits: int = 3
+
+
+METRICS = {
+    "accuracy_last": Metric("accuracy, last answer", "accuracy, last", "last-answer accuracy"),
+    "accuracy_first": Metric("accuracy, first answer", "accuracy, first", "first-answer accuracy"),
+    "correct_steps": Metric("correct steps per answer", "correct steps", "correct steps", 2),
+    "mean_tokens": Metric("mean length (tokens)", "tokens", "mean length", 1),
+    "rep4": Metric("repeated 4-grams (share)", "rep-4", "repeated 4-grams"),
+    "duplicate_sentences": Metric("duplicate sentences (share)", "dup. sentences", "duplicate sentences"),
+    "eos_rate": Metric("answers that end by themselves (share)", "ends itself", "answers that end by themselves"),
+    "utility": Metric("utility (points)", "utility", "utility", 2),
+    "reward": Metric("reward (z-score)", "reward", "reward", 2),
+    "score": Metric("selection score", "score", "selection score"),
+    "n": Metric("answers", "n", "answers"),
+    "rollout_tokens": Metric("rollout tokens", "rollout tokens", "rollout tokens", 0),
+    "wall_s": Metric("wall time (s)", "wall (s)", "wall time", 1),
+    "peak_mb": Metric("peak memory (MiB)", "peak memory (MiB)", "peak memory", 0),
+}
+LABELS = {name: metric.label for name, metric in METRICS.items()}
 LAW_OF_03 = "logistic"  # the name under which 04 shows the law of 03
 DECODINGS = {"sampled_t1": "sampled at T = 1", "sampled_t07": "sampled at T = 0.7", "greedy": "greedy decoding"}
 
@@ -58,21 +86,6 @@ def quality(rows: Iterable[dict], wanted: str) -> tuple[str, str]:
     if known(column(rows := list(rows), wanted)) or not known(column(rows, "reward")):
         return wanted, ""
     return "reward", "reward: no exact checker for these data"
-
-
-LABELS = {
-    "accuracy_last": "accuracy, last answer",
-    "accuracy_first": "accuracy, first answer",
-    "correct_steps": "correct steps per answer",
-    "mean_tokens": "mean length (tokens)",
-    "rep4": "repeated 4-grams (share)",
-    "duplicate_sentences": "duplicate sentences (share)",
-    "eos_rate": "answers that end by themselves (share)",
-    "utility": "utility (points)",
-    "reward": "reward (z-score)",
-    "score": "selection score",
-    "n": "answers",
-}
 
 
 def laws_of(results: dict) -> dict[str, dict]:
@@ -157,6 +170,18 @@ def operator_name(operator: str | dict | None) -> str | None:
 def with_baselines(results: dict) -> dict:
     """The same results with the critic-free baselines among the laws, for figures and tables of both."""
     return results | {"laws": results["laws"] | results.get("critic_free", {})}
+
+
+def committed_seeds(name: str, labels: dict[str, str]) -> tuple[list[dict], list[str]]:
+    """Committed evaluations of several seeds (`benchmarks/tiny_seeds.py`) as results of 07, and the seeds' names."""
+    study = committed(name)
+    runs = []
+    for models in study["models"].values():
+        rows = {
+            key: {"label": labels.get(key, key), "role": key, study["decoding"]: row} for key, row in models.items()
+        }
+        runs.append({"models": rows})
+    return runs, [f"seed {seed}" for seed in study["models"]]
 
 
 def committed(name: str) -> dict:

@@ -4,10 +4,8 @@ Figures are made without pyplot: nothing global is touched, none leaks memory, a
 once. A figure carries the numbers behind it (`fig.data`), which `save_figure` writes beside it.
 """
 
-import contextlib
 import functools
 import io
-import os
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,26 +17,15 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from c2f_utils.errors import C2FError
+from c2f_utils.files import write_bytes
 
 SINGLE, DOUBLE = 3.3, 6.8  # inches: one and two columns of a paper
 
-ROLE_COLOURS = {
-    "base": "#7f7f7f",
-    "coarse": "#e07b00",
-    "instruct": "#1f77b4",
-    "fine": "#2a9d3a",
-    "control": "#8c6bb1",
-}
+ROLE_COLOURS = {"base": "#7f7f7f", "coarse": "#e07b00", "instruct": "#1f77b4", "fine": "#2a9d3a", "control": "#8c6bb1"}
 
 ROLE_MARKERS = {"base": "s", "coarse": "^", "instruct": "o", "fine": "*", "control": "D"}
 
-LAW_COLOURS = {
-    "fixed_short": "#9e9e9e",
-    "fixed_long": "#4d4d4d",
-    "clock_linear": "#4c9ed9",
-    "logistic": "#e07b00",
-}
+LAW_COLOURS = {"fixed_short": "#9e9e9e", "fixed_long": "#4d4d4d", "clock_linear": "#4c9ed9", "logistic": "#e07b00"}
 
 # After Okabe and Ito; vermilion comes last, it is close to the logistic law's orange.
 _MORE_COLOURS = ("#009e73", "#cc79a7", "#0072b2", "#7a3e9d", "#56b4e9", "#b8a000", "#d55e00")
@@ -202,16 +189,3 @@ def _rendered(fig: Figure, kind: str, dpi: float | None = None) -> bytes:
     with io.BytesIO() as memory:
         fig.savefig(memory, format=kind, dpi=dpi or STYLE["savefig.dpi"], metadata=stamps[kind])
         return memory.getvalue()
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Replace a file atomically; raises C2FError when the folder cannot be written or the disk is full."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):  # the folder itself may be what is wrong
-            partial.unlink()
-        raise C2FError(f"cannot write {path}: {error.strerror}; free space or choose another folder") from error

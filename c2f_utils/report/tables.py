@@ -15,39 +15,19 @@ import pandas as pd
 
 from c2f_utils import stats
 from c2f_utils.files import read_json, write_text
-from c2f_utils.report.results import laws_of, load, model_rows, operator_name, rows_of, seed_frame
+from c2f_utils.report.results import METRICS, laws_of, load, model_rows, operator_name, rows_of, seed_frame
 
-METRICS = (
+# Columns of every table of models.
+MEASURED = (
     "accuracy_last", "accuracy_first", "correct_steps", "mean_tokens", "rep4", "duplicate_sentences", "eos_rate",
     "utility", "reward", "n",
 )  # fmt: skip
-HEADINGS = {
-    "accuracy_last": "accuracy, last",
-    "accuracy_first": "accuracy, first",
-    "correct_steps": "correct steps",
-    "mean_tokens": "tokens",
-    "rep4": "rep-4",
-    "duplicate_sentences": "dup. sentences",
-    "eos_rate": "ends itself",
-    "rollout_tokens": "rollout tokens",
-    "wall_s": "wall (s)",
-    "peak_mb": "peak memory (MiB)",
-}
-DIGITS = {
-    "mean_tokens": 1,
-    "correct_steps": 2,
-    "utility": 2,
-    "reward": 2,
-    "rollout_tokens": 0,
-    "wall_s": 1,
-    "peak_mb": 0,
-}
 DASH = "–"
 
 
 def heading(column: str) -> str:
     """Readable name of a column."""
-    return HEADINGS.get(column, str(column).replace("_", " "))
+    return METRICS[column].column if column in METRICS else str(column).replace("_", " ")
 
 
 def cell(column: str, value: object) -> str:
@@ -61,7 +41,7 @@ def cell(column: str, value: object) -> str:
             return f"{value:g}"
         if column in ("n", "seed", "threads", "layer"):
             return f"{value:.0f}"
-        return f"{value:.{DIGITS.get(column, 3)}f}"
+        return f"{value:.{METRICS[column].digits if column in METRICS else 3}f}"
     return str(value)
 
 
@@ -157,7 +137,7 @@ def _frame(rows: list[dict], columns: Sequence[str]) -> pd.DataFrame:
 def model_table(source: object, decoding: str = "sampled_t1") -> pd.DataFrame:
     """One row per model of stage 07 evaluated with this decoding: label, role and all metrics."""
     results, _ = load(source, "07_evaluation")
-    return _frame(model_rows(results, decoding), ("label", "role", *METRICS)).rename(columns={"label": "model"})
+    return _frame(model_rows(results, decoding), ("label", "role", *MEASURED)).rename(columns={"label": "model"})
 
 
 def paired_table(source: object) -> pd.DataFrame:
@@ -197,7 +177,7 @@ def law_table(source: object) -> pd.DataFrame:
     """One row per law and seed of stage 04, and a mean per law with more than one seed; tokens also as a ratio."""
     results, _ = load(source, "04_length_schedules")
     laws = laws_of(results)
-    columns = ("law", "seed", "agnostic", "rollout_tokens", "of_fixed_long", *METRICS)
+    columns = ("law", "seed", "agnostic", "rollout_tokens", "of_fixed_long", *MEASURED)
     rows = []
     for name, law in laws.items():
         mine = []
@@ -227,13 +207,13 @@ def sweep_table(source: object) -> pd.DataFrame:
     results, _ = load(source, "06_residue_merging")
     chosen = (results.get("chosen") or {}).get("coefficient")
     rows = [{**row, "chosen": row["coefficient"] == chosen} for row in rows_of(results, "sweep")]
-    return _frame(rows, ("coefficient", "chosen", *METRICS, "score"))
+    return _frame(rows, ("coefficient", "chosen", *MEASURED, "score"))
 
 
 def layer_table(source: object) -> pd.DataFrame:
     """The layer recipes of stage 06."""
     results, _ = load(source, "06_residue_merging")
-    return _frame(rows_of(results, "layers"), ("name", *METRICS, "score"))
+    return _frame(rows_of(results, "layers"), ("name", *MEASURED, "score"))
 
 
 def operator_table(source: object) -> pd.DataFrame:
@@ -241,7 +221,7 @@ def operator_table(source: object) -> pd.DataFrame:
     results, _ = load(source, "06_residue_merging")
     chosen = operator_name((results.get("chosen") or {}).get("operator"))
     rows = [{**row, "chosen": row["operator"] == chosen} for row in rows_of(results, "operators")]
-    return _frame(rows, ("operator", "chosen", *METRICS, "score"))
+    return _frame(rows, ("operator", "chosen", *MEASURED, "score"))
 
 
 def timings_table(run_dir: object) -> pd.DataFrame:
@@ -266,7 +246,7 @@ def seconds(start: str | None, end: str | None) -> float | None:
 
 
 def seed_table(
-    runs: Sequence[dict], names: Sequence[str], decoding: str, metrics: Sequence[str] = METRICS[:-1]
+    runs: Sequence[dict], names: Sequence[str], decoding: str, metrics: Sequence[str] = MEASURED[:-1]
 ) -> pd.DataFrame:
     """Per model and metric over several 07 results: each run's value, the mean and its 95 % t-interval over runs."""
     frame = seed_frame(runs, names, decoding, metrics)

@@ -1,4 +1,4 @@
-"""Tables of notebook 04: what laws cost, what they bought at equal length, and the study over conditions.
+"""Tables of notebooks 04 and 09: what laws cost, what they bought at equal length, and the study over conditions.
 
 Inputs: stage 04 (its results and metrics), or the content of a study's JSON, {"runs": {condition: {law: {seed: run}}}}.
 Outputs: DataFrames with the interval over seeds beside every mean; one seed gives no interval.
@@ -157,6 +157,25 @@ def savings_table(study: dict, law: str, share: float = 0.95) -> pd.DataFrame:
             for unit in ("tokens", "seconds") if common else ():
                 found = law_study.savings(laws, law, names, share, unit, budget)
                 rows.append({"condition": condition, "against": family, "unit": unit, "budget": budget, **found})
+    return pd.DataFrame(rows)
+
+
+def equal_quality_table(study: dict, threads: int = 2) -> pd.DataFrame:
+    """Tokens and seconds of each arm of `benchmarks/time_to_target.py` to the same utility, code and law apart.
+
+    Tokens as a share of fixed-long's (every answer counted as cut); `times faster: law` over our own fixed-long,
+    `in all` over TRL's PPO, of which `code` is fixed-long's part. Geometric means with t-intervals over seeds.
+    """
+    rows, clock = [], f"{threads} threads"
+    whole = study["arms"]["fixed_long"][clock]
+    for arm, found in study["arms"].items():
+        spent = [[sum(run[name]["limits"]) for run in study["runs"].values()] for name in (arm, "fixed_long")]
+        tokens = stats.log_ratio_interval(*spent)
+        law = stats.log_ratio_interval(whole["seconds"], found[clock]["seconds"])
+        row = {"arm": arm, "seeds": found["n"], "missed": found["missed"], "tokens": tokens.value}
+        row |= {"tokens low": tokens.low, "tokens high": tokens.high, "times faster: code": whole["times_less"]}
+        row |= {"law": law.value, "law low": law.low, "law high": law.high, "in all": found[clock]["times_less"]}
+        rows.append(row)
     return pd.DataFrame(rows)
 
 

@@ -8,18 +8,11 @@ law is called better than another. Nulls are named, never guessed.
 from collections.abc import Iterable
 
 from c2f_utils import stats
-from c2f_utils.report.results import operator_name
+from c2f_utils.report.results import METRICS, operator_name
 from c2f_utils.report.verdicts_laws import schedules
 from c2f_utils.report.words import UNCHECKED, capital, difference_words, outcome, percent
 
 MAIN = ("base", "instruct", "coarse", "fine")
-
-QUANTITIES = {
-    "accuracy_last": "last-answer accuracy",
-    "accuracy_first": "first-answer accuracy",
-    "utility": "utility",
-    "reward": "reward",
-}
 
 
 def paired_row(paired: Iterable[dict], a: str, b: str, metric: str, decoding: str) -> dict | None:
@@ -86,7 +79,7 @@ def fine_against_all(results: dict, decoding: str = "sampled_t1") -> list[str]:
     for other, metric in pairs:
         model, name = models[other], models[other].get("label") or other
         mine, theirs = fine.get(metric), (model.get(decoding) or {}).get(metric)
-        quantity = QUANTITIES[metric]
+        quantity = METRICS[metric].words
         if mine is None or theirs is None:
             words.append(f"{capital(name)}: {quantity} was not measured, so it is not compared.")
             continue

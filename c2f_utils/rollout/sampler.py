@@ -5,6 +5,7 @@ from typing import Protocol
 
 from c2f_utils.domain.samples import Prompt, Sample
 from c2f_utils.errors import C2FError
+from c2f_utils.positions import beyond
 
 
 class Sampler(Protocol):
@@ -17,18 +18,11 @@ class Sampler(Protocol):
 
 def refuse_overlong(config, prompts: Sequence[Prompt], limits: Sequence[int]) -> None:
     """Raise C2FError for an empty prompt and for one that with its limit needs more positions than the model has."""
-    positions = config.max_position_embeddings
-    window = getattr(config, "sliding_window", None) or positions
     for prompt, limit in zip(prompts, limits, strict=True):
         if not prompt.ids:
             raise C2FError(f"empty prompt {prompt.text[:60]!r}: expected at least one token; drop it from the data")
-        if len(prompt.ids) + limit > min(positions, window):
-            raise C2FError(
-                f"a prompt of {len(prompt.ids)} tokens with a limit of {limit} needs {len(prompt.ids) + limit} "
-                "positions, "
-                f"the model has {min(positions, window)}; lower the law's maximum, evaluation.max_tokens or "
-                "data.max_prompt_tokens"
-            )
+        if said := beyond(len(prompt.ids), limit, config):
+            raise C2FError(f"{said}; lower the law's maximum, evaluation.max_tokens or data.max_prompt_tokens")
 
 
 def eos_ids(tokenizer, config) -> frozenset[int]:

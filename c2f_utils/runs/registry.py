@@ -12,7 +12,6 @@ from c2f_utils.runs.stage import Stage, age
 if TYPE_CHECKING:
     import pandas as pd
 
-
 OF_SETTINGS = {"source": "the settings'"}  # what 03 records for a law or reward that is not an object of the user's
 
 
@@ -28,17 +27,18 @@ def latest(stage: str, profile: str, seed: int, prefer: dict | None = None) -> S
 
     An actor trained under a law or reward of the user's own serves its own run only: no setting would tell of it.
     """
-    found = [item for item in stages(stage) if item.done and _kind(item) == (profile, seed) and not own_parts(item)]
+    found = [item for item in stages(stage) if item.done and kind_of(item) == (profile, seed) and not own_parts(item)]
     return max(found, key=lambda item: (item.config()["settings"] == prefer, item.status()["finished"]), default=None)
 
 
 def own_parts(stage: Stage) -> list[str]:
-    """Which of law and reward the stage was made with as an object of the user's own, not by its settings."""
+    """Which of law, reward and operator the stage was made with as an object of the user's, not by its settings."""
     inputs, usual = stage.provenance().get("inputs", {}), provenance.fingerprint(OF_SETTINGS)
-    return [name for name in ("law", "reward") if inputs.get(name, usual) != usual]
+    return [name for name in ("law", "reward", "operator") if inputs.get(name, usual) != usual]
 
 
-def _kind(stage: Stage) -> tuple[str, int]:
+def kind_of(stage: Stage) -> tuple[str, int]:
+    """Profile and seed that a stage was made with."""
     settings = stage.config()["settings"]
     return settings["profile"], settings["seed"]
 
@@ -58,7 +58,8 @@ def threads_of(run_id: str) -> int | None:
 def table(run_id: str = "*") -> "pd.DataFrame":
     """One row per stage on disk, the latest last: state, where training stands, time, memory, parents, alarms.
 
-    `changed` names the settings that differ from the profile's. Units: `minutes` of wall time, `peak_mb` in MiB.
+    `changed` names the settings that differ from the profile's, and a law, reward or operator of the user's. Units:
+    `minutes` of wall time, `peak_mb` in MiB.
     """
     import pandas as pd
 
@@ -88,10 +89,16 @@ def _row(stage: Stage) -> dict[str, object]:
         "started": status["started"][:19],
         "minutes": round((age(status["started"]) - age(end)) / 60, 1),
         "peak_mb": status["peak_mb"],
-        "changed": "; ".join(_changed(stage.name, settings)),
+        "changed": "; ".join([*_changed(stage.name, settings), *_own(stage)]),
         "parents": ", ".join(f"{run}/{name[:2]}" for name, run in stage.provenance().get("parents", {}).items()),
         "alarms": "; ".join(status["alarms"]),
     }
+
+
+def _own(stage: Stage) -> list[str]:
+    """The parts that are objects of the user's, as they were recorded in words."""
+    words = stage.provenance().get("words", {})
+    return [f"own {part} {words.get(part, '')}".strip() for part in own_parts(stage)]
 
 
 def _changed(name: str, settings: dict) -> list[str]:

@@ -1,4 +1,4 @@
-"""Runs: the way from one stage to those it builds on, and the table of everything that has been run.
+"""Runs: the way from one stage to those it builds on.
 
 A stage finds its parents in its own run, else in the latest run with equal profile and seed, and says so. Stages
 talk to each other through run directories (`stage.py`) only. Needs no torch.
@@ -10,15 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from c2f_utils.errors import C2FError, problems
-from c2f_utils.files import outputs, root
 from c2f_utils.runs import provenance
-from c2f_utils.runs.stage import ALWAYS_REDONE, Stage, run_folder
+from c2f_utils.runs.registry import kind_of, latest, stages
+from c2f_utils.runs.stage import ALWAYS_REDONE, OF_NO_RUN, Stage, run_folder
 
 if TYPE_CHECKING:
     from c2f_utils.settings.config import Settings
-from c2f_utils.runs.registry import OF_SETTINGS, _kind, latest, stages, table
-
-__all__ = ["OF_SETTINGS", "PARENTS", "Run", "Stage", "latest", "outputs", "root", "run_folder", "stages", "table"]
 
 # What each stage is made from. A missing one is refused before work starts; a changed one makes the stage another
 # stage.
@@ -36,6 +33,7 @@ PARENTS: dict[str, tuple[str, ...]] = {
         "01_base_model", "02_reward_model", "03_coarse_rlhf", "05_instruction_model", "06_residue_merging",
     ),
     "08_report": (),  # reports what is there and names what is missing
+    "09_studies": (),  # draws what is committed with the project
 }  # fmt: skip
 
 
@@ -102,12 +100,12 @@ class Run:
     def refuse_mixture(self, stage: str) -> None:
         """Raise C2FError if the run already holds finished stages of another profile or seed.
 
-        00 is about the present and may be run anywhere.
+        00 and 09, which are about no run, may be run anywhere.
         """
         asked = self.settings.profile, self.settings.seed
-        made = [_kind(item) for item in stages(run_id=self.id) if item.done and item.name not in ALWAYS_REDONE]
+        made = [kind_of(item) for item in stages(run_id=self.id) if item.done and item.name not in ALWAYS_REDONE]
         found = next((kind for kind in made if kind != asked), None)
-        if found and stage != ALWAYS_REDONE[0]:
+        if found and stage not in OF_NO_RUN:
             flags = zip(("--profile", "--seed"), found, asked, strict=True)
             advice = " ".join(f"{flag} {there}" for flag, there, here in flags if there != here)
             raise C2FError(
@@ -121,7 +119,7 @@ class Run:
         before = self.stage(user).provenance().get("parents", {}).get(name) if user else None
         own = (Stage(run_folder(run_id) / name) for run_id in (self.id, before) if run_id)
         kind, wanted = (self.settings.profile, self.settings.seed), self.settings.for_stage(name)
-        found = next((item for item in own if item.done and _kind(item) == kind), None) or latest(name, *kind, wanted)
+        found = next((item for item in own if item.done and kind_of(item) == kind), None) or latest(name, *kind, wanted)
         if found is None:
             state = Stage(self.dir / name).state()
             there = f"it is {state} in run {self.id!r}" if state else f"run {self.id!r} has none"

@@ -7,7 +7,6 @@ plain JSON, written atomically, so a run can be read while it works and after it
 """
 
 import contextlib
-import json
 import math
 import os
 import re
@@ -20,14 +19,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from c2f_utils.errors import C2FError, problems
-from c2f_utils.files import append_jsonl, read_json, read_jsonl, write_json, write_text
+from c2f_utils.files import append_jsonl, read_json, write_json
 from c2f_utils.runs import locks, provenance
 
 if TYPE_CHECKING:
     from c2f_utils.settings.config import Settings
 from c2f_utils.files import outputs, root
 
-ALWAYS_REDONE = ("00_environment_and_data", "08_report")  # cheap, and about the present: never loaded, never in the way
+OF_NO_RUN = ("00_environment_and_data", "09_studies")  # about this machine, and about what the project comes with
+ALWAYS_REDONE = (*OF_NO_RUN, "08_report")  # cheap, and about the present: never loaded, never in the way
 
 HEARTBEAT = 15.0  # seconds
 
@@ -134,11 +134,6 @@ class Stage:
     def log(self, row: dict) -> None:
         """Append one row to metrics.jsonl; a value that is not finite becomes null (the panel raises the alarm)."""
         append_jsonl(self.path("metrics.jsonl"), {key: _or_null(value) for key, value in row.items()})
-
-    def rewind(self, file: str, key: str, last: int) -> None:
-        """Drop the rows of a JSON-lines file after `row[key] == last`: what a killed run wrote past its checkpoint."""
-        rows = [row for row in read_jsonl(self.dir / file) if row[key] <= last]
-        write_text(self.path(file), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
     @contextlib.contextmanager
     def timer(self, name: str) -> Iterator[None]:

@@ -16,7 +16,7 @@ PROFILES = ("smoke", "tiny", "small_gpu", "mistral_7b")
 
 STAGES = (
     "00_environment_and_data", "01_base_model", "02_reward_model", "03_coarse_rlhf", "04_length_schedules",
-    "05_instruction_model", "06_residue_merging", "07_evaluation", "08_report",
+    "05_instruction_model", "06_residue_merging", "07_evaluation", "08_report", "09_studies",
 )  # fmt: skip
 
 # Which sections decide a stage's own result; what its parents decide reaches it through their fingerprints.
@@ -30,6 +30,7 @@ _DECIDES = {
     "06_residue_merging": ("models", "data", "coarse", "merge", "evaluation"),
     "07_evaluation": ("models", "data", "merge", "evaluation"),
     "08_report": (),
+    "09_studies": (),
 }
 
 PAIR_ANSWER_TOKENS = 144  # embedded domain: longest answer of a preference pair
@@ -136,8 +137,7 @@ class Coarse(Section):
         "kv", description="sampler: our decoder, or transformers' continuous batching"
     )
     old_logps: Literal["auto", "recorded", "recomputed"] = Field(
-        "auto",
-        description="old log-probabilities: the sampler's or the training forward's; auto: recorded if float32",
+        "auto", description="old log-probabilities: the sampler's or the training forward's; auto: recorded if float32"
     )
     processes: Positive = Field(1, description="training processes; more than 1 starts `accelerate launch`")
     spread: Literal["ddp", "fsdp2"] = Field(

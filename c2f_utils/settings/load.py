@@ -5,17 +5,13 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from c2f_utils.errors import C2FError, problems
-from c2f_utils.files import read_yaml
+from c2f_utils.files import read_mapping
 from c2f_utils.settings.config import PROFILES, Settings
 from c2f_utils.settings.in_words import explained
 
 
 def load_settings(
-    profile: str,
-    seed: int = 0,
-    run_id: str = "lab",
-    overrides: dict[str, object] | None = None,
-    study: bool = False,
+    profile: str, seed: int = 0, run_id: str = "lab", overrides: dict[str, object] | None = None, study: bool = False
 ) -> Settings:
     """Profile, then overrides (nested or dotted keys), checked as a whole.
 
@@ -24,7 +20,7 @@ def load_settings(
     """
     if profile not in PROFILES:
         raise C2FError(f"unknown profile {profile!r}; expected one of {', '.join(PROFILES)}")
-    values = read_yaml(Path(__file__).parent / "profiles" / f"{profile}.yaml")
+    values = read_mapping(Path(__file__).parent / "profiles" / f"{profile}.yaml")
     for key, value in (overrides or {}).items():
         _merge(values, _nested(str(key), value))
     values |= {"profile": profile, "seed": seed, "run_id": run_id, "study": study}

@@ -66,7 +66,7 @@ class Parameter:
 STANDARD = {
     item.name: item
     for item in (
-        Parameter("profile", "str", "smoke"),
+        Parameter("profile", "str", "tiny"),
         Parameter("seed", "int", 0),
         Parameter("run_id", "str", "lab"),
         Parameter("overrides", "dict", {}),

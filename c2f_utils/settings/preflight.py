@@ -12,17 +12,14 @@ from pathlib import Path
 from c2f_utils.domain import preferences
 from c2f_utils.errors import C2FError
 from c2f_utils.files import root
+from c2f_utils.positions import positions_of
 from c2f_utils.settings.config import PAIR_ANSWER_TOKENS, CriticFree, Settings
+from c2f_utils.settings.merge_options import OPTIONS, option_problems
 
 FEWEST_PROMPTS = 4  # one for validation, one for test, two to train on
 # An embedded question with n steps: begin-of-sequence, 7 words, 4 per step, 4 words; a forced beginning adds 6.
 _SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size")
 _QUESTION, _STEP, _FORCED = 12, 4, 6
-# The operators that are there and their own keys; the registry itself (`merge/operators.py`) needs torch.
-OPERATORS = {
-    "residue": (), "lerp": (), "slerp": (), "trim": ("density", "scope"), "dare": ("density", "seed"),
-    "ties": ("density", "scope"), "orthogonal": (), "tsv": ("rank",),
-}  # fmt: skip
 
 
 def findings(settings: Settings) -> list[str]:
@@ -147,22 +144,17 @@ def _operators(settings: Settings) -> list[str]:
     merge, found = settings.merge, []
     named = {"merge.operator": {"name": merge.operator}}
     named |= {f"merge.other_operators.{number}": spec for number, spec in enumerate(merge.other_operators)}
-    loaded = sys.modules.get("c2f_utils.merge.operators")
-    own = set(loaded.known_operators()) - set(OPERATORS) if loaded else set()
+    loaded = sys.modules.get("c2f_utils.merge.operators")  # where a notebook has registered one of its own
+    own = set(loaded.known_operators()) - set(OPTIONS) if loaded else set()
     for where, spec in named.items():
         name = spec.get("name")
         if not isinstance(name, str):
             found.append(f"{where} = {spec!r} has no name; expected {{'name': 'trim', 'density': 0.3}} or the like")
-        elif name in OPERATORS:
-            keys = OPERATORS[name]
-            found += [
-                f"{where}: {name} has no key {key!r}; its own keys: {', '.join(keys) or 'none'}"
-                for key in spec
-                if key not in ("name", *keys)
-            ]
-        elif name not in own and (near := difflib.get_close_matches(name, OPERATORS, n=1, cutoff=0.85)):
+        elif name in OPTIONS:
+            found += [f"{where}, {line}" for line in option_problems(name, spec, OPTIONS[name])]
+        elif name not in own and (near := difflib.get_close_matches(name, OPTIONS, n=1, cutoff=0.85)):
             found.append(
-                f"{where}: there is no operator {name!r}; did you mean {near[0]!r}? known: {', '.join(OPERATORS)} (one "
+                f"{where}: there is no operator {name!r}; did you mean {near[0]!r}? known: {', '.join(OPTIONS)} (one "
                 "of your own with so similar a name must be registered before the cell that starts notebook 06)"
             )
     return found
@@ -266,9 +258,7 @@ def _any(law) -> bool:
 
 def _positions_of(source: str) -> int | None:
     config = _config(Path(source))
-    if not isinstance(config, dict) or not isinstance(config.get("max_position_embeddings"), int):
-        return None
-    return min(config["max_position_embeddings"], config.get("sliding_window") or config["max_position_embeddings"])
+    return positions_of(config) if isinstance(config, dict) else None
 
 
 def _said(check, *arguments) -> list[str]:

@@ -18,7 +18,8 @@ def make(run: Run) -> dict:
     inputs = Inputs(run)
     losses: list[dict] = []
     if settings.embedded:
-        inputs.__dict__ |= {"base_source": str(here.dir / "model"), "tokenizer": stories.make_tokenizer()}
+        # Made here: there is no earlier stage to ask for them.
+        inputs.base_source, inputs.tokenizer = str(here.dir / "model"), stories.make_tokenizer()
         with here.timer("pretraining"):
             model = pretrain.pretrain(settings, losses.append)
         save_model(model, inputs.tokenizer, here.path("model"))

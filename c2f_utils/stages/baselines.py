@@ -19,9 +19,9 @@ from c2f_utils.coarse import trl_limit
 from c2f_utils.domain.samples import Prompt, Sample
 from c2f_utils.errors import problems
 from c2f_utils.files import read_json, write_json
-from c2f_utils.limits import positions_of
 from c2f_utils.models import loading, rewards
 from c2f_utils.models.library_trainers import arguments, fit, quiet
+from c2f_utils.positions import beyond
 from c2f_utils.rollout.sampler import eos_ids
 from c2f_utils.settings.config import Coarse, CriticFree
 from c2f_utils.settings.laws import make_law
@@ -35,7 +35,7 @@ CURVE = "curve.json"  # in every checkpoint folder, written last: a checkpoint t
 class Baseline:
     """One run of a critic-free trainer; built on a folder with checkpoints it continues.
 
-    Has what `workflow.coarse.summary` reads: `history`, `curve`, `iteration`, `rollout_tokens`. Raises C2FError before
+    Has what `coarse_rlhf.summary` reads: `history`, `curve`, `iteration`, `rollout_tokens`. Raises C2FError before
     any model is loaded for a law that needs a critic, and before training for everything else that is impossible.
     """
 
@@ -89,7 +89,8 @@ class Baseline:
         _refuse_prompts(self.prompts, inputs.tokenizer)
         model = inputs.base()
         self.ends = eos_ids(inputs.tokenizer, model.config)
-        _refuse_positions(model.config, self.prompts, self.law.largest)
+        if said := beyond(max(len(p.ids) for p in self.prompts), self.law.largest, model.config):
+            raise problems("the law does not fit the model:", [f"{said}; lower the law's maximum"])
         make, configure = {"grpo": (GRPOTrainer, GRPOConfig), "rloo": (RLOOTrainer, RLOOConfig)}[self.entry.trainer]
         # A token normaliser that l(t) does not move; RLOO has none, its loss is one ratio per answer.
         special = {"loss_type": "dapo"} if self.entry.trainer == "grpo" else {"normalize_advantages": True}
@@ -231,10 +232,3 @@ def _refuse_prompts(prompts: Sequence[Prompt], tokenizer) -> None:
     if other:
         title = f"{len(other)} of {len(prompts)} prompts become other token ids when TRL tokenises their text:"
         raise problems(title, [*other[:3], "leave schedules.critic_free empty for this data"])
-
-
-def _refuse_positions(config, prompts: Sequence[Prompt], largest: int) -> None:
-    longest, positions = max(len(p.ids) for p in prompts), positions_of(config)
-    if longest + largest > positions:
-        line = f"largest limit {largest} + longest prompt {longest} tokens > {positions} positions; lower the maximum"
-        raise problems("the law does not fit the model:", [line])

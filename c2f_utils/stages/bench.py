@@ -6,7 +6,6 @@ from c2f_utils import merge, stats
 from c2f_utils.domain.samples import Sample
 from c2f_utils.measure import answers
 from c2f_utils.rollout.sampler import Sampler
-from c2f_utils.runs.run import Run
 from c2f_utils.stages.inputs import Inputs
 
 State = dict[str, Tensor]
@@ -17,6 +16,19 @@ def state_of(model: nn.Module) -> State:
     return {name: value.detach() for name, value in model.state_dict().items()}
 
 
+def recipe_of(inputs: Inputs, operator: dict, coefficient: float, **shape: object) -> merge.Recipe:
+    """A recipe on the run's own checkpoints; `shape` may hold `knots` and `rules` of the coefficient."""
+    return merge.Recipe(
+        base=inputs.base_source,
+        instruct=inputs.instruct_source,
+        coarse=inputs.coarse_source,
+        operator=operator,
+        coefficient={"default": float(coefficient), **shape},
+        out_dtype=inputs.settings.merge.out_dtype,
+        seed=inputs.settings.seed,
+    )
+
+
 class Bench:
     """Merges with the kernels of the streaming merger and measures on validation problems, T=1.
 
@@ -24,9 +36,8 @@ class Bench:
     paired difference to it: `difference`, `low`, `high` (score, 95 % bootstrap interval over problems).
     """
 
-    def __init__(self, run: Run):
-        self.inputs = Inputs(run)
-        self.settings = run.settings
+    def __init__(self, inputs: Inputs):
+        self.inputs, self.settings = inputs, inputs.settings
         self.prompts = self.inputs.prompts("validation")
         self.model = self.inputs.instruct()
         instruct = {name: value.clone() for name, value in state_of(self.model).items()}
@@ -41,16 +52,8 @@ class Bench:
         return f"{quality} - {self.settings.merge.token_price:g} x mean tokens, validation problems, T=1"
 
     def recipe(self, operator: dict, coefficient: float, **shape: object) -> merge.Recipe:
-        """A recipe on the run's own checkpoints; `shape` may hold `knots` and `rules` of the coefficient."""
-        return merge.Recipe(
-            base=self.inputs.base_source,
-            instruct=self.inputs.instruct_source,
-            coarse=self.inputs.coarse_source,
-            operator=operator,
-            coefficient={"default": float(coefficient), **shape},
-            out_dtype=self.settings.merge.out_dtype,
-            seed=self.settings.seed,
-        )
+        """See `recipe_of`."""
+        return recipe_of(self.inputs, operator, coefficient, **shape)
 
     def merged(self, recipe: merge.Recipe, coarse: State | None = None) -> nn.Module:
         """The bench's model with merged weights; valid until the next call."""

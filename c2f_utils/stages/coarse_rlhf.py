@@ -1,8 +1,9 @@
 """03: what does RLHF straight on the base give as the limit grows? Also the loop that 04 and 06 reuse."""
 
-import inspect
+import copy
+import dataclasses
+import gc
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,14 +20,13 @@ from c2f_utils.files import read_jsonl, write_text
 from c2f_utils.measure import answers
 from c2f_utils.models import loading
 from c2f_utils.models.rewards import RewardFunction
+from c2f_utils.notebook import seed_everything
 from c2f_utils.rollout.continuous import ContinuousBatching
 from c2f_utils.rollout.decoder import KVDecoder
-from c2f_utils.runs import provenance
-from c2f_utils.runs.registry import OF_SETTINGS
 from c2f_utils.runs.run import Run
-from c2f_utils.settings.config import Coarse
+from c2f_utils.settings.config import Coarse, Lora
 from c2f_utils.settings.laws import make_law
-from c2f_utils.stages import processes
+from c2f_utils.stages import own_parts, processes
 from c2f_utils.stages.inputs import Inputs, keep_samples
 
 
@@ -89,6 +89,27 @@ def evaluator(inputs: Inputs, config: Coarse):
     return measure
 
 
+def small_trainer(
+    inputs: Inputs, law: limits.Law | None = None, reward: RewardFunction | None = None, prompts: int = 12
+) -> CoarseTrainer:
+    """A trainer to throw away, whose verbs a notebook calls one by one: the training's first `prompts` questions.
+
+    It works on copies (of `law`, too), writes nothing and measures nothing, and its critic and actor learn at once.
+    Where training splits full weights over processes, adapters stand in for them: here one process holds everything.
+    """
+    settings = inputs.settings
+    coarse = settings.coarse
+    count = min(prompts, coarse.prompts)
+    steps = {"minibatches": min(coarse.minibatches, count), "critic_warmup": 0}
+    if coarse.processes > 1 and coarse.spread == "fsdp2" and not settings.models.lora:
+        models = settings.models.model_copy(update={"lora": Lora()})
+        run = dataclasses.replace(inputs.run, settings=settings.model_copy(update={"models": models}))
+        inputs = Inputs(run)
+    rule = copy.deepcopy(law) if law else make_law(coarse.law)
+    config = coarse.model_copy(update={"prompts": count, **steps})
+    return trainer(inputs, rule, None, reward=reward, config=config, evaluated=False)
+
+
 def train(
     run: Run, law: limits.Law | None = None, reward: RewardFunction | None = None, ranks: Ranks | None = None
 ) -> Iterator[dict]:
@@ -104,10 +125,11 @@ def train(
             "coarse.processes > 1 starts new processes, which cannot see a law or reward made in this notebook; "
             "set it to 1"
         )
-    for name, own in (("law", law), ("reward", reward)):
-        here.add_input(name, provenance.fingerprint(_identity(own)), _in_words(own))
+    own_parts.record(here, law=law, reward=reward)
     if here.loaded:
         return
+    gc.collect()  # models of earlier cells must not stand in memory beside those that are loaded now
+    seed_everything(run.settings.seed)  # nor may what those cells drew decide the first weights of adapters
     inputs = Inputs(run)
     if ranks is None and run.settings.coarse.processes > 1:
         yield from processes.train(run)
@@ -182,66 +204,3 @@ def restore_rows(run: Run, process: CoarseTrainer, **labels: object) -> None:
     write_text(path, "")
     for row in [*others, *({**labels, **row} for row in process.history)]:
         run.here.log(row)
-
-
-def _identity(own: object) -> dict[str, str]:
-    """What tells one law or reward of the user's from another: its source, and for an object what it was made with."""
-    if own is None:
-        return OF_SETTINGS
-    return {"source": _source(own), "state": _plain(sorted(_state(own).items()))}
-
-
-def _in_words(own: object) -> str:
-    """The object's name and what it was made with, for a message; two with the same words differ in their code."""
-    if own is None:
-        return "that of the settings"
-    name = own.__qualname__ if inspect.isroutine(own) else type(own).__qualname__
-    made = ", ".join(f"{key}={_plain(value):.40}" for key, value in _state(own).items())
-    code = provenance.fingerprint(_source(own))[:4]
-    return f"{name}({made}), code {code}" if made else f"{name}, code {code}"
-
-
-def _state(own: object) -> dict[str, object]:
-    """What an object was made with; weights are left out, they would cost more to read than they tell."""
-    if isinstance(own, nn.Module) or inspect.isroutine(own):
-        return {}
-    return own.state_dict() if hasattr(own, "state_dict") else dict(getattr(own, "__dict__", {}))
-
-
-def _source(thing: object) -> str:
-    """Source text of a function, or of an object's class: its methods and plain attributes, inherited ones too.
-
-    `inspect.getsource` finds functions typed in a notebook, but no class: a kernel's `__main__` has no file.
-    """
-    if inspect.isroutine(thing):
-        return _code(thing)
-    parts = []
-    for kind in type(thing).__mro__:
-        if kind in (object, limits.Law, nn.Module):
-            continue
-        parts.append(kind.__qualname__)
-        for name, value in vars(kind).items():
-            if isinstance(value, property):
-                parts += [_code(part) for part in (value.fget, value.fset) if part]
-            elif callable(found := getattr(value, "__func__", getattr(value, "func", value))):
-                parts.append(f"{name}: {_code(found)}")
-            elif not name.startswith("__") and isinstance(value, _PLAIN):
-                parts.append(f"{name} = {_plain(value)}")
-    return "\n".join(parts)
-
-
-_PLAIN = str | int | float | bool | None | tuple | list | dict
-
-
-def _code(function: object) -> str:
-    """Source text of a function; its instructions and constants where none is kept, else its name."""
-    try:
-        return inspect.getsource(function)
-    except (OSError, TypeError):
-        code = getattr(function, "__code__", None)
-        return f"{code.co_code.hex()} {code.co_names} {_plain(code.co_consts)}" if code else _plain(function)
-
-
-def _plain(value: object) -> str:
-    """`repr` without the addresses and places that change from one session to the next."""
-    return re.sub(r" at 0x[0-9a-f]+|, file \".*?\", line \d+", "", repr(value))

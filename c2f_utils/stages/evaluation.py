@@ -7,7 +7,7 @@ from torch import nn
 
 from c2f_utils import redundancy, stats
 from c2f_utils.domain import stories
-from c2f_utils.domain.samples import Prompt, Sample, make_prompts
+from c2f_utils.domain.samples import Prompt, make_prompts
 from c2f_utils.measure import answers
 from c2f_utils.models import loading
 from c2f_utils.runs.run import Run
@@ -53,7 +53,7 @@ def make(run: Run) -> dict:
                 single[name][decoding] = answers.per_answer(samples)
                 table += answers.rows(samples[: settings.evaluation.samples_kept], name, decoding, inputs.reward)
                 if decoding == settings.evaluation.decodings[0]:
-                    prefixes[name] = _prefixes(samples, settings.evaluation.prefixes)
+                    prefixes[name] = redundancy.prefix_table([s.answer for s in samples], settings.evaluation.prefixes)
     keep_samples(here, table, settings)
     here.save_results({
         "models": found, "prefix_redundancy": prefixes, "decoding_of_prefixes": settings.evaluation.decodings[0],
@@ -76,15 +76,6 @@ def _models(run: Run, inputs: Inputs, test: list[Prompt]) -> Iterator[tuple[str,
         forced = make_prompts([p.problem for p in test], stories.FORCED_ANALYSIS)
         yield "instruct_forced", inputs.instruct(), forced
         yield "base_forced", inputs.base(), forced
-
-
-def _prefixes(samples: list[Sample], sizes: list[int]) -> list[dict]:
-    """Mean rep4 of the first `prefix` tokens over the answers that are long enough (their count is `n`)."""
-    rows = []
-    for prefix in sizes:
-        values = [v for v in (redundancy.rep4_at(s.answer, prefix) for s in samples) if v is not None]
-        rows.append({"prefix": prefix, "rep4": sum(values) / len(values) if values else None, "n": len(values)})
-    return rows
 
 
 def _paired(single: dict[str, dict[str, dict[str, list[float]]]], seed: int) -> list[dict]:

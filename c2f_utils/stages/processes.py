@@ -22,7 +22,7 @@ import yaml
 
 from c2f_utils.coarse import checkpoints
 from c2f_utils.errors import C2FError, problems
-from c2f_utils.files import read_jsonl, read_yaml, write_text
+from c2f_utils.files import read_jsonl, read_mapping, write_text
 from c2f_utils.runs.run import Run
 from c2f_utils.settings.config import Settings
 from c2f_utils.settings.load import load_settings
@@ -35,7 +35,7 @@ PATIENCE = 30.0  # seconds that processes get to end on SIGTERM
 
 def read_run(path: Path) -> Settings:
     """Settings named by a run file; raises C2FError for unknown keys and for settings that cannot be used."""
-    values = read_yaml(path)
+    values = read_mapping(path)
     unknown = [f"{key!r} is not a key of a run file; expected {', '.join(KEYS)}" for key in values if key not in KEYS]
     if "profile" not in values:
         unknown.append("there is no 'profile'; expected one of smoke, tiny, small_gpu, mistral_7b")

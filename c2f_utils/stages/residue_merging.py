@@ -6,73 +6,146 @@ that was tried is kept as the control `best_recipe`, so that 07 can say on test 
 it. With `merge.select: best_recipe` that best one is `model/`, and one coefficient the control.
 """
 
+from functools import cached_property
+
 from c2f_utils import merge
+from c2f_utils.errors import C2FError
 from c2f_utils.measure import answers
 from c2f_utils.models import loading
 from c2f_utils.runs.run import Run
-from c2f_utils.stages import controls, variants
-from c2f_utils.stages.bench import Bench
-from c2f_utils.stages.inputs import keep_samples
+from c2f_utils.stages import controls, own_parts, variants
+from c2f_utils.stages.bench import Bench, recipe_of
+from c2f_utils.stages.inputs import Inputs, keep_samples
+
+MATRICES = ("base", "instruct", "coarse")
 
 
-def make(run: Run) -> dict:
-    """Results of 06: the sweeps, the chosen recipe, the residue's anatomy; `model/` is the Fine Actor, `controls/`
-    its controls."""
-    here, settings = run.here, run.settings
-    if here.loaded:
-        return here.results()
-    bench, operator, sections = Bench(run), {"name": settings.merge.operator}, settings.merge.sections
-    for each in (operator, *settings.merge.other_operators):
-        bench.recipe(each, 1.0)  # a mistyped operator is refused before the first sweep
-    with here.timer("sweeps"):
-        sweep = bench.sweep(operator)
-        best = max(sweep, key=lambda row: row["score"])
-        c = best["coefficient"]
-        chosen = bench.recipe(operator, c)
-        bench.compare_with(chosen)
-        operators = [{"operator": variants.operator_text(operator), "spec": operator, **best}]
-        found = {
-            "layers": variants.parts(bench, operator, c) if "layers" in sections else [],
-            "depths": variants.depths(bench, operator, c) if "depths" in sections else [],
-            "operators": operators + variants.others(bench, settings.merge.other_operators),
+class Merging:
+    """Notebook 06 step by step: `sweep`, `choose`, `variants`, `merge`, `finish`, in this order.
+
+    Of a stage done before every step gives what is on disk. `operator` may be one of your own, as `register_operator`
+    returns it; the stage then remembers its source and refuses to mix two of them. Raises C2FError before the first
+    sweep for an operator that cannot be used.
+    """
+
+    def __init__(self, run: Run, operator: merge.Operator | None = None):
+        self.run, self.here, self.settings, self.inputs = run, run.here, run.settings, Inputs(run)
+        own_parts.record(self.here, operator=operator and operator.kernel)
+        own = operator and {"name": operator.name, **operator.options}
+        self.operator: dict = own or {"name": self.settings.merge.operator}
+        if self.here.loaded and self.results["chosen"]["operator"] != self.operator:
+            made = self.results["chosen"]["operator"]["name"]
+            raise C2FError(
+                f"{self.here.name} in run {run.id!r} was made with operator {made!r}, not {self.operator['name']!r}; "
+                "choose another run_id, or set overwrite=True (--overwrite)"
+            )
+        self.found: dict = dict(self.results) if self.here.loaded else {}
+        for each in (self.operator, *self.settings.merge.other_operators):
+            self.recipe(1.0, each)  # a mistyped operator is refused before the first sweep
+
+    @property
+    def results(self) -> dict:
+        return self.here.results()
+
+    @cached_property
+    def bench(self) -> Bench:
+        """The three models, loaded when first asked for, and the validation problems."""
+        return Bench(self.inputs)
+
+    def recipe(self, coefficient: float, operator: dict | None = None) -> merge.Recipe:
+        """One coefficient for all tensors, on the run's own checkpoints."""
+        return recipe_of(self.inputs, operator or self.operator, coefficient)
+
+    def sweep(self) -> list[dict]:
+        """Metrics and score of the operator at every coefficient of the grid."""
+        if "sweep" not in self.found:
+            with self.here.timer("sweeps"):
+                self.found["sweep"] = self.bench.sweep(self.operator)
+        return self.found["sweep"]
+
+    def choose(self) -> dict:
+        """The operator and the coefficient of the best score; every later variant is compared with this merge."""
+        if "chosen" not in self.found:
+            self._best = max(self.sweep(), key=lambda row: row["score"])
+            self.found["chosen"] = {"operator": self.operator, "coefficient": self._best["coefficient"]}
+            with self.here.timer("sweeps"):
+                self.bench.compare_with(self.recipe(self._best["coefficient"]))
+        return self.found["chosen"]
+
+    def variants(self) -> dict:
+        """Rows of everything richer than one coefficient, by kind; those that `merge.sections` leaves out are empty."""
+        kinds = ("layers", "depths", "operators", "averages", "proxies")
+        if "layers" not in self.found:
+            bench, operator, sections = self.bench, self.operator, self.settings.merge.sections
+            c = self.choose()["coefficient"]
+            with self.here.timer("sweeps"):
+                mine = [{"operator": variants.operator_text(operator), "spec": operator, **self._best}]
+                self.found |= {
+                    "layers": variants.parts(bench, operator, c) if "layers" in sections else [],
+                    "depths": variants.depths(bench, operator, c) if "depths" in sections else [],
+                    "operators": mine + variants.others(bench, self.settings.merge.other_operators),
+                }
+            with self.here.timer("averages and decode-time merging"):
+                self.found["averages"] = (
+                    variants.averages(self.run, bench, operator, c) if "averages" in sections else []
+                )
+                self.found["proxies"] = variants.proxies(bench, c) if "proxies" in sections else []
+        return {kind: self.found[kind] for kind in kinds}
+
+    def merge(self) -> dict[str, float]:
+        """Write the Fine Actor to `model/`, what was not selected to `controls/`, and the rounding comparison.
+
+        Returns the share of the wanted change that is left after rounding to the output dtype, per module family.
+        """
+        if "survival" not in self.found:
+            bench, c = self.bench, self.choose()["coefficient"]
+            self.variants()
+            self._richest = _richest(bench, self.operator, c, self._best["score"], self.found)
+            made = {"one_coefficient": self.recipe(c), "best_recipe": self._richest["recipe"]}
+            fine = made.pop(self.settings.merge.select)
+            with self.here.timer("merge"):
+                self.found["survival"] = merge.run_merge(merge.plan_merge(fine), self.here.path("model")).survival
+                wanted = "roundings" in self.settings.merge.sections
+                self.found["roundings"] = variants.roundings(self.run, bench, fine) if wanted else []
+            for name, recipe in made.items():
+                controls.keep(self.run, bench, name, bench.merged(recipe))
+        return self.found["survival"]
+
+    def finish(self) -> dict:
+        """Make the other controls, and keep results and samples; returns the results."""
+        if "controls" in self.found:
+            return self.results
+        self.merge()
+        bench, c = self.bench, self.choose()["coefficient"]
+        parents = {
+            name: bench.row(bench.inputs.answers(bench.loaded(bench.states[name]), bench.prompts))
+            for name in bench.states
         }
-    with here.timer("averages and decode-time merging"):
-        found["averages"] = variants.averages(run, bench, operator, c) if "averages" in sections else []
-        found["proxies"] = variants.proxies(bench, c) if "proxies" in sections else []
-    richest = _richest(bench, operator, c, best["score"], found)
-    made = {"one_coefficient": chosen, "best_recipe": richest["recipe"]}
-    fine = made.pop(settings.merge.select)
-    with here.timer("merge"):
-        report = merge.run_merge(merge.plan_merge(fine), here.path("model"))
-        found["roundings"] = variants.roundings(run, bench, fine) if "roundings" in sections else []
-    for name, recipe in made.items():
-        controls.keep(run, bench, name, bench.merged(recipe))
-    parents = {
-        name: bench.row(bench.inputs.answers(bench.loaded(bench.states[name]), bench.prompts)) for name in bench.states
-    }
-    here.save_results(
-        {
-            "chosen": {"operator": operator, "coefficient": c},
-            "select": settings.merge.select,
-            "score": bench.score_text,
-            "parents": parents,
-            "sweep": sweep,
-            **found,
-            "best_recipe": {
-                "name": richest["name"],
-                "score": richest["score"],
-                "tried": richest["tried"],
-                "recipe": _portable(richest["recipe"]),
-            },
-            "controls": dict(controls.make(run, bench, c)),
-            "anatomy": merge.anatomy(*(bench.states[name] for name in ("base", "instruct", "coarse"))),
-            "survival": report.survival,
-        }
-    )
-    fine = loading.load_causal(here.dir / "model", settings.models)
-    samples = bench.inputs.answers(fine, bench.prompts)
-    keep_samples(here, answers.rows(samples, "fine", "sampled_t1", bench.inputs.reward), settings)
-    return here.results()
+        self.found["controls"] = dict(controls.make(self.run, bench, c))
+        self.here.save_results(
+            {
+                "chosen": self.found["chosen"],
+                "select": self.settings.merge.select,
+                "score": bench.score_text,
+                "parents": parents,
+                "sweep": self.found["sweep"],
+                **self.variants(),
+                "roundings": self.found["roundings"],
+                "best_recipe": {
+                    "name": self._richest["name"],
+                    "score": self._richest["score"],
+                    "tried": self._richest["tried"],
+                    "recipe": _portable(self._richest["recipe"]),
+                },
+                "controls": self.found["controls"],
+                "anatomy": merge.anatomy(*(bench.states[name] for name in MATRICES)),
+                "survival": self.found["survival"],
+            }
+        )
+        fine = loading.load_causal(self.here.dir / "model", self.settings.models)
+        samples = bench.inputs.answers(fine, bench.prompts)
+        keep_samples(self.here, answers.rows(samples, "fine", "sampled_t1", bench.inputs.reward), self.settings)
+        return self.results
 
 
 def _richest(bench: Bench, operator: dict, c: float, score: float, found: dict) -> dict:

@@ -7,8 +7,8 @@ import torch
 from scipy import stats as scipy_stats
 
 from c2f_utils.domain import stories
-from c2f_utils.domain.samples import Prompt, Sample
-from c2f_utils.measure import length_bias
+from c2f_utils.domain.samples import Prompt, Sample, make_prompts
+from c2f_utils.measure import answers, length_bias
 from c2f_utils.models import rewards
 from c2f_utils.models.loading import refuse_other_tokenizer, save_model
 from c2f_utils.runs.run import Run
@@ -82,6 +82,36 @@ def make(run: Run) -> dict:
         }  # fmt: skip
     here.save_results(results)
     return results
+
+
+def one_pair(run: Run) -> tuple[dict[str, dict], list[dict]]:
+    """A pair that no reward model was trained on: both answers as samples, and the reward after each of their tokens.
+
+    To look at, after `make`. On the embedded domain that of a few new ones whose answers differ most in true utility,
+    elsewhere the first held-out one.
+    """
+    inputs, settings = Inputs(run), run.settings
+    if settings.embedded:
+        new = data.embedded_pairs(settings, inputs.base(), inputs.tokenizer, 8, settings.seed + 1_000_000)
+        pair = max(new, key=lambda pair: pair.utilities[0] - pair.utilities[1])
+        prompt, both = make_prompts([pair.problem])[0], (pair.first, pair.second)
+    else:
+        few = settings.reward.model_copy(update={"pairs": 1, "held_out_pairs": 1})
+        pair = data.hub_pairs(settings.model_copy(update={"reward": few}), inputs.tokenizer)[1][0]
+        n = pair.prompt_tokens(inputs.tokenizer)
+        prompt = Prompt(tuple(pair.tokens[0][:n]), pair.prompt)
+        both = tuple(tokens[n:] for tokens in pair.tokens)
+    samples = [
+        Sample(prompt, ids, "eos" if ids[-1] == inputs.tokenizer.eos_token_id else "limit", len(ids)) for ids in both
+    ]
+    found, place = run.here.results(), settings.models.reward or run.here.dir / "model"
+    model = rewards.load_reward_model(place, settings, inputs.tokenizer.pad_token_id, found["mean"], found["std"])
+    shown, rows = {}, []
+    for name, sample, scores in zip(("chosen", "rejected"), samples, model.prefix_scores(samples), strict=True):
+        sample.text = inputs.tokenizer.decode(sample.ids, skip_special_tokens=True)
+        shown[name] = answers.rows([sample], name, "", None)[0] | {"reward": float(scores[-1])}
+        rows += [{"answer": name, "position": at, "reward": float(s)} for at, s in enumerate(scores, start=1)]
+    return shown, rows
 
 
 def members(inputs: Inputs, training: list[rewards.Pair], log=lambda row: None) -> list[torch.nn.Module]:

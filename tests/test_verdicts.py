@@ -7,6 +7,7 @@ import pytest
 from fake_results import fake_run
 
 from c2f_utils.report import verdicts as v
+from c2f_utils.report import verdicts_laws
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,7 @@ def test_parents_all_three_ways(values, interval, start):
     [
         ((0.8, 0.4), (0.3, 0.5), "The method beats the control “PPO”"),
         ((0.4, 0.8), (-0.5, -0.3), "The control “PPO” is better than the method"),
-        ((0.8, 0.79), (-0.05, 0.07), "The control “PPO” is as good as the method"),
+        ((0.8, 0.79), (-0.05, 0.07), "The method and the control “PPO” cannot be told apart"),
     ],
 )
 def test_controls_all_three_ways(values, interval, words):
@@ -95,10 +96,10 @@ def test_both_first_and_last_answers_are_compared_with_every_other_model(results
     assert len(said) == 2 * 9
     for label in ("Base", "Instruct", "Coarse Actor", "“PPO on instruct”", "“Residue of fixed-long”"):
         assert sum(
-            f"{label} on last-answer" in line or f"{label} is as good as the method on last" in line for line in said
+            f"{label} on last-answer" in line or f"{label} cannot be told apart on last" in line for line in said
         )
         assert sum(
-            f"{label} on first-answer" in line or f"{label} is as good as the method on first" in line for line in said
+            f"{label} on first-answer" in line or f"{label} cannot be told apart on first" in line for line in said
         )
 
 
@@ -214,14 +215,14 @@ def laws(logistic, linear, long=(3.0, 3.0, 3.0), metric="utility") -> dict:
     ],
 )
 def test_logistic_against_linear_all_three_ways(logistic, linear, verdict, lesson):
-    said = v.linear_against_logistic(laws(logistic, linear))
+    said = verdicts_laws.linear_against_logistic(laws(logistic, linear))
     assert verdict in said[0] and "0.98 times the tokens" in said[0] and lesson in said[1]
 
 
 def test_one_seed_allows_no_verdict():
-    said = v.linear_against_logistic(laws((3.0,), (2.0,)))
+    said = verdicts_laws.linear_against_logistic(laws((3.0,), (2.0,)))
     assert len(said) == 1 and "1.000 above" in said[0] and "one seed allows no verdict" in said[0]
-    assert "below" in v.linear_against_logistic(laws((1.0,), (2.0,)))[0]
+    assert "below" in verdicts_laws.linear_against_logistic(laws((1.0,), (2.0,)))[0]
 
 
 def test_the_law_of_03_is_called_by_its_name():
@@ -230,19 +231,19 @@ def test_the_law_of_03_is_called_by_its_name():
     for entry in found["laws"].values():
         for run in entry["seeds"].values():
             run["limits"] = [8, 16]
-    said = " ".join(v.linear_against_logistic(found))
+    said = " ".join(verdicts_laws.linear_against_logistic(found))
     assert "the useful law behaved like" in said and "signals of the useful law" in said and "logistic" not in said
 
 
 def test_laws_that_were_not_run_or_not_checked_are_named():
     missing = laws((3.0,), (3.0,))
     del missing["laws"]["clock_linear"]
-    assert "clock_linear was not run" in v.linear_against_logistic(missing)[0]
+    assert "clock_linear was not run" in verdicts_laws.linear_against_logistic(missing)[0]
     unchecked = v.schedules(laws((3.0, 2.0), (3.0, 2.0), (3.0, 2.0), metric="reward"))
     assert all("Utility is not available" in line and "on reward" in line for line in unchecked[:2])
     apart = laws((3.0,), (3.0,))
     apart["laws"]["clock_linear"]["seeds"] = {"7": apart["laws"]["clock_linear"]["seeds"]["0"]}
-    assert "share no seed" in v.linear_against_logistic(apart)[0]
+    assert "share no seed" in verdicts_laws.linear_against_logistic(apart)[0]
 
 
 @pytest.mark.parametrize(

@@ -87,9 +87,17 @@ ELSEWHERE: dict[str, list[tuple]] = {
          "test_continuous.py::test_greedy_answers_and_their_logps_equal_our_decoders"),
     ],
     "rollout/sampler.py": [
-        ("if len(prompt.ids) + limit > min(positions, window):", "if limit > min(positions, window):",
+        ("if said := beyond(len(prompt.ids), limit, config):", "if said := beyond(0, limit, config):",
          "an answer could run out of positions",
          "test_rollout.py::test_what_cannot_be_decoded_is_refused_before_decoding"),
+    ],
+    "positions.py": [
+        ("return min(positions, window or positions)", "return positions",
+         "an answer could leave the window that its beginning is seen through",
+         "test_rollout.py::test_a_sliding_window_counts_as_the_models_positions"),
+        ("positions is None or needed <= positions", "positions is None or needed < positions",
+         "a model's last position would go unused",
+         "test_rollout.py::test_a_sliding_window_counts_as_the_models_positions"),
     ],
     "measure/answers.py": [
         ('"sampled_t07": 0.7', '"sampled_t07": 1.0',
@@ -175,6 +183,9 @@ ELSEWHERE: dict[str, list[tuple]] = {
          "test_stats.py::test_first_crossing_interpolates_between_snapshots"),
     ],
     "redundancy.py": [
+        ("sum(values) / len(values) if values else None", "sum(values) / len(answers) if values else None",
+         "answers that are too short would count as free of repetition",
+         "test_redundancy.py::test_a_prefix_counts_only_the_answers_that_are_long_enough"),
         ("return 1 - len(set(grams)) / len(grams) if grams else 0.0",
          "return len(set(grams)) / len(grams) if grams else 0.0",
          "the share of repeats would be that of what is new",

@@ -157,6 +157,7 @@ class ReferencePPO:
             rewards = [-x for x in price]
             rewards[-1] += paid
             final = fact["final"] if sample.cut and c.cut == "bootstrap" else 0.0
+            fact["paid"] = rewards
             fact["raw"] = self.advantages(rewards, fact["values"], final, lam)
             targets = self.advantages(rewards, fact["values"], final, c.lambda_critic)
             fact["returns"] = [a + v for a, v in zip(targets, fact["values"], strict=True)]

@@ -81,7 +81,7 @@ def test_a_run_leaves_an_executed_notebook_a_log_and_one_line(project, capsys):
 def test_bad_input_is_refused_before_any_kernel_starts(project, capsys, monkeypatch, arguments, said):
     write(project, BASE)
     write(project, REWARD)
-    monkeypatch.setattr(jobs, "_execute", lambda *_: pytest.fail("a kernel was started"))
+    monkeypatch.setattr("papermill.execute_notebook", lambda *_, **__: pytest.fail("a kernel was started"))
     assert main(["run", *arguments]) == jobs.BAD_INPUT
     message = capsys.readouterr().err
     assert said in message and "Traceback" not in message
@@ -91,7 +91,7 @@ def test_an_unwritable_outputs_folder_is_refused_before_any_kernel_starts(projec
     write(project, BASE)
     (tmp_path / "file").touch()
     monkeypatch.setenv("C2F_OUTPUTS", str(tmp_path / "file"))
-    monkeypatch.setattr(jobs, "_execute", lambda *_: pytest.fail("a kernel was started"))
+    monkeypatch.setattr("papermill.execute_notebook", lambda *_, **__: pytest.fail("a kernel was started"))
     assert main(["run", "01"]) == jobs.BAD_INPUT
     assert "cannot be written" in capsys.readouterr().err
 

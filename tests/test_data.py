@@ -2,13 +2,13 @@
 
 import gzip
 import json
-import random
 
 import offline_mistral
 import pytest
 from tiny_models import TOKENIZER
 
 from c2f_utils.domain import preferences, stories
+from c2f_utils.domain.samples import Prompt, Sample
 from c2f_utils.errors import C2FError
 from c2f_utils.files import sha256
 from c2f_utils.models import loading
@@ -286,17 +286,18 @@ def test_base_answers_come_from_the_base(monkeypatch):
     assert sum(pair.first == pair.second == [coins] * 6 for pair in pairs) == 20
 
 
-def _said(word: str):
-    from c2f_utils.domain.samples import Prompt, Sample
-
+def _said(word: str) -> Sample:
     return Sample(Prompt((1,), ""), [stories.IDS[word]] * 6, "limit", 6)
 
 
-def test_cuts_leave_at_least_four_tokens_and_never_add_any():
-    rng = random.Random(0)
-    for length in range(1, 30):
-        ids = list(range(length))
-        for _ in range(20):
-            cut = data._maybe_cut(ids, rng, 1.0)
-            assert cut == ids[: len(cut)] and len(cut) >= min(4, length)
-        assert data._maybe_cut(ids, rng, 0.0) == ids
+@pytest.mark.parametrize("length", [1, 3, 5, 29])
+def test_cuts_of_base_answers_leave_at_least_four_tokens_and_never_add_any(monkeypatch, length):
+    whole = list(range(10, 10 + length))
+    monkeypatch.setattr(
+        data, "KVDecoder", lambda *_: lambda prompts, limit, seed: [Sample(p, whole, "limit", 30) for p in prompts]
+    )
+    for share in (0.0, 1.0):
+        pairs = embedded(30, **{"reward.base_share": 1.0, "reward.cut_share": share})
+        found = [ids for pair in pairs for ids in (pair.first, pair.second)]
+        assert all(ids == whole[: len(ids)] and len(ids) >= min(4, length) for ids in found)
+        assert (len({len(ids) for ids in found}) > 1) == (share == 1.0 and length > 4)

@@ -2,7 +2,10 @@
 to their word.
 """
 
+import ast
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,10 +20,24 @@ from c2f_utils.models import loading, packing, rewards
 from c2f_utils.settings.load import load_settings
 
 
-def test_every_one_of_the_22_details_is_listed():
+def test_every_one_of_the_22_details_is_listed_with_a_test_that_exists():
     text = (files.root() / "docs" / "ppo_details.md").read_text(encoding="utf-8")
-    listed = [int(line.split()[1]) for line in text.splitlines() if line[:3].strip("| ").isdigit()]
-    assert listed == list(range(1, 23))
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line[:3].strip("| ").isdigit()]
+    assert [int(number) for number, *_ in rows] == list(range(1, 23))
+    for number, _, _, tests in rows:
+        named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", tests)
+        assert named and tests.count("`") == 2 * len(named), f"detail {number} names no test: {tests}"
+        for file, name in named:
+            tree = ast.parse((Path(__file__).parent / file).read_text(encoding="utf-8"))
+            found = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+            assert name in found, f"detail {number}: {file} has no {name}"
+
+
+def test_what_the_details_say_of_the_package_is_there():
+    text = (files.root() / "docs" / "ppo_details.md").read_text(encoding="utf-8")
+    for name, file in re.findall(r"`(\w+)` (?:in |\()`([\w/]+\.py)`", text):
+        tree = ast.parse((files.root() / "c2f_utils" / file).read_text(encoding="utf-8"))
+        assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, (name, file)
 
 
 def test_dropout_is_off_even_in_training_mode():

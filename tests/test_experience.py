@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from c2f_utils.coarse.experience import Experience, signals
+from c2f_utils.coarse.experience import Experience, signals, token_rows
 from c2f_utils.domain.samples import Prompt, Sample
 
 
@@ -29,3 +29,13 @@ def test_the_signals_of_answers_known_by_heart():
     assert found.value_error == pytest.approx(9 / spread) and spread > 9
     e.returns = torch.where(e.mask, e.values.mean() + e.values * 1e-3, 0.0)
     assert signals(e, 5).value_error == 3.0, "a lost critic counts as three times the variance at most"
+
+
+def test_the_credit_of_one_answer_token_by_token():
+    e = Experience([Sample(Prompt((9,), ""), [5, 6], "eos", 8)], limit=8)
+    e.paid, e.shaped = torch.tensor([[-0.25, 2.5]]), torch.tensor([3.0])
+    e.values, e.advantages, e.returns = (torch.tensor([[x, x + 1]]) for x in (1.0, 3.0, 5.0))
+    assert token_rows(e, 0, ["five", "six"]) == [
+        {"position": 1, "token": "five", "reward": -0.25, "kl_price": -0.25, "value": 1, "advantage": 3, "return": 5},
+        {"position": 2, "token": "six", "reward": 2.5, "kl_price": -0.5, "value": 2, "advantage": 4, "return": 6},
+    ]

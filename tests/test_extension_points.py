@@ -201,6 +201,7 @@ def test_04_calls_an_actor_of_03_by_the_law_it_was_trained_under(project, monkey
     later = Run(load_settings("smoke", run_id="r", study=True))
     later.here = later.stage("04_length_schedules")
     later.here.begin(later.inputs("04_length_schedules")[0])
+    # Private seams, for time: what is promised is which laws are asked for, and training them would take a minute.
     monkeypatch.setattr(length_schedules, "_one", lambda *_: run.here.results())
     monkeypatch.setattr(length_schedules, "_baseline", lambda *_: None)
     laws = length_schedules.make(later)["laws"]

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from c2f_utils.coarse.budget import _batch
+from c2f_utils.domain.samples import Prompt, Sample
+from c2f_utils.models.packing import collate
 
 FILE = Path(__file__).parent.parent / "benchmarks" / "coarse_gpu.py"
 
@@ -55,7 +56,7 @@ def test_the_counted_operations_are_those_of_a_pass(room, recomputed):
     if recomputed:
         policy.recompute_activations()
     with FlopCounterMode(display=False) as counter:
-        logps, _, values = policy(_batch(4, 8, torch.device("cpu")))
+        logps, _, values = policy(collate([Sample(Prompt((0,), ""), [0] * 7, "limit", 7)] * 4, 0))
         (logps.sum() + values.sum()).backward()
     added_in_place = 2 * 64 * 5000 * 4 * 7  # the head's gradient, in products that the counter does not see
     counted = counter.get_total_flops() + added_in_place

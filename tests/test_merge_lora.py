@@ -3,6 +3,7 @@ with the reason.
 """
 
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -152,17 +153,18 @@ def test_factors_of_tensors_already_merged_are_let_go(tmp_path, paths, monkeypat
     from c2f_utils.merge import readers
 
     folder, _ = adapt(paths["base"], tmp_path / "adapter", target_modules="all-linear")
-    held = []
+    held, made = [], weakref.WeakSet()
     real = readers.Files.factors
 
     def watched(self, delta):
         found = real(self, delta)
-        held.append(len(self._factors))
+        made.add(found)
+        held.append(len(made))
         return found
 
     monkeypatch.setattr(readers.Files, "factors", watched)
     run_merge(plan_merge(Recipe(**{**paths, "coarse": str(folder)})), tmp_path / "out")
-    assert len(held) > 2 * readers.FACTORS_KEPT and max(held) <= readers.FACTORS_KEPT
+    assert len(held) > 2 * readers.FACTORS_KEPT and max(held) <= readers.FACTORS_KEPT + 1  # one may be in use
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------

@@ -201,7 +201,8 @@ def killed_at(paths: dict, out: Path, step: int, how: str, operator: dict) -> bo
                 if seen == step and how == "before":
                     os.kill(os.getpid(), signal.SIGKILL)
                 if seen == step and how == "half":
-                    os.write(self._handle, json.dumps(line).encode()[:7])
+                    with open(self.path, "ab") as file:
+                        file.write(json.dumps(line).encode()[:7])
                     os.kill(os.getpid(), signal.SIGKILL)
                 real(self, line)
                 if seen == step:
@@ -382,14 +383,24 @@ def test_an_interrupt_leaves_only_the_partial_folder(tmp_path, monkeypatch):
     assert merge(paths, tmp_path / "out").resumed
 
 
-def test_two_merges_cannot_write_the_same_output(tmp_path):
+def test_two_merges_cannot_write_the_same_output(tmp_path, monkeypatch):
     paths = trio(tmp_path)
-    plan = plan_merge(Recipe(**paths))
-    held = journals.Journal(Path(f"{stream._partial(plan, tmp_path / 'out')}.jsonl"), plan.key, fresh=True)
-    with pytest.raises(C2FError, match="another merge is writing"):
-        run_merge(plan, tmp_path / "out")
-    held.close()
+    plan, refused, real = plan_merge(Recipe(**paths)), [], journals.Journal.append
+
+    def append(self, line):
+        if not refused:  # a second merge begins while the first one works
+            with pytest.raises(C2FError, match="another merge is writing") as error:
+                run_merge(plan, tmp_path / "out")
+            refused.append(error)
+        real(self, line)
+
+    monkeypatch.setattr(journals.Journal, "append", append)
     run_merge(plan, tmp_path / "out", threads=1)
+    assert (
+        refused
+        and merge(paths, tmp_path / "wanted")
+        and everything(tmp_path / "out") == everything(tmp_path / "wanted")
+    )
 
 
 def test_a_folder_with_other_files_is_not_touched(tmp_path):

@@ -1,15 +1,17 @@
 """Decode-time merging and averages: identities that pin them down."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from finished_runs import finished, results
+from safetensors.torch import save_file
 from tiny_models import TOKENIZER, causal, prompts
 
 from c2f_utils.rollout.decoder import KVDecoder
 from c2f_utils.rollout.proxy import ProxyDecoder
-from c2f_utils.stages.variants import _weighted, operator_text
+from c2f_utils.stages import variants
 
 
 def greedy(decoder) -> list[list[int]]:
@@ -38,14 +40,23 @@ def test_proxy_tuning_adds_logits_and_not_probabilities():
     assert sample.ids == [int((i + 0.5 * (c - b)).argmax())]
 
 
-def test_a_weighted_average_of_actors_is_one():
-    states = [(1.0, {"w": torch.tensor([1.0, 2.0])}), (3.0, {"w": torch.tensor([5.0, 2.0])})]
-    assert torch.equal(_weighted(states)["w"], torch.tensor([4.0, 2.0]))
+def test_averages_over_snapshots_weigh_them_as_their_names_say(tmp_path):
+    (tmp_path / "snapshots").mkdir()
+    for number, value in enumerate((1.0, 5.0, 9.0, 13.0)):
+        save_file({"w": torch.tensor([value, 2.0])}, tmp_path / "snapshots" / f"{number}.safetensors")
+    found = []
+    bench = SimpleNamespace(states={"coarse": {}}, recipe=lambda *_: None)
+    bench.measure = lambda recipe, state: found.append(state["w"].tolist()) or {}
+    run = SimpleNamespace(parent=lambda stage: SimpleNamespace(dir=tmp_path))
+    rows = variants.averages(run, bench, {"name": "residue"}, 1.0)
+    assert [(row["name"][:4], row["actors"]) for row in rows] == [("SWA ", 4), ("EMA ", 4), ("LaWA", 3)]
+    halved = (1 / 8 + 5 / 4 + 9 / 2 + 13) / (1 / 8 + 1 / 4 + 1 / 2 + 1)
+    assert [x for x, _ in found] == pytest.approx([7.0, halved, 9.0]) and {x for _, x in found} == {2.0}
 
 
 def test_operators_are_named_with_their_numbers():
-    assert operator_text({"name": "dare", "density": 0.5, "seed": 3}) == "dare (density 0.5)"
-    assert operator_text({"name": "residue"}) == "residue"
+    assert variants.operator_text({"name": "dare", "density": 0.5, "seed": 3}) == "dare (density 0.5)"
+    assert variants.operator_text({"name": "residue"}) == "residue"
 
 
 @pytest.mark.slow

@@ -207,7 +207,8 @@ def test_a_critic_from_the_reward_model_values_every_prefix_as_the_reward_would(
 def test_only_what_training_changes_is_trainable(base):
     policy = actor_critic.ActorCritic(causal(), actor_critic.Critic(32))
     assert {name.partition(".")[0] for name in policy.trainable()} == {"actor", "critic"}
-    assert not any(weight.requires_grad for weight in policy._frozen[0].parameters())
+    assert {id(p) for p in policy.parameters()} == {id(p) for p in policy.trainable().values()}, "no reference in it"
+    assert not policy.reference_logps(packing.collate(samples(causal(), 2), stories.PAD)).requires_grad
     adapted = actor_critic.ActorCritic(loading.add_lora(causal(), Lora(rank=2, alpha=4)), actor_critic.Critic(32))
     assert all("lora" in name or name.startswith("critic.head") for name in adapted.trainable())
 

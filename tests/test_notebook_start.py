@@ -28,7 +28,7 @@ ROOT = files.root()
 @pytest.fixture(autouse=True)
 def private(outputs, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setattr(cells, "_here", None)
+    monkeypatch.setattr(cells, "_here", None)  # a kernel has one life; these tests stand for many kernels
 
 
 def session(*cells: str) -> dict:

@@ -10,7 +10,7 @@ import pytest
 from planted_errors import PLANTED
 from planting import ROOT
 
-ROOMS = ("coarse/", "rollout/", "measure/", "limits.py", "stats.py", "redundancy.py")
+ROOMS = ("coarse/", "rollout/", "measure/", "limits.py", "positions.py", "stats.py", "redundancy.py")
 # Rooms without a formula: what they do is waiting, writing, asking and refusing.
 WITHOUT = {"__init__.py", "__main__.py", "checkpoints.py", "refusals.py"}
 

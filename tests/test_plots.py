@@ -78,8 +78,8 @@ def test_empty_results_are_said_in_words(name):
 )
 def test_without_the_checker_the_reward_is_drawn_and_the_title_says_why(hub, run, name):
     draw = getattr(figures, name)
-    assert "reward: no exact checker" in draw(hub)._suptitle.get_text().replace("\n", " ")
-    assert "no exact checker" not in draw(run)._suptitle.get_text().replace("\n", " ")
+    assert "reward: no exact checker" in draw(hub).get_suptitle().replace("\n", " ")
+    assert "no exact checker" not in draw(run).get_suptitle().replace("\n", " ")
 
 
 def test_other_nulls_are_explained_where_the_numbers_would_be(hub):

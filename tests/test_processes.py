@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -42,12 +43,33 @@ def test_a_run_file_with_unknown_or_missing_keys_is_refused_with_all_of_them(tmp
     assert said.startswith("coarse: run file") and "'sed'" in said and "'runs'" in said and "no 'profile'" in said
 
 
-def test_what_a_process_says_about_bad_input_is_found_in_the_log(tmp_path):
-    log = tmp_path / "processes.log"
-    log.write_text("Loading\ncoarse: training cannot start:\n  - one\n  - two\nE1120 12:00 torch/elastic\nTraceback\n")
-    assert processes._reason(log) == "training cannot start:\n  - one\n  - two"
-    log.write_text("Loading\nTraceback\nSegmentation fault\n")
-    assert processes._reason(log).endswith("Segmentation fault")
+@pytest.mark.parametrize(
+    ("log", "said"),
+    [
+        (
+            "Loading\ncoarse: training cannot start:\n  - one\n  - two\nE1120 12:00 torch/elastic\nTraceback\n",
+            "ended with code 1: training cannot start:\n  - one\n  - two",
+        ),
+        ("Loading\nTraceback\nSegmentation fault\n", "Segmentation fault"),
+    ],
+)
+def test_what_a_process_says_about_bad_input_is_found_in_the_log(tmp_path, monkeypatch, log, said):
+    class Failing:
+        returncode = 1
+
+        def __init__(self, command, stdout, **_):
+            stdout.write(log)
+
+        def poll(self):
+            return self.returncode
+
+    monkeypatch.setattr(processes.subprocess, "Popen", Failing)
+    here = SimpleNamespace(path=lambda *parts: tmp_path.joinpath(*parts), stop_requested=lambda: False)
+    with pytest.raises(C2FError) as refused:
+        list(
+            processes.train(SimpleNamespace(here=here, threads=1, settings=load_settings("smoke", overrides=OVERRIDES)))
+        )
+    assert str(refused.value).endswith(said)
 
 
 def test_every_launch_configuration_exists_and_names_its_kind():

@@ -80,7 +80,7 @@ def test_two_iterations_agree_with_a_naive_re_computation(case):
         for i, fact in enumerate(facts):
             n = samples[i].tokens
             assert samples[i].logps.tolist() == near(fact["logps"]), "the sampler's own log-probabilities"
-            for name in ("logps", "reference", "values", "advantages", "returns"):
+            for name in ("logps", "reference", "values", "paid", "advantages", "returns"):
                 assert getattr(e, name)[i, :n].tolist() == near(fact[name]), name
         for ours, theirs, both in zip(losses, taken, norms, strict=False):
             for name in ("policy_loss", "value_loss", "entropy", "clip_fraction"):

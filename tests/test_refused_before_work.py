@@ -29,9 +29,9 @@ def offline(tmp_path_factory) -> Path:
 
 def refuse(capsys, monkeypatch, *arguments: str) -> str:
     """The message of a refused command; no kernel was started and no stage exists."""
-    monkeypatch.setattr(jobs, "_execute", lambda *_: pytest.fail("a kernel was started"))
+    monkeypatch.setattr("papermill.execute_notebook", lambda *_, **__: pytest.fail("a kernel was started"))
     capsys.readouterr()  # what making the models printed
-    assert main(["run", *arguments]) == jobs.BAD_INPUT
+    assert main(["run", "--profile", "smoke", *arguments]) == jobs.BAD_INPUT
     message = capsys.readouterr().err
     assert message.startswith("c2f: ") and "Traceback" not in message
     outputs = files.outputs()
@@ -118,9 +118,12 @@ def test_an_earlier_stage_of_another_profile_or_seed_does_not_count(smoke_run, m
 
 def test_a_stage_that_exists_with_another_configuration(smoke_run, monkeypatch, capsys):
     monkeypatch.setenv("C2F_OUTPUTS", str(smoke_run.parent))
-    monkeypatch.setattr(jobs, "_execute", lambda *_: pytest.fail("a kernel was started"))
+    monkeypatch.setattr("papermill.execute_notebook", lambda *_, **__: pytest.fail("a kernel was started"))
     before = (smoke_run / "03_coarse_rlhf" / "results.json").stat().st_mtime_ns
-    assert main(["run", "03", "--run-id", smoke_run.name, "-p", "coarse.iterations=9"]) == jobs.BAD_INPUT
+    assert (
+        main(["run", "03", "--profile", "smoke", "--run-id", smoke_run.name, "-p", "coarse.iterations=9"])
+        == jobs.BAD_INPUT
+    )
     message = capsys.readouterr().err
     for part in (
         "03_coarse_rlhf exists",
@@ -135,9 +138,9 @@ def test_a_stage_that_exists_with_another_configuration(smoke_run, monkeypatch, 
 
 def test_a_stage_of_another_profile_or_seed_than_the_runs(smoke_run, monkeypatch, capsys):
     monkeypatch.setenv("C2F_OUTPUTS", str(smoke_run.parent))
-    monkeypatch.setattr(jobs, "_execute", lambda *_: pytest.fail("a kernel was started"))
+    monkeypatch.setattr("papermill.execute_notebook", lambda *_, **__: pytest.fail("a kernel was started"))
     for other, advice in ((["--seed", "1"], "add --seed 0 "), (["--profile", "tiny"], "add --profile smoke ")):
-        assert main(["run", "01", "--run-id", smoke_run.name, *other]) == jobs.BAD_INPUT
+        assert main(["run", "01", "--profile", "smoke", "--run-id", smoke_run.name, *other]) == jobs.BAD_INPUT
         message = capsys.readouterr().err
         assert f"run '{smoke_run.name}' holds profile smoke, seed 0" in message and advice in message, message
 
@@ -151,7 +154,7 @@ def test_a_stage_whose_inputs_have_changed(smoke_run, tmp_path, monkeypatch, cap
     found["behaviour"]["n"] += 1
     (copy / "01_base_model" / "results.json").write_text(json.dumps(found))
     monkeypatch.setenv("C2F_OUTPUTS", str(copy.parent))
-    assert main(["run", "02", "--run-id", "copy"]) == jobs.BAD_INPUT
+    assert main(["run", "02", "--profile", "smoke", "--run-id", "copy"]) == jobs.BAD_INPUT
     assert "input 01_base_model: its settings or results have changed" in capsys.readouterr().err
 
 

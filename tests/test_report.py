@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from fake_results import STAGES, fake_run
+from matplotlib.figure import Figure
 
 from c2f_utils.errors import C2FError
 from c2f_utils.report import build, results, style
@@ -34,12 +35,13 @@ def whole(run, tmp_path_factory):
 @pytest.fixture
 def unpainted(monkeypatch):
     """Figures are still drawn, but not turned into files: that is tested once, in `whole`."""
-    monkeypatch.setattr(style, "_rendered", lambda fig, kind, dpi=None: PNG)
+    monkeypatch.setattr(Figure, "savefig", lambda self, file, **_: file.write(PNG))
 
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    """For promises about words and files: figures are neither drawn nor painted."""
+    """For promises about words and files: figures are neither drawn nor painted (a private seam: drawing all of them
+    takes longer than everything that these tests ask)."""
 
     def figure(self, name, draw, caption):
         for kind in ("pdf", "png", "csv"):

@@ -143,3 +143,13 @@ def test_what_cannot_be_decoded_is_refused_before_decoding(model):
         decoder(prompts(2), 120)
     with pytest.raises(C2FError, match="empty prompt"):
         decoder([Prompt((), "")], 4)
+
+
+def test_a_sliding_window_counts_as_the_models_positions():
+    model = causal()
+    model.config.sliding_window = 40
+    prompt = prompts(1)[0]
+    room = 40 - len(prompt.ids)
+    KVDecoder(model, TOKENIZER)([prompt], room)
+    with pytest.raises(C2FError, match="needs 41 positions, the model has 40"):
+        KVDecoder(model, TOKENIZER)([prompt], room + 1)

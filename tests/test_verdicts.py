@@ -70,7 +70,7 @@ def test_parents_all_three_ways(values, interval, start):
     [
         ((0.8, 0.4), (0.3, 0.5), "The method beats the control “PPO”"),
         ((0.4, 0.8), (-0.5, -0.3), "The control “PPO” is better than the method"),
-        ((0.8, 0.79), (-0.05, 0.07), "The control “PPO” is as good as the method"),
+        ((0.8, 0.79), (-0.05, 0.07), "The method and the control “PPO” cannot be told apart"),
     ],
 )
 def test_controls_all_three_ways(values, interval, words):
@@ -96,10 +96,10 @@ def test_both_first_and_last_answers_are_compared_with_every_other_model(results
     assert len(said) == 2 * 9
     for label in ("Base", "Instruct", "Coarse Actor", "“PPO on instruct”", "“Residue of fixed-long”"):
         assert sum(
-            f"{label} on last-answer" in line or f"{label} is as good as the method on last" in line for line in said
+            f"{label} on last-answer" in line or f"{label} cannot be told apart on last" in line for line in said
         )
         assert sum(
-            f"{label} on first-answer" in line or f"{label} is as good as the method on first" in line for line in said
+            f"{label} on first-answer" in line or f"{label} cannot be told apart on first" in line for line in said
         )
 
 

@@ -53,7 +53,7 @@ def token_rows(e: Experience, index: int, words: Sequence[str]) -> list[dict[str
     """
     rows = []
     for t, word in enumerate(words):
-        end = t + 1 == len(e.samples[index].sampled)
+        end = t + 1 == int(e.mask[index].sum())
         paid = float(e.paid[index, t])
         row = {"position": t + 1, "token": word, "reward": paid, "kl_price": paid - end * float(e.shaped[index])}
         names = {"value": e.values, "advantage": e.advantages, "return": e.returns}

@@ -45,14 +45,13 @@ def parent_sentence(
 def control_sentence(
     control: str, quantity: str, values: tuple[float, float], interval: tuple = (None, None), after: str = ""
 ) -> str:
-    """Is a control as good as the method? `values` are (method, control)."""
+    """Does the method beat a control? `values` are (method, control)."""
     difference = values[0] - values[1]
     numbers = f"{values[0]:.3f} against {values[1]:.3f}, {difference_words(difference, *interval)}{after}"
     return {
         "better": f"The method beats the control “{control}” on {quantity}: {numbers}.",
         "worse": f"The control “{control}” is better than the method on {quantity}: {numbers}.",
-        "tie": f"The control “{control}” is as good as the method on {quantity}, as far as these problems can tell: "
-        f"{numbers}.",
+        "tie": f"The method and the control “{control}” cannot be told apart on {quantity}: {numbers}.",
     }[outcome(difference, *interval)]
 
 

@@ -138,7 +138,7 @@ def model_of(kind: str, seed: int = 0) -> torch.nn.Module:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             wide = parameter.ndim > 1
-            parameter.add_(torch.randn_like(parameter), alpha=0.25 if wide else 0.2)
+            parameter.add_(torch.randn_like(parameter), alpha=0.15 if wide else 0.2)
             if "embed" in name or "wte" in name:
                 parameter.mul_(2)
     return model

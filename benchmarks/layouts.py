@@ -104,6 +104,7 @@ LAYOUTS: dict[str, dict] = {
         "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 4,
     },
     "mamba": {},
+    "falcon_mamba": {},
     "jamba": EXPERTS | {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8},
     "qwen3_5_text": HEADS | {
         "layer_types": ["linear_attention", "full_attention"] * 2, "linear_num_key_heads": 2,

@@ -104,6 +104,7 @@ LAYOUTS: dict[str, dict] = {
         "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 4,
     },
     "mamba": {},
+    "falcon_mamba": {},
     "jamba": EXPERTS | {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8},
     "qwen3_5_text": HEADS | {
         "layer_types": ["linear_attention", "full_attention"] * 2, "linear_num_key_heads": 2,
@@ -138,7 +139,7 @@ def model_of(kind: str, seed: int = 0) -> torch.nn.Module:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             wide = parameter.ndim > 1
-            parameter.add_(torch.randn_like(parameter), alpha=0.25 if wide else 0.2)
+            parameter.add_(torch.randn_like(parameter), alpha=0.15 if wide else 0.2)
             if "embed" in name or "wte" in name:
                 parameter.mul_(2)
     return model

@@ -33,7 +33,6 @@ OURS = {"llama", "mistral", "qwen2"}
 REFUSED = {
     "bart": "nats (at most 0.0001)",  # it takes no position ids, so left padding moves its positions
     "bert": "gives no cache whose rows can be dropped",
-    "mamba": "nats (at most 0.0001)",
     "recurrent_gemma": "gives no cache whose rows can be dropped",
     "llama4_text": "nats (at most 0.0001)",  # the library's chunks move with left padding
 }

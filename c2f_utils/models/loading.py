@@ -1,7 +1,7 @@
 """Loading, saving and wrapping of models: the causal language model, the actor-critic, the frozen reference.
 
-Inputs: local folders or hub ids in Hugging Face format, safetensors only, no remote code. What is simplified: the
-actor is a Llama-layout causal model; encoder-decoders are refused by the decoder.
+Inputs: local folders or hub ids in Hugging Face format, safetensors only, no remote code. Which
+classes can be sampled and trained is measured on the loaded model (`rollout/check.py`).
 """
 
 import os

@@ -60,10 +60,12 @@ class _Wave:
 
     def _forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
         self.seen += tokens.shape[1]
+        # What a recurrent layer has read is in its state: its mask is of the new tokens only.
+        first = self.seen - tokens.shape[1] if self.name == "cache_params" else 0
         wanted = {"position_ids": positions, self.name: self.cache, "logits_to_keep": 1, "use_cache": True}
         out = self.causal(
             input_ids=tokens,
-            attention_mask=self.visible[:, : self.seen],
+            attention_mask=self.visible[:, first : self.seen],
             **{name: value for name, value in wanted.items() if name in self.known},
         )
         self.cache = getattr(out, self.name, None)

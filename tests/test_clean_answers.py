@@ -12,14 +12,17 @@ import torch
 from tiny_models import TOKENIZER, PrefixReward, causal, prompts, trainer
 
 from c2f_utils.coarse.experience import Experience, last_prefixes, pool, signals
+from c2f_utils.coarse.heads import Head
 from c2f_utils.coarse.ranks import Ranks
 from c2f_utils.domain import stories
 from c2f_utils.domain.samples import Prompt, Sample, finish
 from c2f_utils.files import read_mapping
 from c2f_utils.models.packing import collate
 from c2f_utils.models.rewards import RewardModel
+from c2f_utils.rollout.check import measure
 from c2f_utils.rollout.continuous import ContinuousBatching
 from c2f_utils.rollout.decoder import KVDecoder
+from c2f_utils.rollout.library import LibrarySampler
 from c2f_utils.rollout.sampler import BatchedSampler
 from c2f_utils.settings.load import load_settings
 from c2f_utils.stages import data
@@ -138,6 +141,22 @@ def test_samplers_hand_over_finished_answers_with_the_log_probabilities_of_what_
         assert len(sample.logps) == len(sample.sampled) and string not in sample.text
         assert (sample.ids[-1] == words.eos_token_id) == (not sample.cut)
         assert sample.text == words.decode(sample.ids, skip_special_tokens=True)
+
+
+def test_the_self_check_goes_by_what_was_sampled():
+    words = bpe("cut")
+    model = offline_mistral.model(len(words), seed=3).eval()
+    with torch.no_grad():
+        model.lm_head.weight[words.eos_token_id].div_(6)
+    asked = [Prompt(tuple(words(row["chosen"][:40])["input_ids"]), "") for row in offline_mistral.pairs(12)]
+    free = KVDecoder(model, words)(asked, 40, temperature=0.0)
+    string = next(s.text[n : n + 3] for s in free for n in range(6, len(s.text) - 3) if s.text[n : n + 3].isalpha())
+    head = Head(model)
+    for kind in (KVDecoder, LibrarySampler):
+        sampler = kind(model, words, stop_strings=[string])
+        assert any(s.stop == "string" for s in sampler(asked, 40, temperature=0.0))
+        found = measure(model, sampler, asked, lambda a: head.score(model, collate(a, 0, sampled=True)), tokens=40)
+        assert found.holds and found.sampler_error < 1e-4 and found.trainer_error < 1e-4, found
 
 
 def test_a_stop_string_of_wide_characters_is_seen_though_each_of_its_bytes_is_a_token():

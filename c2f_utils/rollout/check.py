@@ -68,7 +68,7 @@ def measure(
     drawn = [sampler(prompts, limits, temperature=t, seed=0) for t in (0.0, 1.0)]
     answers = [*drawn[0], *drawn[1]]
     read = [_own_logps(model, s) for s in answers]
-    own = [full.gather(-1, torch.tensor(s.ids)[:, None])[:, 0] for full, s in zip(read, answers, strict=True)]
+    own = [full.gather(-1, torch.tensor(s.sampled)[:, None])[:, 0] for full, s in zip(read, answers, strict=True)]
     dtype = str(next(unwrapped(model).parameters()).dtype).removeprefix("torch.")
     exact = dtype == "float32"
     # Between two tokens as likely as each other either is the greedy one.
@@ -122,7 +122,7 @@ def _own_logps(model: nn.Module, sample: Sample) -> Tensor:
     training, device = causal.training, next(causal.parameters()).device
     causal.eval()
     try:
-        ids = torch.tensor([[*sample.prompt.ids, *sample.ids]], device=device)
+        ids = torch.tensor([[*sample.prompt.ids, *sample.sampled]], device=device)
         logits = causal(input_ids=ids, use_cache=False).logits[0, len(sample.prompt.ids) - 1 : -1]
     finally:
         causal.train(training)

@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from c2f_utils import weights
 from c2f_utils.coarse.heads import Head
@@ -155,7 +155,11 @@ class Inputs:
     def self_check(self, model: nn.Module, sampler: Sampler, prompts: list[Prompt], head: Head) -> Agreement | None:
         """That sampler, trainer and the model's own forward agree on some prompts; raises C2FError if not."""
         device, pad = loading.device(self.settings.models), self.tokenizer.pad_token_id
-        return agree(model, sampler, prompts, lambda answers: head.score(model, collate(answers, pad, device)))
+
+        def score(answers: list[Sample]) -> Tensor:
+            return head.score(model, collate(answers, pad, device, sampled=True))
+
+        return agree(model, sampler, prompts, score)
 
 
 def keep_samples(stage, table: list[dict], settings: Settings) -> None:

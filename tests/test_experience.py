@@ -34,6 +34,7 @@ def test_the_signals_of_answers_known_by_heart():
 def test_the_credit_of_one_answer_token_by_token():
     e = Experience([Sample(Prompt((9,), ""), [5, 6], "eos", 8)], limit=8)
     e.paid, e.shaped = torch.tensor([[-0.25, 2.5]]), torch.tensor([3.0])
+    e.mask = torch.ones(1, 2, dtype=torch.bool)
     e.values, e.advantages, e.returns = (torch.tensor([[x, x + 1]]) for x in (1.0, 3.0, 5.0))
     assert token_rows(e, 0, ["five", "six"]) == [
         {"position": 1, "token": "five", "reward": -0.25, "kl_price": -0.25, "value": 1, "advantage": 3, "return": 5},

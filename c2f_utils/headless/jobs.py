@@ -1,7 +1,7 @@
 """Headless notebooks: everything checked first, one kernel per notebook, and a stop that loses nothing.
 
-Notebooks run through papermill's Python interface, which is handed checked values, never YAML. Whether a stage is
-done is read from its own status.json: papermill's notebook metadata says `completed` even for a kernel that was killed. On
+Notebooks run through papermill's Python interface, which is handed checked values, never YAML. Whether a stage is done
+is read from its own status.json: papermill's notebook metadata says `completed` even for a kernel that was killed. On
 SIGTERM, SIGUSR1 or Ctrl-C a file STOP appears in the run folder; training saves a checkpoint and ends, the remaining
 cells still run, and the same command continues later. A second Ctrl-C kills the kernel.
 """

@@ -19,7 +19,7 @@ from time import process_time
 
 import torch
 
-from c2f_utils.coarse.actor_critic import token_logps, trunk_and_head
+from c2f_utils.coarse.heads import Head
 from c2f_utils.domain import forms
 from c2f_utils.domain.samples import Prompt, Sample
 from c2f_utils.files import read_mapping, root, write_json
@@ -75,11 +75,10 @@ def perplexity(model, chosen: list[tuple[str, str]], form: str, tokenizer) -> fl
             )
         )
     nats, tokens = 0.0, 0
-    trunk, head = trunk_and_head(model)
+    head = Head(model)
     for group in pack([s.positions for s in samples], 8192):
         batch = collate([samples[i] for i in group], tokenizer.pad_token_id)
-        hidden = trunk(input_ids=batch.ids, use_cache=False).last_hidden_state[batch.rows, batch.columns]
-        nats -= float(token_logps(hidden, head, batch.targets, 1.0)[0].sum())
+        nats -= float(head.score(model, batch).sum())
         tokens += len(batch.targets)
     return round(float(torch.tensor(nats / tokens).exp()), 3)
 
@@ -120,7 +119,7 @@ def measured(run_id: str, overrides: Path) -> dict:
     second = second_reward_model(inputs, drawn)
     texts = [t for t in data.preference_texts(run.settings)[0] if data.hub_split(t.prompt) == "test"]
     chosen = [(t.prompt, t.chosen) for t in texts if len(inputs.tokenizer(t.prompt + t.chosen)["input_ids"]) < 500]
-    fine = loading.load_causal(run.parent("06_residue_merging").dir / "model", run.settings.models)
+    fine = loading.load_causal(run.parent("06_residue_merging").model(), run.settings.models)
     models = {
         "base": (base, "raw"), "coarse, header scored": (trained_on_headers(inputs), "raw"),
         "coarse": (inputs.coarse(), "raw"), "instruct, transcript": (inputs.instruct(), "raw"),

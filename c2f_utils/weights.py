@@ -25,8 +25,9 @@ _seen: dict[tuple, str] = {}  # SHA-256 by path, size, times and inode: a file i
 
 
 def is_hub(source: str) -> bool:
-    """Whether a source names a model of the hub: one slash, and no such folder or path."""
-    return source.count("/") == 1 and not source.startswith((".", "/", "~")) and not Path(source).exists()
+    """Whether a source, with or without `@revision`, names a model of the hub: one slash, and no such path."""
+    name = source.partition("@")[0]
+    return name.count("/") == 1 and not source.startswith((".", "/", "~")) and not Path(source).exists()
 
 
 def split(source: str) -> tuple[str, str | None]:
@@ -61,7 +62,8 @@ def digest(folder: Path) -> str:
     The files are read whole, several at a time, and once per process while they stay as they are.
     """
     folder = Path(folder)
-    found = files(folder)
+    if not (found := files(folder)):
+        raise C2FError(f"{folder} holds no safetensors weights; copy them again from the model's source")
     with ThreadPoolExecutor(max_workers=4) as pool:
         lines = [f"{path.name} {value}" for path, value in zip(found, pool.map(_digest, found), strict=True)]
     for name in ("config.json", ADAPTER_CONFIG):

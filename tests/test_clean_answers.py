@@ -79,10 +79,10 @@ def tokenizer(request):
     return bpe(request.param)
 
 
-def finished(tokenizer, ids, stop="string", **changes) -> Sample:
+def finished(tokenizer, ids, stop="string", limit=99, **changes) -> Sample:
     eos = frozenset({tokenizer.eos_token_id})
     given = {"eos": eos, "stop_strings": (HEADER,)} | changes
-    return finish(Prompt((5,), "p"), ids, stop, 99, torch.zeros(len(ids)), tokenizer, **given)
+    return finish(Prompt((5,), "p"), ids, stop, limit, torch.zeros(len(ids)), tokenizer, **given)
 
 
 def read(tokenizer, ids) -> str:
@@ -288,3 +288,12 @@ def test_the_reward_model_sees_in_training_what_it_scores_later(tmp_path):
     )
     share = [{token: n / found.total() for token, n in found.items()} for found in (trained_on, scored)]
     assert share[0] == share[1] == {words.eos_token_id: 1.0}
+
+
+def test_an_answer_is_never_longer_than_its_limit_though_its_end_is_tokenised_again():
+    uncut = bpe("uncut")
+    shared = next(i for i in range(len(uncut)) if uncut.decode([i]).startswith(f".{HEADER}"))
+    sampled = [*uncut.encode(" S"), *uncut.encode("ta"), shared]
+    found = finished(uncut, sampled, limit=len(sampled))
+    assert len(found.ids) <= len(sampled) and found.ids[-1] == uncut.eos_token_id
+    assert found.text == uncut.decode(found.ids, skip_special_tokens=True)

@@ -414,3 +414,13 @@ def test_what_differs_between_the_settings_of_small_gpus_pair_does_not_stop_thei
     merge.run_merge(merge.plan_merge(recipe), tmp_path / "fine")
     made = json.loads((tmp_path / "fine" / "config.json").read_text())
     assert (made["max_position_embeddings"], made["eos_token_id"]) == kinds["instruct"]
+
+
+def test_a_revision_with_slashes_is_still_a_revision_of_a_hub_model(tmp_path):
+    assert weights.split("owner/name@refs/pr/1") == ("owner/name", "refs/pr/1")
+    assert not weights.is_hub(str(tmp_path)) and not weights.is_hub("a/b/c@main")
+    with pytest.raises(C2FError, match="holds no safetensors weights"):
+        weights.digest(tmp_path)
+    for overrides in ({"models.base": "owner/name@a", "models.base_revision": "b"},):
+        with pytest.raises(C2FError, match="name two; keep one"):
+            load_settings("mistral_7b", overrides=overrides)

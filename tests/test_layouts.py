@@ -21,6 +21,7 @@ from c2f_utils.rollout import check, choice, decoder
 from c2f_utils.rollout.anatomy import trunk_of
 from c2f_utils.rollout.decoder import KVDecoder
 from c2f_utils.rollout.library import LibrarySampler
+from c2f_utils.rollout.proxy import ProxyDecoder
 from c2f_utils.settings.config import Coarse, Lora
 from c2f_utils.settings.laws import make_law
 
@@ -277,3 +278,15 @@ def test_a_model_that_is_no_trunk_and_head_is_refused_by_name():
     model.__class__ = Headless
     with pytest.raises(C2FError, match="Headless cannot be trained here: .*no function of its trunk's last states"):
         ActorCritic(model, Critic(32))
+
+
+def test_proxy_tuning_with_itself_is_the_model_also_beyond_a_sliding_window():
+    windowed = causal()
+    windowed.config.sliding_window = 8
+    for layer in windowed.model.layers:
+        layer.self_attn.sliding_window = 8
+    proxy = ProxyDecoder(windowed, windowed, windowed, TOKENIZER, 1.0, longest=60)
+    assert check.measure(windowed, proxy, prompts(3), tokens=24).sampler_error < 1e-4
+    shorter = causal()
+    shorter.config.max_position_embeddings = 40
+    assert ProxyDecoder(causal(), causal(), shorter, TOKENIZER, 1.0).positions == 40

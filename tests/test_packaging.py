@@ -1,10 +1,12 @@
 """The three files that say what to install agree, and the package holds what it needs at run time."""
 
 import ast
+import importlib
 import sys
 import tomllib
 from pathlib import Path
 
+import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -80,3 +82,15 @@ def test_profiles_and_subpackages_are_installed():
     assert "settings/profiles/*.yaml" in settings["package-data"]["c2f_utils"]
     folders = {path.parent for path in (ROOT / "c2f_utils").rglob("*.py")}
     assert all((folder / "__init__.py").is_file() for folder in folders), "a folder without __init__.py is left out"
+
+
+@pytest.mark.parametrize(
+    "path", sorted([*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "examples").glob("*.py")]), ids=str
+)
+def test_what_benchmarks_and_examples_take_from_the_package_is_there(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("c2f_utils"):
+            module = importlib.import_module(node.module)
+            for item in node.names:
+                if not hasattr(module, item.name):
+                    importlib.import_module(f"{node.module}.{item.name}")

@@ -47,7 +47,8 @@ def prompt_ids(transcript: str, form: Form, tokenizer) -> list[int]:
 def _encoded(text: str, tokenizer, **options) -> list[int]:
     """Token ids without the EOS that some tokenizers put after every text."""
     ids = tokenizer(text, **options)["input_ids"]
-    return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
+    put = ids[-1:] == [tokenizer.eos_token_id] and options.get("add_special_tokens", True)
+    return ids[:-1] if put else ids  # a template's own last EOS stays
 
 
 def answer_ids(answer: str, transcript: str, form: Form, tokenizer) -> list[int]:

@@ -126,6 +126,7 @@ def finish(
     kept = [i for i in sampled if i not in eos]
     if stop == "string":
         kept = _before_stop_string(kept, tokenizer, stop_strings)
+        kept = kept[: limit - 1]  # the end tokenised again may take a token more, and EOS is to have room
     text = tokenizer.decode(kept, skip_special_tokens=True)
     ids = sampled if stop == "limit" else [*kept, tokenizer.eos_token_id]
     return Sample(prompt, ids, stop, limit, logps, text, sampled)

@@ -71,7 +71,8 @@ def fine_against_all(results: dict, decoding: str = "sampled_t1") -> list[str]:
         words.append(
             f"Accuracy is not available ({UNCHECKED}); the reward is compared instead, and it can favour length."
         )
-    pairs = [(other, metric) for other in models if other != "fine" for metric in metrics]
+    others = [name for name, model in models.items() if name != "fine" and model.get("role") != "other form"]
+    pairs = [(other, metric) for other in others for metric in metrics]
     rows = {pair: paired_row(paired, "fine", pair[0], pair[1], decoding) for pair in pairs}
     tested = [pair for pair in pairs if rows[pair] and rows[pair].get("p") is not None]
     adjusted = dict(zip(tested, stats.holm([rows[pair]["p"] for pair in tested]), strict=True))

@@ -13,7 +13,7 @@ from c2f_utils.rollout.sampler import BatchedSampler
 
 
 class ProxyDecoder(BatchedSampler):
-    """A sampler whose logits are combined from three models of one layout."""
+    """A sampler whose logits are combined from three models of one layout; `longest` as `choose` takes it."""
 
     def __init__(
         self,
@@ -23,10 +23,16 @@ class ProxyDecoder(BatchedSampler):
         tokenizer,
         coefficient: float,
         stop_strings: Sequence[str] = (),
+        longest: int = 0,
     ):
         super().__init__(instruct, tokenizer, stop_strings=stop_strings)
         self.coefficient = coefficient
-        self.parts = [choose(model, tokenizer) for model in (instruct, coarse, base)]
+        self.parts = [choose(model, tokenizer, longest=longest) for model in (instruct, coarse, base)]
+
+    @property
+    def positions(self) -> int:
+        """What all three can tell the places of."""
+        return min(part.positions for part in self.parts)
 
     def open(self, pads: Tensor, length: int, on_gpu: bool) -> "_Wave":
         return _Wave([part.open(pads, length, on_gpu) for part in self.parts], self.coefficient)

@@ -83,7 +83,9 @@ def _models(settings: Settings) -> list[str]:
     found = [line for source, what in named for line in _said(check_folder, source, what)]
     for key in ("base", "instruct", "reward"):
         source, revision = getattr(models, key), getattr(models, f"{key}_revision")
-        if revision and not (source and weights.is_hub(source)):
+        if revision and source and "@" in source and weights.is_hub(source):
+            found.append(f"models.{key} = {source!r} and models.{key}_revision = {revision!r} name two; keep one")
+        elif revision and not (source and weights.is_hub(source)):
             found.append(
                 f"models.{key}_revision = {revision!r} has no effect on models.{key} = {source!r}, which is no hub id; "
                 "leave it out, or name a hub model"

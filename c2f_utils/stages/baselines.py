@@ -137,7 +137,7 @@ class Baseline:
         if self.entry.reward == "verifiable":  # prefixes cost a check per token: only for laws that read them
             raw = Verifiable() if {"tail_return", "useful_length"} & set(self.law.needs) else rewards.verifiable
         columns = _PrefixColumns if hasattr(raw, "prefix_scores") else _Columns
-        watched = self.limit.watch(columns(raw, self.prompts, ends, self.law))
+        watched = self.limit.watch(columns(raw, self.prompts, ends, self.inputs.tokenizer.eos_token_id, self.law))
 
         def reward(completion_ids, **columns) -> list[float]:
             tokens = torch.tensor([float(len(ids)) for ids in completion_ids])
@@ -163,17 +163,20 @@ class Verifiable:
 class _Columns:
     """A reward on our samples as TRL calls it."""
 
-    def __init__(self, reward, prompts: Sequence[Prompt], ends: frozenset[int], law: limits.Law):
-        self.reward, self.prompts, self.ends, self.law = reward, prompts, ends, law
+    def __init__(self, reward, prompts: Sequence[Prompt], ends: frozenset[int], eos: int, law: limits.Law):
+        self.reward, self.prompts, self.ends, self.eos, self.law = reward, prompts, ends, eos, law
 
     def __call__(self, **columns) -> list[float]:
         return self.reward(self._samples(**columns)).tolist()
 
     def _samples(self, completion_ids, completions, number, **_) -> list[Sample]:
-        return [
-            Sample(self.prompts[i], ids, "eos" if ids[-1] in self.ends else "limit", self.law.limit, text=text)
-            for i, ids, text in zip(number, completion_ids, completions, strict=True)
-        ]
+        found = []
+        for i, sampled, text in zip(number, completion_ids, completions, strict=True):
+            ended = sampled[-1] in self.ends  # whichever of the ends it is, what is scored ends in the tokenizer's EOS
+            ids = [*sampled[:-1], self.eos] if ended else sampled
+            stop = "eos" if ended else "limit"
+            found.append(Sample(self.prompts[i], ids, stop, self.law.limit, text=text, sampled=sampled))
+        return found
 
 
 class _PrefixColumns(_Columns):

@@ -76,14 +76,18 @@ class Bench:
         return self.row(self.answers(self.merged(recipe, coarse)))
 
     def sampled(self, sampler: Sampler) -> dict:
-        """Metrics and score of answers from another sampler than the bench's model, in the base's form."""
+        """Metrics and score of answers from another sampler than the bench's model, in the base's form; the difference
+        to the reference only where that is the form of both."""
         limits = [self.settings.evaluation.max_tokens] * len(self.prompts)
-        return self.row(sampler(self.prompts, limits, temperature=1.0, seed=self.settings.seed * 1000))
+        models = self.settings.models
+        comparable = "template" not in (models.base_form, models.instruct_form)
+        return self.row(sampler(self.prompts, limits, temperature=1.0, seed=self.settings.seed * 1000), comparable)
 
-    def row(self, samples: list[Sample]) -> dict:
+    def row(self, samples: list[Sample], comparable: bool = True) -> dict:
+        """Metrics and score of answers and, where they are `comparable`, the paired difference to the reference."""
         scores = self.scores(samples)
         row = answers.measure(samples, self.inputs.reward) | {"score": round(sum(scores) / len(scores), 6)}
-        if self._reference is not None:
+        if self._reference is not None and comparable:
             found = stats.paired_bootstrap(scores, self._reference, resamples=2000, seed=self.settings.seed)
             row |= {"difference": round(found.difference, 6), "low": round(found.low, 6), "high": round(found.high, 6)}
         return row

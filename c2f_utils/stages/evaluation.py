@@ -46,7 +46,7 @@ def make(run: Run) -> dict:
     table: list[dict] = []
     with here.timer("generation and scoring"):
         for name, model, prompts, form in _models(run, inputs, test):
-            found[name] = {"label": _label(name, form, inputs), "role": name if name in ROLES else "control"}
+            found[name] = {"label": _label(name, form or settings.models.base_form, inputs), "role": _role(name, form)}
             single[name] = {}
             for decoding in settings.evaluation.decodings:
                 samples = inputs.answers(model, prompts, decoding, form=form)
@@ -63,28 +63,36 @@ def make(run: Run) -> dict:
     return here.results()
 
 
-def _models(run: Run, inputs: Inputs, test: list[Prompt]) -> Iterator[tuple[str, nn.Module, list[Prompt], Form]]:
-    """Name, model, prompts and form of everything that is compared; one model is in memory at a time.
+def _models(run: Run, inputs: Inputs, test: list[Prompt]) -> Iterator[tuple[str, nn.Module, list[Prompt], Form | None]]:
+    """Name, model, prompts and form (None: the base's) of everything that is compared; one model is in memory at a
+    time.
 
     What the instruction model or the fine actor is in the other form is a row of its own, `<name>_<form>`.
     """
     merged, models = run.parent("06_residue_merging"), run.settings.models
     form, *others = inputs.instruct_forms
-    yield "base", inputs.base(), test, models.base_form
+    yield "base", inputs.base(), test, None
     model = inputs.instruct()
     for each in (form, *others):
         yield "instruct" if each == form else f"instruct_{each}", model, test, each
-    yield "coarse", inputs.coarse(), test, models.base_form
+    yield "coarse", inputs.coarse(), test, None
     model = loading.load_causal(merged.model(), models)
     for each in (form, *others):
         yield "fine" if each == form else f"fine_{each}", model, test, each
     recipe = "one_coefficient" if run.settings.merge.select == "best_recipe" else "best_recipe"
     for name in (recipe, *run.settings.merge.controls):
-        yield name, loading.load_actor(merged.model(f"controls/{name}"), models), test, form
+        trained_in = None if name == "ppo_instruct" else form  # RL goes on in the base's form, whatever it starts from
+        yield name, loading.load_actor(merged.model(f"controls/{name}"), models), test, trained_in
     if run.settings.embedded:
         forced = make_prompts([p.problem for p in test], stories.FORCED_ANALYSIS)
         yield "instruct_forced", inputs.instruct(), forced, form
-        yield "base_forced", inputs.base(), forced, form
+        yield "base_forced", inputs.base(), forced, None
+
+
+def _role(name: str, form: Form | None) -> str:
+    if name in ROLES:
+        return name
+    return "other form" if form and name in (f"instruct_{form}", f"fine_{form}") else "control"
 
 
 def _label(name: str, form: Form, inputs: Inputs) -> str:

@@ -124,13 +124,14 @@ class Inputs:
     ) -> list[Sample]:
         """One answer per prompt under the evaluation's limit (tokens) and this run's seed.
 
-        In another `form` than the base's the prompts are put in that form with the instruction model's tokenizer, and
-        the answers are handed back as answers to `prompts`, so that they can be scored beside all others.
+        Without a `form` it is the base's. With one, and a chat template on either side, the prompts are put in that
+        form with the instruction model's tokenizer, and the answers are handed back as answers to `prompts`, so that
+        they can be scored beside all others.
         """
         limit = limit or self.settings.evaluation.max_tokens
         base = self.settings.models.base_form
         stops = self.stop_strings(form)
-        if "template" not in (base, form) or form in (None, base):
+        if form is None or "template" not in (base, form):
             return answers(model, self.tokenizer, prompts, decoding, limit, self.settings.seed, stops)
         own = self.instruct_tokenizer
         asked = [replace(p, ids=tuple(forms.prompt_ids(p.text, form, own))) for p in prompts]

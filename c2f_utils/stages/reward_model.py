@@ -104,7 +104,7 @@ def one_pair(run: Run) -> tuple[dict[str, dict], list[dict]]:
     samples = [
         Sample(prompt, ids, "eos" if ids[-1] == inputs.tokenizer.eos_token_id else "limit", len(ids)) for ids in both
     ]
-    found, place = run.here.results(), settings.models.reward or run.here.dir / "model"
+    found, place = run.here.results(), inputs.reward_source if settings.models.reward else run.here.dir / "model"
     model = rewards.load_reward_model(place, settings, inputs.tokenizer.pad_token_id, found["mean"], found["std"])
     shown, rows = {}, []
     for name, sample, scores in zip(("chosen", "rejected"), samples, model.prefix_scores(samples), strict=True):

@@ -108,10 +108,11 @@ def proxies(bench: Bench, coefficient: float) -> list[dict]:
     2024)."""
     inputs = bench.inputs
     trio = inputs.instruct(), inputs.coarse(), inputs.base()
+    longest = max(len(p.ids) for p in bench.prompts) + inputs.settings.evaluation.max_tokens
     return [
         {"name": f"proxy-tuning, c = {c:g}", "coefficient": c, "forward_passes_per_token": 3, **bench.sampled(decoder)}
         for c in dict.fromkeys((coefficient, 1.0))
-        for decoder in [ProxyDecoder(*trio, inputs.tokenizer, c, stop_strings=inputs.stop_strings())]
+        for decoder in [ProxyDecoder(*trio, inputs.tokenizer, c, stop_strings=inputs.stop_strings(), longest=longest)]
     ]
 
 
@@ -119,7 +120,7 @@ def roundings(run: Run, bench: Bench, recipe: merge.Recipe) -> list[dict]:
     """How much of the wanted change is left after each output dtype, and what that does to the answers."""
     rows = []
     for dtype in ("float32", "bfloat16", "bfloat16_stochastic"):
-        with tempfile.TemporaryDirectory(dir=run.here.dir) as scratch:
+        with tempfile.TemporaryDirectory(prefix=".", dir=run.here.dir) as scratch:
             report = merge.run_merge(
                 merge.plan_merge(recipe.model_copy(update={"out_dtype": dtype})), Path(scratch) / "model"
             )

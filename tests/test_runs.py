@@ -267,12 +267,14 @@ def test_06_is_refused_before_work_where_04_lacks_the_law_of_its_control():
         open_run().inputs("06_residue_merging")
 
 
-def test_a_setting_that_did_not_exist_then_and_is_null_now_changes_nothing():
+def test_a_setting_that_did_not_exist_then_and_has_its_default_now_changes_nothing():
     stage = make(open_run())
     config = stage.config()
-    del config["settings"]["models"]["instruct_revision"]
+    del config["settings"]["models"]["instruct_revision"], config["settings"]["data"]["max_prompt_tokens"]
     (stage.dir / "config.json").write_text(json.dumps(config))
     assert open_run().stage(BASE).begin() == "load"
+    with pytest.raises(C2FError, match="data.max_prompt_tokens: 64 there, 65 here"):
+        open_run(**{"data.max_prompt_tokens": 65}).stage(BASE).plan()
 
 
 def test_a_stage_stays_with_the_parent_it_was_made_from():

@@ -31,10 +31,10 @@ def flat(settings: dict, prefix: str = "") -> dict[str, object]:
 
 
 def differences(there: dict, here: dict) -> list[str]:
-    """One line per dotted key that differs, naming both values; a key that is not there is as good as null."""
+    """One line per dotted key that differs, naming both values."""
     old, new = flat(there), flat(here)
     shown = lambda pairs, key: repr(pairs[key]) if key in pairs else "not set"  # noqa: E731
-    changed = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
+    changed = [key for key in dict.fromkeys([*old, *new]) if old.get(key, ...) != new.get(key, ...)]
     return [f"{key}: {shown(old, key)} there, {shown(new, key)} here" for key in changed]
 
 

@@ -364,7 +364,9 @@ class Stage:
         return self.dir.parent / f".{self.name}.claim"  # beside the folder, which may be moved away
 
     def _changed_settings(self, config: dict) -> list[str]:
-        return provenance.differences(config["settings"], self.settings.for_stage(self.name)) if self.settings else []
+        if not self.settings:
+            return []
+        return provenance.differences(self.settings.recorded(config["settings"]), self.settings.for_stage(self.name))
 
     def _changed_inputs(self, inputs: dict[str, str] | None) -> list[str]:
         known = self.provenance().get("inputs", {})

@@ -345,3 +345,11 @@ class Settings(Section):
         sections = {name: getattr(self, name).model_dump(mode="json") for name in _DECIDES[stage]}
         study = {"study": self.study} if stage == "04_length_schedules" else {}
         return {"profile": self.profile, "seed": self.seed, **study, **sections}
+
+    def recorded(self, there: dict[str, object]) -> dict[str, object]:
+        """Settings as an earlier version recorded them, with the defaults of those that it did not have."""
+        usual = {name: type(getattr(self, name))().model_dump(mode="json") for name in there if name in _SECTIONS}
+        return {name: usual[name] | value if name in usual else value for name, value in there.items()}
+
+
+_SECTIONS = {section for sections in _DECIDES.values() for section in sections}

@@ -294,7 +294,7 @@ def _said(word: str) -> Sample:
 def test_cuts_of_base_answers_leave_at_least_four_tokens_and_never_add_any(monkeypatch, length):
     whole = list(range(10, 10 + length))
     monkeypatch.setattr(
-        data, "KVDecoder", lambda *_: lambda prompts, limit, seed: [Sample(p, whole, "limit", 30) for p in prompts]
+        data, "choose", lambda *_: lambda prompts, limit, seed: [Sample(p, whole, "limit", 30) for p in prompts]
     )
     for share in (0.0, 1.0):
         pairs = embedded(30, **{"reward.base_share": 1.0, "reward.cut_share": share})

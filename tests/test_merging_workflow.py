@@ -45,9 +45,12 @@ def test_averages_over_snapshots_weigh_them_as_their_names_say(tmp_path):
     for number, value in enumerate((1.0, 5.0, 9.0, 13.0)):
         save_file({"w": torch.tensor([value, 2.0])}, tmp_path / "snapshots" / f"{number}.safetensors")
     found = []
-    bench = SimpleNamespace(states={"coarse": {}}, recipe=lambda *_: None)
+    bench = SimpleNamespace(states={"coarse": {}}, recipe=lambda *_: None, inputs=SimpleNamespace(base_source="base"))
     bench.measure = lambda recipe, state: found.append(state["w"].tolist()) or {}
-    run = SimpleNamespace(parent=lambda stage: SimpleNamespace(dir=tmp_path))
+    kept = {"03_coarse_rlhf": {"snapshots": {}}, "04_length_schedules": {}}
+    run = SimpleNamespace(
+        parent=lambda stage: SimpleNamespace(models=lambda: kept[stage], model=lambda name: tmp_path / name)
+    )
     rows = variants.averages(run, bench, {"name": "residue"}, 1.0)
     assert [(row["name"][:4], row["actors"]) for row in rows] == [("SWA ", 4), ("EMA ", 4), ("LaWA", 3)]
     halved = (1 / 8 + 5 / 4 + 9 / 2 + 13) / (1 / 8 + 1 / 4 + 1 / 2 + 1)

@@ -15,12 +15,11 @@ from matplotlib.ticker import MaxNLocator
 from c2f_utils import stats
 from c2f_utils.files import read_json, read_jsonl
 from c2f_utils.report.labels import point_labels
-from c2f_utils.report.results import DECODINGS, LABELS, column, known, load, model_rows, quality, seed_frame
+from c2f_utils.report.results import DECODINGS, LABELS, MAIN, column, known, load, model_rows, quality, seed_frame
 from c2f_utils.report.style import DOUBLE, INK, MUTED, ROLE_COLOURS, ROLE_MARKERS, new_figure, note, say, styled
 
 STAGE = "07_evaluation"
 
-MAIN = ("base", "instruct", "coarse", "fine")
 
 LEAST_ANSWERS = 10  # a mean over the two longest answers of a concise model would say nothing about the model
 

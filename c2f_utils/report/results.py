@@ -38,6 +38,7 @@ METRICS = {
     "peak_mb": Metric("peak memory (MiB)", "peak memory (MiB)", "peak memory", 0),
 }
 LABELS = {name: metric.label for name, metric in METRICS.items()}
+MAIN = ("base", "instruct", "coarse", "fine")  # models that are no control
 LAW_OF_03 = "logistic"  # the name under which 04 shows the law of 03
 DECODINGS = {"sampled_t1": "sampled at T = 1", "sampled_t07": "sampled at T = 0.7", "greedy": "greedy decoding"}
 
@@ -177,9 +178,8 @@ def committed_seeds(name: str, labels: dict[str, str]) -> tuple[list[dict], list
     study = committed(name)
     runs = []
     for models in study["models"].values():
-        rows = {
-            key: {"label": labels.get(key, key), "role": key, study["decoding"]: row} for key, row in models.items()
-        }
+        roles = {key: key if key in MAIN else "control" for key in models}
+        rows = {k: {"label": labels.get(k, k), "role": roles[k], study["decoding"]: row} for k, row in models.items()}
         runs.append({"models": rows})
     return runs, [f"seed {seed}" for seed in study["models"]]
 

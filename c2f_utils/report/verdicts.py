@@ -12,8 +12,6 @@ from c2f_utils.report.results import METRICS, operator_name
 from c2f_utils.report.verdicts_laws import schedules
 from c2f_utils.report.words import UNCHECKED, capital, difference_words, outcome, percent
 
-MAIN = ("base", "instruct", "coarse", "fine")
-
 
 def paired_row(paired: Iterable[dict], a: str, b: str, metric: str, decoding: str) -> dict | None:
     """The recorded paired comparison a - b, turned round if it was recorded as b - a; None when there is none."""

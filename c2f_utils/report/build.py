@@ -16,7 +16,7 @@ from c2f_utils.errors import C2FError, CannotWrite
 from c2f_utils.files import read_json, read_jsonl, sha256, write_json, write_text
 from c2f_utils.report import figures, sources, tables, verdicts
 from c2f_utils.report.document import Document, to_html, to_markdown
-from c2f_utils.report.results import DECODINGS
+from c2f_utils.report.results import DECODINGS, MAIN
 
 _DRAWING_ERRORS = (C2FError, KeyError, IndexError, TypeError, ValueError, AttributeError)
 
@@ -259,7 +259,7 @@ class _Builder:
     def _samples(self) -> None:
         rows = read_jsonl(self.stages["07_evaluation"] / "samples.jsonl")
         way = self._decodings()[0]
-        rows = [row for row in rows if row.get("decoding") == way and row.get("model") in verdicts.MAIN]
+        rows = [row for row in rows if row.get("decoding") == way and row.get("model") in MAIN]
         models = self.results["07_evaluation"].get("models") or {}
         prompts = list(dict.fromkeys(row["prompt"] for row in rows))[:2]
         if not prompts:
@@ -275,7 +275,7 @@ class _Builder:
                     f"{models.get(name, {}).get('label') or name} ({mine[name].get('tokens')} tokens)",
                     sources.marked_words(mine[name]["text"]),
                 )
-                for name in verdicts.MAIN
+                for name in MAIN
                 if name in mine
             ]
             self.document.answers(sources.clip(prompt), columns)

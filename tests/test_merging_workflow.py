@@ -1,6 +1,8 @@
 """Decode-time merging and averages: identities that pin them down."""
 
+import gc
 import shutil
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -9,9 +11,14 @@ from finished_runs import finished, results
 from safetensors.torch import save_file
 from tiny_models import TOKENIZER, causal, prompts
 
+from c2f_utils.models import loading
 from c2f_utils.rollout.decoder import KVDecoder
 from c2f_utils.rollout.proxy import ProxyDecoder
-from c2f_utils.stages import variants
+from c2f_utils.runs.run import Run
+from c2f_utils.settings.load import load_settings
+from c2f_utils.stages import evaluation, variants
+from c2f_utils.stages.bench import Bench
+from c2f_utils.stages.inputs import Inputs
 
 
 def greedy(decoder) -> list[list[int]]:
@@ -60,6 +67,48 @@ def test_averages_over_snapshots_weigh_them_as_their_names_say(tmp_path):
 def test_operators_are_named_with_their_numbers():
     assert variants.operator_text({"name": "dare", "density": 0.5, "seed": 3}) == "dare (density 0.5)"
     assert variants.operator_text({"name": "residue"}) == "residue"
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    """How many models that were loaded earlier are still there, whenever one is loaded."""
+    alive, counts, load = weakref.WeakSet(), [], loading.load_causal
+
+    def counted(*arguments):
+        gc.collect()
+        counts.append(len(alive))
+        alive.add(model := load(*arguments))
+        return model
+
+    monkeypatch.setattr(loading, "load_causal", counted)
+    return counts
+
+
+def begun(smoke_run, tmp_path, monkeypatch, stage: str) -> Run:
+    for folder in smoke_run.glob(f"0[0-{int(stage[1]) - 1}]_*"):
+        if folder.is_dir():
+            shutil.copytree(folder, tmp_path / "mine" / folder.name)
+    monkeypatch.setenv("C2F_OUTPUTS", str(tmp_path))
+    run = Run(load_settings("smoke", run_id="mine"))
+    run.here = run.stage(stage)
+    run.here.begin(run.inputs(stage)[0])
+    return run
+
+
+def test_evaluation_holds_one_model_at_a_time_beside_the_reward_model(smoke_run, tmp_path, monkeypatch, loaded):
+    run = begun(smoke_run, tmp_path, monkeypatch, "07_evaluation")
+    evaluation.make(run)
+    run.here.finish()
+    assert len(loaded) > 6 and max(loaded) == 0
+    assert run.here.results() == results(smoke_run, "07")
+
+
+def test_merging_takes_its_three_models_one_after_the_other(smoke_run, tmp_path, monkeypatch, loaded):
+    run = begun(smoke_run, tmp_path, monkeypatch, "06_residue_merging")
+    bench = Bench(Inputs(run))
+    assert len(loaded) == 3 and max(loaded) == 0
+    assert all(value.device.type == "cpu" for state in bench.states.values() for value in state.values())
+    run.here.stop()
 
 
 @pytest.mark.slow

@@ -52,10 +52,11 @@ def answers(
     max_tokens: int,
     seed: int,
     stop_strings: Sequence[str] = (),
+    tokens_in_cache: int = 65_536,
 ) -> list[Sample]:
     """One answer per prompt; the same seed gives the same answers, decodings do not share random numbers."""
     longest = max((len(p.ids) for p in prompts), default=0) + max_tokens
-    decoder = choose(model, tokenizer, stop_strings=stop_strings, longest=longest)
+    decoder = choose(model, tokenizer, tokens_in_cache, stop_strings, longest=longest)
     offset = list(TEMPERATURES).index(decoding)
     return decoder(prompts, max_tokens, temperature=TEMPERATURES[decoding], seed=seed * 1000 + offset)
 

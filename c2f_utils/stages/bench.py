@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from c2f_utils import merge, stats
 from c2f_utils.domain.samples import Sample
 from c2f_utils.measure import answers
+from c2f_utils.models import loading
 from c2f_utils.rollout.sampler import Sampler
 from c2f_utils.stages.inputs import Inputs
 
@@ -12,8 +13,8 @@ State = dict[str, Tensor]
 
 
 def state_of(model: nn.Module) -> State:
-    """The model's tensors by name, detached, not copied."""
-    return {name: value.detach() for name, value in model.state_dict().items()}
+    """The model's tensors by name, detached and on the CPU: merges are made there, and a GPU keeps its room."""
+    return {name: value.detach().cpu() for name, value in model.state_dict().items()}
 
 
 def recipe_of(inputs: Inputs, operator: dict, coefficient: float, **shape: object) -> merge.Recipe:
@@ -39,11 +40,10 @@ class Bench:
     def __init__(self, inputs: Inputs):
         self.inputs, self.settings = inputs, inputs.settings
         self.prompts = self.inputs.prompts("validation")
+        base, coarse = state_of(self.inputs.base()), state_of(self.inputs.coarse())  # one model on the device at a time
         self.model = self.inputs.instruct()
         instruct = {name: value.clone() for name, value in state_of(self.model).items()}
-        self.states: dict[str, State] = {
-            "base": state_of(self.inputs.base()), "instruct": instruct, "coarse": state_of(self.inputs.coarse())
-        }  # fmt: skip
+        self.states: dict[str, State] = {"base": base, "instruct": instruct, "coarse": coarse}
         self._reference: list[float] | None = None
 
     @property
@@ -64,8 +64,12 @@ class Bench:
 
     def loaded(self, state: State) -> nn.Module:
         """The bench's model with these weights; valid until the next call."""
-        self.model.load_state_dict(state, strict=False)
+        self.model.to(loading.device(self.settings.models)).load_state_dict(state, strict=False)
         return self.model
+
+    def make_room(self) -> None:
+        """Take the bench's model off the device until the next merge."""
+        self.model.cpu()
 
     def answers(self, model: nn.Module) -> list[Sample]:
         """Answers of a merge to the validation prompts, in the instruction model's form."""

@@ -67,6 +67,7 @@ def _fixed_long(run: Run, bench: Bench, coefficient: float) -> tuple[nn.Module, 
 
 
 def _ppo(run: Run, bench: Bench, coefficient: float) -> tuple[nn.Module, dict]:
+    bench.make_room()  # for actor, critic and reward model
     process = coarse_rlhf.trainer(
         bench.inputs,
         make_law(run.settings.coarse.law),

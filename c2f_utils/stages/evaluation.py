@@ -55,6 +55,7 @@ def make(run: Run) -> dict:
                 table += answers.rows(samples[: settings.evaluation.samples_kept], name, decoding, inputs.reward)
                 if decoding == settings.evaluation.decodings[0]:
                     prefixes[name] = redundancy.prefix_table([s.answer for s in samples], settings.evaluation.prefixes)
+            del model  # before the next one is loaded
     keep_samples(here, table, settings)
     here.save_results({
         "models": found, "prefix_redundancy": prefixes, "decoding_of_prefixes": settings.evaluation.decodings[0],
@@ -75,10 +76,12 @@ def _models(run: Run, inputs: Inputs, test: list[Prompt]) -> Iterator[tuple[str,
     model = inputs.instruct()
     for each in (form, *others):
         yield "instruct" if each == form else f"instruct_{each}", model, test, each
+    del model
     yield "coarse", inputs.coarse(), test, None
     model = loading.load_causal(merged.model(), models)
     for each in (form, *others):
         yield "fine" if each == form else f"fine_{each}", model, test, each
+    del model
     recipe = "one_coefficient" if run.settings.merge.select == "best_recipe" else "best_recipe"
     for name in (recipe, *run.settings.merge.controls):
         trained_in = None if name == "ppo_instruct" else form  # RL goes on in the base's form, whatever it starts from

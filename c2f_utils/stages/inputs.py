@@ -130,12 +130,12 @@ class Inputs:
         """
         limit = limit or self.settings.evaluation.max_tokens
         base = self.settings.models.base_form
-        stops = self.stop_strings(form)
+        given = self.settings.seed, self.stop_strings(form), self.settings.coarse.tokens_in_cache
         if form is None or "template" not in (base, form):
-            return answers(model, self.tokenizer, prompts, decoding, limit, self.settings.seed, stops)
+            return answers(model, self.tokenizer, prompts, decoding, limit, *given)
         own = self.instruct_tokenizer
         asked = [replace(p, ids=tuple(forms.prompt_ids(p.text, form, own))) for p in prompts]
-        samples = answers(model, own, asked, decoding, limit, self.settings.seed, stops)
+        samples = answers(model, own, asked, decoding, limit, *given)
         return [self._as_answer_to(p, s, base) for p, s in zip(prompts, samples, strict=True)]
 
     def stop_strings(self, form: Form | None = None) -> list[str]:

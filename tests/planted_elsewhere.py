@@ -94,8 +94,8 @@ ELSEWHERE: dict[str, list[tuple]] = {
     ],
     "rollout/check.py": [
         ("difference = difference.abs().nan_to_num", "difference = 0 * difference.abs().nan_to_num",
-         "a sampler that computes something else would pass",
-         "test_layouts.py::test_our_decoder_forced_upon_a_layout_that_it_does_not_compute_is_caught"),
+         "a trainer that computes something else would pass",
+         "test_layouts.py::test_a_trainer_that_passes_by_the_models_own_head_is_caught"),
         ("torch.tensor(s.sampled)[:, None]", "torch.tensor(s.ids)[:, None]",
          "answers that a stop string ended would be compared with other tokens",
          "test_clean_answers.py::test_the_self_check_goes_by_what_was_sampled"),

@@ -24,7 +24,7 @@ PATIENCE = 120  # seconds that the tests of one error may take
 def copied(folder: Path) -> Path:
     """The package and its tests in `folder`, compiled so that a changed line is noticed by its content."""
     ignore = shutil.ignore_patterns("__pycache__")
-    for name in ("c2f_utils", "tests"):
+    for name in ("c2f_utils", "tests", "benchmarks"):
         shutil.copytree(ROOT / name, folder / name, ignore=ignore)
     shutil.copy(ROOT / "pyproject.toml", folder)
     compileall.compile_dir(folder / "c2f_utils", quiet=1, invalidation_mode=PycInvalidationMode.CHECKED_HASH)

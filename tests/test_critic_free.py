@@ -117,7 +117,7 @@ def test_the_limits_are_reached_in_continuous_batching(kind, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_move_the_limit_alike_by_the_answers_of_both(tmp_path):
-    here, package = Path(__file__).parent, Path(trl_limit.__file__).parent
+    here, package = Path(__file__).parent, Path(trl_limit.__file__).parents[1]
     command = [
         sys.executable,
         "-m",

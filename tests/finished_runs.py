@@ -38,8 +38,10 @@ def surroundings(outputs: Path) -> dict[str, str]:
 
 
 def finished(outputs: Path, *arguments: str) -> subprocess.CompletedProcess:
-    """Run `c2f`, which must succeed."""
+    """Run `c2f`, which must succeed; once more where no kernel started: two may pick one port on a busy machine."""
     done = c2f(outputs, *arguments)
+    if done.returncode and "Kernel died before replying to kernel_info" in done.stdout + done.stderr:
+        done = c2f(outputs, *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     return done
 

@@ -126,8 +126,8 @@ def test_without_stop_strings_the_answer_is_what_was_sampled():
         assert sample.text == TOKENIZER.decode([i for i in sample.ids if i != stories.EOS], skip_special_tokens=True)
 
 
-@pytest.mark.parametrize("sampler", [KVDecoder, ContinuousBatching])
-def test_samplers_hand_over_finished_answers_with_the_log_probabilities_of_what_they_sampled(sampler):
+def model_that_meets_a_stop_string():
+    """(model, tokenizer, prompts, string): some greedy answers of 40 tokens contain the string; EOS is rare."""
     words = bpe("cut")
     model = offline_mistral.model(len(words), seed=3).eval()
     with torch.no_grad():
@@ -135,6 +135,12 @@ def test_samplers_hand_over_finished_answers_with_the_log_probabilities_of_what_
     asked = [Prompt(tuple(words(row["chosen"][:40])["input_ids"]), "") for row in offline_mistral.pairs(12)]
     free = KVDecoder(model, words)(asked, 40, temperature=0.0)
     string = next(s.text[n : n + 3] for s in free for n in range(6, len(s.text) - 3) if s.text[n : n + 3].isalpha())
+    return model, words, asked, string
+
+
+@pytest.mark.parametrize("sampler", [KVDecoder, ContinuousBatching])
+def test_samplers_hand_over_finished_answers_with_the_log_probabilities_of_what_they_sampled(sampler):
+    model, words, asked, string = model_that_meets_a_stop_string()
     found = sampler(model, words, 4096, stop_strings=[string])(asked, 40, temperature=0.0)
     assert any(s.stop == "string" for s in found)
     for sample in found:
@@ -144,13 +150,7 @@ def test_samplers_hand_over_finished_answers_with_the_log_probabilities_of_what_
 
 
 def test_the_self_check_goes_by_what_was_sampled():
-    words = bpe("cut")
-    model = offline_mistral.model(len(words), seed=3).eval()
-    with torch.no_grad():
-        model.lm_head.weight[words.eos_token_id].div_(6)
-    asked = [Prompt(tuple(words(row["chosen"][:40])["input_ids"]), "") for row in offline_mistral.pairs(12)]
-    free = KVDecoder(model, words)(asked, 40, temperature=0.0)
-    string = next(s.text[n : n + 3] for s in free for n in range(6, len(s.text) - 3) if s.text[n : n + 3].isalpha())
+    model, words, asked, string = model_that_meets_a_stop_string()
     head = Head(model)
     for kind in (KVDecoder, LibrarySampler):
         sampler = kind(model, words, stop_strings=[string])

@@ -31,26 +31,31 @@ def parent_sentence(
     fine: str, parent: str, quantity: str, values: tuple[float, float], interval: tuple = (None, None), after: str = ""
 ) -> str:
     """Is the merged model better than a model it was made from? `values` are (fine, parent)."""
-    difference = values[0] - values[1]
-    numbers = f"{values[0]:.3f} against {values[1]:.3f}, {difference_words(difference, *interval)}{after}"
-    return {
-        "better": f"{capital(fine)} is better than {parent} on {quantity}: {numbers}.",
-        "worse": f"{capital(fine)} is worse than {parent} on {quantity}: {numbers}.",
-        "tie": f"{capital(fine)} and {parent} cannot be told apart on {quantity}: {numbers}.",
-    }[outcome(difference, *interval)]
+    relation = {
+        "better": f"{capital(fine)} is better than {parent}",
+        "worse": f"{capital(fine)} is worse than {parent}",
+        "tie": f"{capital(fine)} and {parent} cannot be told apart",
+    }
+    return _sentence(relation, quantity, values, interval, after)
 
 
 def control_sentence(
     control: str, quantity: str, values: tuple[float, float], interval: tuple = (None, None), after: str = ""
 ) -> str:
     """Does the method beat a control? `values` are (method, control)."""
+    relation = {
+        "better": f"The method beats the control “{control}”",
+        "worse": f"The control “{control}” is better than the method",
+        "tie": f"The method and the control “{control}” cannot be told apart",
+    }
+    return _sentence(relation, quantity, values, interval, after)
+
+
+def _sentence(relation: dict[str, str], quantity: str, values: tuple, interval: tuple, after: str) -> str:
+    """The relation that the outcome of `values` (a, b) asks for, with its numbers."""
     difference = values[0] - values[1]
     numbers = f"{values[0]:.3f} against {values[1]:.3f}, {difference_words(difference, *interval)}{after}"
-    return {
-        "better": f"The method beats the control “{control}” on {quantity}: {numbers}.",
-        "worse": f"The control “{control}” is better than the method on {quantity}: {numbers}.",
-        "tie": f"The method and the control “{control}” cannot be told apart on {quantity}: {numbers}.",
-    }[outcome(difference, *interval)]
+    return f"{relation[outcome(difference, *interval)]} on {quantity}: {numbers}."
 
 
 def fine_against_all(results: dict, decoding: str = "sampled_t1") -> list[str]:

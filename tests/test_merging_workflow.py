@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from tiny_models import TOKENIZER, causal, prompts
 
 from c2f_utils.models import loading
+from c2f_utils.report.results import operator_name
 from c2f_utils.rollout.decoder import KVDecoder
 from c2f_utils.rollout.proxy import ProxyDecoder
 from c2f_utils.runs.run import Run
@@ -65,8 +66,8 @@ def test_averages_over_snapshots_weigh_them_as_their_names_say(tmp_path):
 
 
 def test_operators_are_named_with_their_numbers():
-    assert variants.operator_text({"name": "dare", "density": 0.5, "seed": 3}) == "dare (density 0.5)"
-    assert variants.operator_text({"name": "residue"}) == "residue"
+    assert operator_name({"name": "dare", "density": 0.5, "seed": 3}) == "dare (density 0.5)"
+    assert operator_name({"name": "residue"}) == "residue"
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from c2f_utils.errors import C2FError
 from c2f_utils.models.packing import Batch
 from c2f_utils.rollout.anatomy import output_weight, trunk_of, unwrapped
+from c2f_utils.weights import first_line
 
 CHUNKED_ABOVE = 4096  # vocabularies above this size never see full logits
 CHUNK = 1024  # words (kernel) or positions (own head) whose logits exist at a time
@@ -49,8 +50,7 @@ class Head:
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise C2FError(
                 f"{type(causal).__name__} cannot be trained here: its trunk and head do not work apart "
-                f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no words'}); choose another "
-                "base model"
+                f"({type(error).__name__}: {first_line(error)}); choose another base model"
             ) from error
 
     @torch.no_grad()

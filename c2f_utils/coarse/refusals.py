@@ -57,8 +57,8 @@ def refuse(
     if ranks.sharded and (config.prompts - 1) % size + 1 < ranks.world:
         found.append(
             "with split weights every process needs an answer in every minibatch; coarse.prompts = "
-            f"{config.prompts} in "
-            f"{config.minibatches} minibatches leave fewer than {ranks.world} for the last: choose a multiple of both"
+            f"{config.prompts} in {config.minibatches} minibatches leave fewer than {ranks.world} for the last: "
+            "choose a multiple of both"
         )
     if ranks.sharded and isinstance(sampler, LibrarySampler):
         found.append(
@@ -78,10 +78,9 @@ def refuse(
         size = other.config.get_text_config().vocab_size if hasattr(other, "config") else model.vocab_size
         if size != model.vocab_size:
             found.append(
-                f"the {what} has a vocabulary of {size} tokens, the actor one of {model.vocab_size}: they read "
-                "the same token ids, so "
-                "they must share a tokenizer; train the reward model from the same base (notebook 02) or name "
-                "one that was"
+                f"the {what} has a vocabulary of {size} tokens, the actor one of {model.vocab_size}: they read the "
+                "same token ids, so they must share a tokenizer; train the reward model from the same base (notebook "
+                "02) or name one that was"
             )
     if found:
         raise problems("training cannot start:", found)

@@ -181,8 +181,6 @@ def refuse_other_tokenizer(source: str, tokenizer) -> None:
     token = next(t for t, _ in sorted((ours | theirs).items()) if ours.get(t) != theirs.get(t))
     raise C2FError(
         f"models.reward = {source!r} has another tokenizer than the base model: token {token!r} is "
-        f"{theirs.get(token)} there and "
-        f"{ours.get(token)} here ({len(theirs)} and {len(ours)} tokens in all); name a reward model trained from "
-        "the same base, or "
-        "leave models.reward null to train one in notebook 02"
+        f"{theirs.get(token)} there and {ours.get(token)} here ({len(theirs)} and {len(ours)} tokens in all); name "
+        "a reward model trained from the same base, or leave models.reward null to train one in notebook 02"
     )

@@ -16,7 +16,7 @@ from c2f_utils.errors import C2FError, CannotWrite
 from c2f_utils.files import read_json, read_jsonl, sha256, write_json, write_text
 from c2f_utils.report import figures, sources, tables, verdicts
 from c2f_utils.report.document import Document, to_html, to_markdown
-from c2f_utils.report.results import DECODINGS, MAIN
+from c2f_utils.report.results import DECODINGS, MAIN, PARENTS_OF_06
 
 _DRAWING_ERRORS = (C2FError, KeyError, IndexError, TypeError, ValueError, AttributeError)
 
@@ -195,11 +195,9 @@ class _Builder:
             case "06_residue_merging":
                 parents = {
                     role: self.results[stage].get(key) or {}
-                    for role, stage, key in (
-                        ("instruct", "05_instruction_model", "behaviour"), ("coarse", "03_coarse_rlhf", "final"),
-                    )
+                    for role, (stage, key) in PARENTS_OF_06.items()
                     if stage in self.results
-                }  # fmt: skip
+                }
                 return [
                     ("coefficients", lambda: figures.coefficient_sweep(place, parents), "The coefficient sweep."),
                     ("layers", lambda: figures.layer_sweep(place), "Layer recipes."),

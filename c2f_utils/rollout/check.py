@@ -16,6 +16,7 @@ from c2f_utils.errors import C2FError
 from c2f_utils.positions import positions_of
 from c2f_utils.rollout.anatomy import unwrapped
 from c2f_utils.rollout.sampler import Sampler
+from c2f_utils.weights import first_line
 
 PROMPTS, TOKENS = 4, 32  # answers of each kind, and their limit
 EXACT = 1e-4  # nats: the largest error of any token in float32
@@ -102,10 +103,9 @@ def agree(model: nn.Module, sampler: Sampler, prompts: Sequence[Prompt], score=N
     try:
         found = measure(model, sampler, some, score)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        said = str(error).splitlines()[0] if str(error) else "no words"
         raise C2FError(
             f"self-check failed: {type(unwrapped(model)).__name__} through {type(sampler).__name__}: "
-            f"{type(error).__name__}: {said}; choose another base model"
+            f"{type(error).__name__}: {first_line(error)}; choose another base model"
         ) from error
     if not found.holds:
         raise C2FError(

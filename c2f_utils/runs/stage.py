@@ -1,9 +1,8 @@
 """One stage of one run: its folder, its files, and whether it may start, continue or be loaded.
 
 `outputs/<run_id>/<NN_stage>/` belongs to one stage of one run. A stage that is done is loaded; one that was killed
-is continued
-from its checkpoints; one that exists with other settings or inputs is refused, naming what changed. Everything is
-plain JSON, written atomically, so a run can be read while it works and after it died. Needs no torch.
+is continued from its checkpoints; one that exists with other settings or inputs is refused, naming what changed.
+Everything is plain JSON, written atomically, so a run can be read while it works and after it died. Needs no torch.
 """
 
 import contextlib
@@ -17,12 +16,11 @@ from typing import TYPE_CHECKING
 
 from c2f_utils import weights
 from c2f_utils.errors import C2FError, problems
-from c2f_utils.files import append_jsonl, or_null, plain, read_json, write_json
+from c2f_utils.files import append_jsonl, or_null, outputs, plain, read_json, root, write_json
 from c2f_utils.runs import disk, locks, provenance
 
 if TYPE_CHECKING:
     from c2f_utils.settings.config import Settings
-from c2f_utils.files import outputs, root
 
 OF_NO_RUN = ("00_environment_and_data", "09_studies")  # about this machine, and about what the project comes with
 ALWAYS_REDONE = (*OF_NO_RUN, "08_report")  # cheap, and about the present: never loaded, never in the way

@@ -12,7 +12,7 @@ from c2f_utils.errors import C2FError
 from c2f_utils.files import sha256
 from c2f_utils.models.rewards import Pair
 from c2f_utils.rollout.choice import choose
-from c2f_utils.settings.config import PAIR_ANSWER_TOKENS, Settings
+from c2f_utils.settings.config import PAIR_ANSWER_TOKENS, Reward, Settings
 
 
 def checksum(settings: Settings) -> dict[str, str]:
@@ -54,8 +54,7 @@ def _hub_prompts(settings: Settings, split: stories.Split, count: int, tokenizer
     if not fitting:
         raise C2FError(
             f"none of the {len(mine)} {split} prompts of {data.preferences} has at most "
-            f"data.max_prompt_tokens = {data.max_prompt_tokens} "
-            "tokens; raise it or add pairs"
+            f"data.max_prompt_tokens = {data.max_prompt_tokens} tokens; raise it or add pairs"
         )
     return fitting
 
@@ -106,9 +105,8 @@ def hub_pairs(settings: Settings, tokenizer) -> tuple[list[HubPair], list[HubPai
     if not training or not held_out:
         raise C2FError(
             f"{len(training)} training and {len(held_out)} held-out pairs of {settings.data.preferences} have at "
-            "most reward.max_tokens = "
-            f"{reward.max_tokens} tokens ({too_long} are longer); "
-            "expected at least one of each: raise reward.max_tokens or add pairs"
+            f"most reward.max_tokens = {reward.max_tokens} tokens ({too_long} are longer); expected at least one of "
+            "each: raise reward.max_tokens or add pairs"
         )
     return training, held_out, too_long
 
@@ -148,12 +146,17 @@ def embedded_pairs(settings: Settings, base, tokenizer, count: int, seed: int) -
             answers = [_maybe_cut(s.ids, rng, reward.cut_share) for s in base_answers[2 * index : 2 * index + 2]]
         else:
             answers = [stories.synthetic_answer(problem, rng, reward.cut_share) for _ in (0, 1)]
-        verdicts = [stories.check(problem, a) for a in answers]
-        labels = [stories.labelled_utility(v, rng, reward.label_noise, reward.length_bonus) for v in verdicts]
-        order = (0, 1) if labels[0] >= labels[1] else (1, 0)
-        pairs.append(EmbeddedPair(problem, *(answers[i] for i in order), tuple(verdicts[i].utility for i in order)))
+        pairs.append(labelled(problem, answers, reward, rng))
     rng.shuffle(pairs)
     return pairs
+
+
+def labelled(problem: stories.Problem, answers: list[list[int]], reward: Reward, rng: random.Random) -> EmbeddedPair:
+    """Two answers as a pair, the winner of their noisy labels first."""
+    verdicts = [stories.check(problem, a) for a in answers]
+    labels = [stories.labelled_utility(v, rng, reward.label_noise, reward.length_bonus) for v in verdicts]
+    order = (0, 1) if labels[0] >= labels[1] else (1, 0)
+    return EmbeddedPair(problem, *(answers[i] for i in order), tuple(verdicts[i].utility for i in order))
 
 
 def _maybe_cut(ids: Sequence[int], rng: random.Random, share: float) -> list[int]:

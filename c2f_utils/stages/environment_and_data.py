@@ -65,14 +65,9 @@ def _embedded(run: Run) -> dict:
     pairs: dict[str, list[dict]] = {"chosen": [], "rejected": []}
     for problem in problems:
         answers = [stories.synthetic_answer(problem, rng, settings.reward.cut_share) for _ in (0, 1)]
-        verdicts = [stories.check(problem, a) for a in answers]
-        labels = [
-            stories.labelled_utility(v, rng, settings.reward.label_noise, settings.reward.length_bonus)
-            for v in verdicts
-        ]
-        order = (0, 1) if labels[0] >= labels[1] else (1, 0)
-        for role, index in zip(pairs, order, strict=True):
-            pairs[role].append(_sample(problem, answers[index], verdicts[index].utility))
+        pair = data.labelled(problem, answers, settings.reward, rng)
+        for role, ids, utility in zip(pairs, (pair.first, pair.second), pair.utilities, strict=True):
+            pairs[role].append(_sample(problem, ids, utility))
     examples = itertools.islice(
         stories.instructions(10_000, settings.instruct.worked_share, settings.seed, settings.data.operations), SHOWN
     )

@@ -12,6 +12,7 @@ from c2f_utils import merge
 from c2f_utils.errors import C2FError
 from c2f_utils.measure import answers
 from c2f_utils.models import loading
+from c2f_utils.report.results import operator_name
 from c2f_utils.runs.run import Run
 from c2f_utils.stages import controls, own_parts, variants
 from c2f_utils.stages.bench import Bench, recipe_of
@@ -79,7 +80,7 @@ class Merging:
             bench, operator, sections = self.bench, self.operator, self.settings.merge.sections
             c = self.choose()["coefficient"]
             with self.here.timer("sweeps"):
-                mine = [{"operator": variants.operator_text(operator), "spec": operator, **self._best}]
+                mine = [{"operator": operator_name(operator), "spec": operator, **self._best}]
                 self.found |= {
                     "layers": variants.parts(bench, operator, c) if "layers" in sections else [],
                     "depths": variants.depths(bench, operator, c) if "depths" in sections else [],

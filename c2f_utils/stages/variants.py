@@ -14,20 +14,13 @@ from safetensors.torch import load_file
 from c2f_utils import merge, weights
 from c2f_utils.merge.names import layer_count
 from c2f_utils.models import loading
+from c2f_utils.report.results import operator_name
 from c2f_utils.rollout.proxy import ProxyDecoder
 from c2f_utils.runs.run import Run
 from c2f_utils.stages.bench import Bench, State, state_of
 
 # Multiples of the chosen coefficient at depth 0, 1/2 and 1; each has mean 1 over depth.
 PROFILES = {"rising": (0.5, 1.0, 1.5), "falling": (1.5, 1.0, 0.5), "middle": (0.5, 1.5, 0.5), "ends": (1.5, 0.5, 1.5)}
-
-
-def operator_text(operator: dict) -> str:
-    """An operator and its numbers as short text."""
-    options = ", ".join(
-        f"{k} {v:g}" for k, v in operator.items() if k not in ("name", "seed") and isinstance(v, int | float)
-    )
-    return f"{operator['name']} ({options})" if options else operator["name"]
 
 
 def parts(bench: Bench, operator: dict, coefficient: float) -> list[dict]:
@@ -63,7 +56,7 @@ def others(bench: Bench, operators: list[dict]) -> list[dict]:
     rows = []
     for spec in operators:
         row = max(bench.sweep(spec), key=lambda row: row["score"])
-        rows.append({"operator": operator_text(spec), "spec": spec, **row})
+        rows.append({"operator": operator_name(spec), "spec": spec, **row})
     return rows
 
 

@@ -338,7 +338,7 @@ def test_offline_and_not_in_the_cache_is_one_sentence_with_the_remedy(hub):
 def test_a_sharded_model_is_read_as_the_whole_one(tmp_path):
     whole, shards = saved(tmp_path / "whole"), saved(tmp_path / "shards", shard="20KB")
     assert len(weights.files(shards)) > 2
-    one, other = loading.load_state(whole), loading.load_state(shards)
+    one, other = dict(loading.stored(whole)), dict(loading.stored(shards))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     assert weights.count(str(whole)) == weights.count(str(shards)) == sum(v.numel() for v in one.values())
     weights.files(shards)[1].unlink()

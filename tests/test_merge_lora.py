@@ -12,7 +12,7 @@ from merge_models import load, raw, save, trio, weights
 from safetensors.torch import load_file, save_file
 
 from c2f_utils.errors import C2FError
-from c2f_utils.merge import Recipe, plan_merge, run_merge, verify
+from c2f_utils.merge import Merger, Recipe, open_stored, plan_merge, run_merge, verify
 
 peft = pytest.importorskip("peft")
 
@@ -70,6 +70,20 @@ def test_a_streamed_adapter_is_what_peft_merges(tmp_path, paths, case):
     for name, tensor in wanted.items():
         torch.testing.assert_close(merged[name], tensor, rtol=1e-6, atol=1e-8, msg=name)
     verify(tmp_path / "out", recipe)
+
+
+@pytest.mark.parametrize("operator", ({"name": "residue"}, {"name": "trim", "density": 0.3}), ids=("residue", "trim"))
+@pytest.mark.parametrize("case", CASES)
+def test_an_adapter_that_stays_on_the_disk_merges_in_memory_to_the_stream_s_bits(tmp_path, paths, case, operator):
+    folder, wanted = adapt(paths["base"], tmp_path / "adapter", **CASES[case])
+    recipe = Recipe(**{**paths, "coarse": str(folder)}, operator=operator)
+    run_merge(plan_merge(recipe), tmp_path / "out")
+    models = open_stored(recipe)
+    merged = dict(Merger(models["base"], models["instruct"], models["coarse.0"]).tensors(recipe))
+    stored = load(tmp_path / "out")
+    assert merged.keys() == stored.keys() and all(torch.equal(merged[name], stored[name]) for name in stored)
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(models["coarse.0"][name], tensor, rtol=1e-6, atol=1e-8, msg=name)
 
 
 @pytest.mark.parametrize("case", ["plain", "modules to save", "embedding and head"])

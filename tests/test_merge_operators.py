@@ -23,11 +23,11 @@ from c2f_utils.merge import (
 )
 from c2f_utils.merge import operators as registry
 from c2f_utils.merge import thresholds as search
-from c2f_utils.merge.in_memory import _Held
 from c2f_utils.merge.kernels import BLOCK, slerp_weights
 from c2f_utils.merge.random_bits import bits, chosen, spread
 from c2f_utils.merge.ranges import Target
-from c2f_utils.merge.rounding import stochastic_bfloat16
+from c2f_utils.merge.rounding import stochastic_bfloat16, stochastic_on_device
+from c2f_utils.merge.stored import Held
 from c2f_utils.merge.workers import Workers
 
 NAME = "model.layers.0.mlp.up_proj.weight"
@@ -251,7 +251,8 @@ def thresholds_of(parts: list[np.ndarray], density: float) -> search.Threshold:
     targets = []
     for number, values in enumerate(parts):
         flat = torch.from_numpy(values)
-        held = _Held({"base": torch.zeros_like(flat), "instruct": flat, "coarse.0": flat})
+        models = {"base": torch.zeros_like(flat), "instruct": flat, "coarse.0": flat}
+        held = Held("t", {role: {"t": values} for role, values in models.items()})
         targets.append(Target(f"t{number}", held, values.size))
     with Workers(1) as workers:
         return search.thresholds(targets, 1, 1, density, 0, BLOCK, workers)[1]
@@ -355,6 +356,20 @@ def test_stochastic_rounding_gives_a_neighbour_and_never_an_infinity(values):
     assert torch.equal(torch.signbit(rounded)[finite], torch.signbit(exact)[finite])
     same = (exact == exact.bfloat16().float()) & finite
     assert torch.equal(rounded[same].float(), exact[same])
+
+
+@pytest.mark.parametrize("top", (1.0, 1e30, math.inf))
+def test_stochastic_rounding_is_the_same_on_a_device(top):
+    generator = torch.Generator().manual_seed(0)
+    values = torch.cat(
+        [
+            torch.randn(4096, generator=generator) * 10.0 ** torch.randint(-30, 8, (4096,)),
+            torch.tensor([0.0, -0.0, 3.4e38, -3.4e38, top, -top, math.nan if top > 1e31 else 1.0]),
+        ]
+    )
+    words = bits(5, "t", 0, values.numel(), 16)
+    found = stochastic_on_device(values, torch.from_numpy(words.view(np.int16)))
+    assert torch.equal(found.view(torch.int16), stochastic_bfloat16(values, words).view(torch.int16))
 
 
 def test_stochastic_rounding_carries_into_the_exponent():
@@ -478,13 +493,22 @@ def test_state_dicts_that_do_not_fit_are_refused_with_every_reason(tmp_path):
     base, instruct, coarse = (load(path) for path in trio(tmp_path).values())
     base.pop(NAME)
     coarse["lm_head.weight"] = coarse["lm_head.weight"][:5]
-    coarse["model.norm.weight"][2] = math.nan
+    recipe = Recipe(base="b", instruct="i", coarse="c")
     with pytest.raises(C2FError) as error:
-        merge_state_dicts(Recipe(base="b", instruct="i", coarse="c"), base, instruct, coarse)
-    for words in (NAME, "lm_head.weight", "model.norm.weight", "NaN"):
-        assert words in str(error.value)
+        merge_state_dicts(recipe, base, instruct, coarse)
+    assert NAME in str(error.value) and "lm_head.weight" in str(error.value)
     with pytest.raises(C2FError, match="2 coarse state dicts"):
         merge_state_dicts(Recipe(base="b", instruct="i", coarse="c"), instruct, instruct, [instruct, instruct])
+
+
+@pytest.mark.parametrize("role", range(3))
+@pytest.mark.parametrize("operator", ({"name": "residue"}, {"name": "trim", "density": 0.3}), ids=("residue", "trim"))
+def test_what_is_no_number_is_named_and_never_spread(tmp_path, role, operator):
+    sets = [load(path) for path in trio(tmp_path).values()]
+    sets[role]["model.norm.weight"][2] = math.nan
+    name = ("base", "instruct", "coarse.0")[role]
+    with pytest.raises(C2FError, match=f"'model.norm.weight' of {name} has nan at element 2"):
+        merge_state_dicts(Recipe(base="b", instruct="i", coarse="c", operator=operator), *sets)
 
 
 def test_inputs_in_memory_are_left_alone(tmp_path):

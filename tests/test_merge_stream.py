@@ -15,7 +15,18 @@ from merge_models import VOCAB, WIDTH, load, raw, save, shapes, trio, weights
 
 from c2f_utils.__main__ import main
 from c2f_utils.errors import C2FError
-from c2f_utils.merge import Recipe, kernels, load_report, merge_state_dicts, plan_merge, run_merge, stream, verify
+from c2f_utils.merge import (
+    Merger,
+    Recipe,
+    kernels,
+    load_report,
+    merge_state_dicts,
+    open_stored,
+    plan_merge,
+    run_merge,
+    stream,
+    verify,
+)
 from c2f_utils.merge import journal as journals
 
 OPERATORS = [
@@ -150,6 +161,32 @@ def test_merging_in_memory_gives_the_stream_s_bits(tmp_path, small_blocks, opera
     merged = merge_state_dicts(recipe, *(load(paths[role]) for role in ("base", "instruct", "coarse")))
     stored = load(tmp_path / "out")
     assert merged.keys() == stored.keys() and all(torch.equal(merged[name], stored[name]) for name in stored)
+
+
+@pytest.mark.parametrize("operator", OPERATORS, ids=label)
+def test_merging_what_stays_on_the_disk_gives_the_stream_s_bits(tmp_path, small_blocks, operator):
+    recipe = Recipe(**trio(tmp_path), operator=operator, coefficient={"knots": [[0, 0.1], [1, 0.6]]}, seed=3)
+    run_merge(plan_merge(recipe), tmp_path / "out")
+    models = open_stored(recipe)
+    merger = Merger(models["base"], models["instruct"], models["coarse.0"])
+    written = load(tmp_path / "out")
+    for _ in range(2):  # the second time with what was found of whole tensors the first time
+        merged = dict(merger.tensors(recipe))
+        assert merged.keys() == written.keys() and all(torch.equal(merged[name], written[name]) for name in written)
+
+
+@pytest.mark.parametrize("out_dtype", ("same", "bfloat16_stochastic"))
+@pytest.mark.parametrize("operator", OPERATORS, ids=label)
+def test_what_runs_on_a_gpu_gives_the_cpu_s_values(tmp_path, monkeypatch, operator, out_dtype):
+    recipe = Recipe(**trio(tmp_path), operator=operator, out_dtype=out_dtype, seed=3)
+    models = open_stored(recipe)
+    three = models["base"], models["instruct"], models["coarse.0"]
+    expected = dict(Merger(*three).tensors(recipe))
+    elsewhere = Merger(*three)
+    list(elsewhere.tensors(recipe))  # statistics are found on the CPU wherever the merge is made
+    monkeypatch.setattr(kernels, "on_cpu", lambda part: False)
+    found = dict(elsewhere.tensors(recipe))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -11,6 +11,7 @@ from finished_runs import finished, results
 from safetensors.torch import save_file
 from tiny_models import TOKENIZER, causal, prompts
 
+from c2f_utils import merge
 from c2f_utils.models import loading
 from c2f_utils.report.results import operator_name
 from c2f_utils.rollout.decoder import KVDecoder
@@ -104,11 +105,38 @@ def test_evaluation_holds_one_model_at_a_time_beside_the_reward_model(smoke_run,
     assert run.here.results() == results(smoke_run, "07")
 
 
-def test_merging_takes_its_three_models_one_after_the_other(smoke_run, tmp_path, monkeypatch, loaded):
+def test_merging_holds_one_model_and_reads_the_three_it_is_made_of(smoke_run, tmp_path, monkeypatch, loaded):
     run = begun(smoke_run, tmp_path, monkeypatch, "06_residue_merging")
     bench = Bench(Inputs(run))
-    assert len(loaded) == 3 and max(loaded) == 0
-    assert all(value.device.type == "cpu" for state in bench.states.values() for value in state.values())
+    assert bench.stored and len(loaded) == 1
+    recipe = bench.recipe({"name": "trim", "density": 0.3}, 0.4)
+    bench.merged(recipe)
+    merge.run_merge(merge.plan_merge(recipe), tmp_path / "merged")
+    written = dict(loading.stored(tmp_path / "merged"))
+    mine = {name: value.clone() for name, value in bench.model.state_dict().items()}
+    assert mine.keys() == written.keys() and all(torch.equal(mine[name], written[name]) for name in written)
+    run.here.stop()
+
+
+def test_a_model_that_the_library_keeps_otherwise_than_stored_is_held_and_merges_alike(
+    smoke_run, tmp_path, monkeypatch, capsys
+):
+    run = begun(smoke_run, tmp_path, monkeypatch, "06_residue_merging")
+    usual = Bench(Inputs(run))
+    recipe = usual.recipe({"name": "residue"}, 0.4)
+    expected = {name: value.clone() for name, value in usual.merged(recipe).state_dict().items()}
+    load = loading.load_causal
+
+    def changed(*arguments):
+        model = load(*arguments)
+        model.register_buffer("table", torch.ones(2))  # as if the library had built it from other tensors
+        return model
+
+    monkeypatch.setattr(loading, "load_causal", changed)
+    held = Bench(Inputs(run))
+    assert not held.stored and "three more copies" in capsys.readouterr().out
+    found = held.merged(held.recipe({"name": "residue"}, 0.4, rules=[{"match": "^table$", "set": 0.0}])).state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
     run.here.stop()
 
 

@@ -10,7 +10,7 @@ from finished_runs import DECODINGS, check_metrics, check_samples, finished, res
 
 from c2f_utils.domain import preferences
 from c2f_utils.files import read_mapping
-from c2f_utils.models.loading import load_state
+from c2f_utils.models.loading import stored
 from c2f_utils.settings.config import STAGES
 from c2f_utils.settings.load import load_settings
 
@@ -88,8 +88,8 @@ def test_the_actor_is_an_adapter_and_06_merges_it(offline_run):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(fine), AutoTokenizer.from_pretrained(fine)
     assert model.dtype == torch.bfloat16 and type(model).__name__ == "MistralForCausalLM"
     assert model(**tokenizer("\n\nHuman: hello", return_tensors="pt")).logits.isfinite().all()
-    instruct = load_state(offline_mistral.HERE / ".offline_mistral" / "instruct")
-    merged = load_state(fine)
+    instruct = dict(stored(offline_mistral.HERE / ".offline_mistral" / "instruct"))
+    merged = dict(stored(fine))
     assert merged.keys() == instruct.keys()
     changed = {name for name, value in merged.items() if not torch.equal(value, instruct[name])}
     assert changed and not {"model.embed_tokens.weight", "lm_head.weight"} & changed, "adapters do not touch these"

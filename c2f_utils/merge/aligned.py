@@ -122,6 +122,17 @@ def drop_second_head(model: Input, equal: list[Same], notes: list[str]) -> dict[
     return dict(model.sources)
 
 
+def align_all(
+    models: dict[str, Input], ignore: tuple[str, ...], equal: list[Same], found: list[str], notes: list[str]
+) -> dict[str, dict[str, Source]]:
+    """Every model's sources by role, all under instruct's names."""
+    kept = drop_second_head(models["instruct"], equal, notes)
+    others = {role: model for role, model in models.items() if role != "instruct"}
+    return {"instruct": kept} | {
+        role: align(role, model, kept, ignore, equal, found, notes) for role, model in others.items()
+    }
+
+
 def align(
     role: str,
     model: Input,

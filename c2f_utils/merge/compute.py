@@ -62,7 +62,7 @@ def merge_chunk(plan: Plan, task: Task, outputs: dict[str, int], workspace: Work
         for low, high in ranges:
             part = out[low - task.start : high - task.start]
             if taken:
-                _convert(plan, placement, loaded, taken, part, low, high)
+                take_block(plan, placement, loaded, taken, part, low, high)
             elif row := _merge(plan, task, loaded, part, low, high):
                 rows.append(row)
     _write(outputs[placement.file], view, placement.offset + task.start * size)
@@ -76,8 +76,8 @@ def _write(handle: int, view: "memoryview", position: int) -> None:
         written += os.pwrite(handle, view[written:], position + written)
 
 
-def _convert(plan: Plan, placement: Placement, loaded: Loaded, taken: str, part: Tensor, low: int, high: int) -> None:
-    """Take a model's values as they are, in the output's dtype."""
+def take_block(plan: Plan, placement: Placement, loaded: Loaded, taken: str, part: Tensor, low: int, high: int) -> None:
+    """Take a model's values as they are, in the output's dtype; raises C2FError as `merge_block` does."""
     _store(plan.recipe, placement, loaded.read(taken, low, high), part, low)
     if not _finite(part):
         loaded.blame(placement.name, low, high)
@@ -86,15 +86,8 @@ def _convert(plan: Plan, placement: Placement, loaded: Loaded, taken: str, part:
 
 def _merge(plan: Plan, task: Task, loaded: Loaded, part: Tensor, low: int, high: int) -> tuple[float, ...] | None:
     """Merge one block into `part`; gives its tally row, or None where it is not measured."""
-    recipe, placement = plan.recipe, task.placement
-    piece = make_piece(loaded, recipe, placement.name, placement.shape, low, high, task.stats)
-    if plan.operator.hides and not (_finite(piece.instruct) and _finite(piece.residue)):
-        loaded.blame(placement.name, low, high)
-    merged = apply(plan.operator, plan.options, piece, placement.coefficient)
-    _store(recipe, placement, merged, part, low)
-    if not _finite(part):
-        loaded.blame(placement.name, low, high)
-        _refuse_overflow(plan, placement, part, low)
+    placement = task.placement
+    piece, merged = merge_block(plan, placement, loaded, part, low, high, task.stats)
     if placement.numel > _MEASURE_ALL and (low // BLOCK) % _MEASURE_EVERY and not placement.rank_two:
         return None
     deltas = (piece.instruct_residue, piece.residue) if "base" in loaded.raw else None
@@ -103,6 +96,24 @@ def _merge(plan: Plan, task: Task, loaded: Loaded, part: Tensor, low: int, high:
         doubles = None if deltas is None else tuple(delta.double() for delta in deltas)
         row = measure(merged.double(), part.double(), piece.instruct.double(), doubles)
     return row
+
+
+def merge_block(
+    plan: Plan, placement: Placement, loaded: Loaded, part: Tensor, low: int, high: int, stats: Statistics | None
+) -> tuple[Piece, Tensor]:
+    """Merge elements low .. high into `part`, rounded; gives what the kernel saw and its result before rounding.
+
+    Raises C2FError for NaN, infinity and overflow.
+    """
+    piece = make_piece(loaded, plan.recipe, placement.name, placement.shape, low, high, stats)
+    if plan.operator.hides and not (_finite(piece.instruct) and _finite(piece.residue)):
+        loaded.blame(placement.name, low, high)
+    merged = apply(plan.operator, plan.options, piece, placement.coefficient)
+    _store(plan.recipe, placement, merged, part, low)
+    if not _finite(part):
+        loaded.blame(placement.name, low, high)
+        _refuse_overflow(plan, placement, part, low)
+    return piece, merged
 
 
 def _store(recipe: Recipe, placement: Placement, values: Tensor, part: Tensor, low: int) -> None:

@@ -1,196 +1,223 @@
-"""The same merge on state dicts in memory, for sweeps over small models, and the random-residue control.
+"""The same merge into memory, for sweeps that merge one trio again and again, and the random-residue control.
 
-The kernels, statistics and rounding are those of the stream, applied to the same blocks, so the values are bit for
-bit those of `run_merge`.
+Kernels, statistics and rounding are those of the stream, on the same blocks or, on a GPU, on larger pieces: on the CPU
+values are bit for bit those of `run_merge`. One tensor at a time exists beside the models, so that a merge can be
+written straight into a model, on its device.
 """
 
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from c2f_utils.errors import problems
 from c2f_utils.merge import gather, names, random_bits, ranges
-from c2f_utils.merge.compute import apply, make_piece, recipe_weights
+from c2f_utils.merge.compute import merge_block, take_block
+from c2f_utils.merge.headers import ITEM_BYTES
 from c2f_utils.merge.kernels import BLOCK, Statistics
-from c2f_utils.merge.operators import Operator, resolve
-from c2f_utils.merge.readers import Loaded, Workspace
+from c2f_utils.merge.operators import resolve
+from c2f_utils.merge.plan import Placement, Plan, Segment, kind_of, roles_read, stored_as
+from c2f_utils.merge.readers import Workspace
 from c2f_utils.merge.recipe import Recipe
-from c2f_utils.merge.rounding import TORCH, inner, round_to
+from c2f_utils.merge.rounding import TORCH, inner
+from c2f_utils.merge.stored import Held, Lazy, Stored
 from c2f_utils.merge.workers import Workers
 
 StateDict = Mapping[str, Tensor]
-_DTYPES = {dtype: code for code, dtype in TORCH.items()}
-
-
-class _Held:
-    """Tensors in memory with the stream's reading interface."""
-
-    def __init__(self, models: dict[str, Tensor]) -> None:
-        self.models = {role: tensor.detach().reshape(-1) for role, tensor in models.items()}
-
-    def load(
-        self, start: int, stop: int, workspace: Workspace | None = None, roles: tuple[str, ...] | None = None
-    ) -> Loaded:
-        return Loaded(start, {role: self.models[role][start:stop] for role in roles or self.models}, {})
+_CODES = {dtype: code for code, dtype in TORCH.items()}
+_READ_AT_ONCE = 8  # blocks
+_ON_DEVICE = 1 << 24  # elements of a piece on a GPU: enough to keep it busy, 64 MiB in float32
 
 
 def merge_state_dicts(
     recipe: Recipe, base: StateDict, instruct: StateDict, coarse: StateDict | Sequence[StateDict]
 ) -> dict[str, Tensor]:
-    """Merge state dicts that live in memory; the recipe's paths are not looked at, its weights are.
+    """Merge state dicts on the CPU; the recipe's paths are not looked at, its weights are.
 
-    Returns instruct's tensors (new ones, contiguous, tied ones still shared) with merged values. Raises C2FError
-    listing every tensor that is missing, differs in shape, or has no place in the network. Merges on the CPU, and
-    leaves the result there.
+    Returns instruct's tensors (new ones, contiguous, tied ones still shared) with merged values. Raises C2FError as
+    `Merger` does.
     """
-    operator, options = resolve(recipe.operator)
-    owner = _owners(instruct)  # before anything is moved: tied tensors are known by their memory
-    several = [coarse] if isinstance(coarse, Mapping) else list(coarse)
-    instruct = _on_cpu(instruct)
-    models = {"base": _on_cpu(base), **{f"coarse.{k}": _on_cpu(model) for k, model in enumerate(several)}}
-    layers = names.layer_count(instruct)
-    coefficients = {name: recipe.coefficient.at(name, layers) for name in instruct}
-    _refuse(recipe, operator, instruct, models, coefficients, several)
-    merged: dict[str, Tensor] = {}
-    work: dict[str, tuple[_Held, int]] = {}
-    for name, tensor in instruct.items():
-        if owner[name] != name:
-            continue  # tied: merged once
-        c = coefficients[name]
-        if not tensor.is_floating_point() or names.is_buffer(name) or (c == 0 and operator.zero_is_instruct):
-            merged[name] = _as_output(recipe, tensor, name)
-        elif c == 1 and operator.one_is_coarse and recipe_weights(recipe) == (1.0,):
-            merged[name] = _as_output(recipe, models["coarse.0"][name], name, tensor.dtype)
-        else:
-            roles = {"instruct": instruct, **models}
-            work[name] = (_Held({role: model[name] for role, model in roles.items()}), tensor.numel())
-    with Workers(1) as workers:
-        targets = [ranges.Target(name, held, count) for name, (held, count) in work.items() if count]
-        found = {}
-        if operator.statistics:
-            stats = gather.gather(operator, options, targets, len(several), recipe.seed, 1 << 20, workers)
-            found = {target.name: stat for target, stat in zip(targets, stats, strict=True)}
-        for name, (held, count) in work.items():
-            merged[name] = _merge(
-                recipe, operator, options, name, instruct[name], held, count, coefficients[name], found.get(name)
-            )
-    return {name: merged[owner[name]] for name in instruct}
+    merger = Merger(base, instruct, coarse)
+    merged = dict(merger.tensors(recipe))
+    return {name: merged[owner] for name, owner in merger.owner.items()}
 
 
-def _on_cpu(tensors: StateDict) -> StateDict:
-    return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+class Merger:
+    """Merges one base, instruct and coarse again and again; models are state dicts, of which `Stored` ones are read
+    as needed.
+
+    What an operator must know of whole tensors is found once and kept. Raises C2FError listing every tensor that is
+    missing or differs in shape.
+    """
+
+    def __init__(
+        self,
+        base: StateDict,
+        instruct: StateDict,
+        coarse: StateDict | Sequence[StateDict],
+        device: torch.device | str = "cpu",
+    ) -> None:
+        several = [coarse] if isinstance(coarse, Mapping) else list(coarse)
+        self.models = {"instruct": instruct, "base": base, **{f"coarse.{k}": one for k, one in enumerate(several)}}
+        self.device = torch.device(device)
+        self.owner = _owners(instruct)
+        self._known: dict[str, dict[str, Statistics]] = {}
+        self._refuse_misfits()
+
+    def tensors(self, recipe: Recipe) -> Iterator[tuple[str, Tensor]]:
+        """Merged tensors by instruct's names, new ones on the device, one after another; of tied ones the embedding.
+
+        Raises C2FError for tensors without a place in the network, NaN, infinity and overflow.
+        """
+        plan = Plan(recipe, *resolve(recipe.operator))
+        placements = self._placed(plan)
+        with Workers(torch.get_num_threads()) as workers:
+            statistics = self._statistics(plan, placements, workers)
+            filling: deque[tuple[Placement, Tensor, bool]] = deque()
+
+            def pieces() -> Iterator[tuple[Placement, Tensor, int, int]]:
+                for placement in placements:
+                    out = torch.empty(placement.numel, dtype=TORCH[placement.dtype], device=self.device)
+                    for low, high in self._cut(placement):
+                        filling.append((placement, out, high == placement.numel))
+                        yield placement, out, low, high
+
+            def fill(piece: tuple[Placement, Tensor, int, int], workspace: Workspace) -> None:
+                placement, out, start, stop = piece
+                roles = roles_read(plan, placement.action, self.models)
+                loaded = self._held(placement.name).load(start, stop, workspace, roles).to(self.device)
+                for low, high in self._blocks(placement, start, stop):
+                    part = out[low:high]
+                    if placement.action == "merge":
+                        merge_block(plan, placement, loaded, part, low, high, statistics.get(placement.name))
+                    else:
+                        take_block(plan, placement, loaded, roles[-1], part, low, high)
+
+            for _ in workers.map(fill, pieces()):
+                placement, out, last = filling.popleft()
+                if last:
+                    yield placement.name, out.view(placement.shape)
+
+    def _placed(self, plan: Plan) -> list[Placement]:
+        """What each tensor becomes; raises C2FError for coefficients that are unknown or mean nothing."""
+        recipe, found, placements = plan.recipe, [], []
+        if len(self.models) - 2 != len(recipe.coarse_models):
+            count = len(self.models) - 2
+            found.append(f"{count} coarse state dicts for a recipe with {len(recipe.coarse_models)}; give one each")
+        layers = names.layer_count(self.owner)
+        for name in dict.fromkeys(self.owner.values()):
+            shape, code = _shape(self.models["instruct"], name), _code(self.models["instruct"], name)
+            constant = not TORCH[code].is_floating_point or names.is_buffer(name)
+            c = 0.0 if constant else recipe.coefficient.at(name, layers)
+            if c is None:
+                found.append(
+                    f"{name!r}: nothing says where in the network it is; give its coefficient with a rule that sets it"
+                )
+            elif c < 0 and not plan.operator.negative:
+                found.append(
+                    f"{name!r}: coefficient {c} is negative, which {plan.operator.name} cannot vote with; use 0 or more"
+                )
+            else:
+                code = code if constant else stored_as(recipe, code)
+                count, kind = math.prod(shape), "instruct" if constant else kind_of(plan, c)
+                whole = kind == "merge" and plan.operator.matrix and len(shape) == 2
+                segments, nbytes = (Segment(kind, 0, count),), count * ITEM_BYTES[code]
+                placements.append(Placement(name, shape, code, c, {}, segments, "the merge", 0, nbytes, whole))
+        if found:
+            raise problems("the models cannot be merged:", found)
+        return placements
+
+    def _statistics(self, plan: Plan, placements: list[Placement], workers: Workers) -> dict[str, Statistics]:
+        """By tensor; no coefficient changes them, so a sweep finds them once."""
+        if not plan.operator.statistics:
+            return {}
+        wanted = [placement for placement in placements if placement.action == "merge" and placement.numel]
+        together = [p.name for p in wanted] if plan.options.get("scope") == "global" else []
+        key = json.dumps([plan.operator.name, plan.options, plan.recipe.seed, together], sort_keys=True)
+        known = self._known.setdefault(key, {})
+        new = [ranges.Target(p.name, self._held(p.name), p.numel) for p in wanted if p.name not in known]
+        if new:
+            coarse, seed = len(plan.recipe.coarse_models), plan.recipe.seed
+            found = gather.gather(plan.operator, plan.options, new, coarse, seed, self._step, workers)
+            known.update({target.name: statistics for target, statistics in zip(new, found, strict=True)})
+        return known
+
+    def _held(self, name: str) -> Held:
+        return Held(name, self.models)
+
+    @property
+    def _step(self) -> int:
+        return _READ_AT_ONCE * ranges.BLOCK if self.device.type == "cpu" else _ON_DEVICE
+
+    def _cut(self, placement: Placement) -> list[tuple[int, int]]:
+        whole = placement.rank_two or not placement.numel
+        return [(0, placement.numel)] if whole else list(ranges.chunks(0, placement.numel, self._step))
+
+    def _blocks(self, placement: Placement, start: int, stop: int) -> list[tuple[int, int]]:
+        whole = placement.rank_two or self.device.type != "cpu"
+        return [(start, stop)] if whole else list(ranges.blocks(start, stop))
+
+    def _refuse_misfits(self) -> None:
+        found, instruct = [], self.models["instruct"]
+        for role, model in self.models.items():
+            if missing := [name for name in instruct if name not in model]:
+                found.append(
+                    f"{role} lacks {len(missing)} tensors of instruct, first {missing[0]!r}; use models of the "
+                    "same architecture"
+                )
+            for name in instruct:
+                if name in model and _shape(model, name) != (shape := _shape(instruct, name)):
+                    found.append(
+                        f"{name!r}: shape {list(shape)} in instruct, {list(_shape(model, name))} in {role}; use "
+                        "models of the same size"
+                    )
+        if found:
+            raise problems("the models cannot be merged:", found)
+
+
+def _shape(model: StateDict, name: str) -> tuple[int, ...]:
+    return model.shape(name) if isinstance(model, Lazy) else tuple(model[name].shape)
+
+
+def _code(model: StateDict, name: str) -> str:
+    return model.sources[name].info.dtype if isinstance(model, Stored) else _CODES.get(model[name].dtype, "F32")
 
 
 def _owners(tensors: StateDict) -> dict[str, str]:
     """Give for every tensor the name under which it is merged: of tied ones the embedding's, as when stored."""
+    if isinstance(tensors, Lazy):  # nothing in memory, so nothing shared
+        return {name: name for name in tensors}
     groups: dict[tuple, list[str]] = {}
     for name, tensor in tensors.items():
         groups.setdefault((tensor.data_ptr(), tensor.shape) if tensor.numel() else (name,), []).append(name)
     first = [min(group, key=lambda name: (names.family_of(name) != "embedding", name)) for group in groups.values()]
-    return {name: owner for owner, group in zip(first, groups.values(), strict=True) for name in group}
+    owners = {name: owner for owner, group in zip(first, groups.values(), strict=True) for name in group}
+    return {name: owners[name] for name in tensors}
 
 
-def _merge(
-    recipe: Recipe,
-    operator: Operator,
-    options: dict,
-    name: str,
-    tensor: Tensor,
-    held: _Held,
-    count: int,
-    c: float,
-    stats: Statistics | None,
-) -> Tensor:
-    code = _out_code(recipe, tensor.dtype)
-    out = torch.empty(count, dtype=TORCH[code])
-    matrix = operator.matrix and tensor.dim() == 2
-    for low, high in [(0, count)] if matrix else ranges.blocks(0, count):
-        piece = make_piece(held.load(low, high), recipe, name, tuple(tensor.shape), low, high, stats)
-        part = apply(operator, options, piece, c)
-        out[low:high] = round_to(part, code, recipe.out_dtype == "bfloat16_stochastic", recipe.seed, name, low)
-    return out.view(tensor.shape)
-
-
-def _out_code(recipe: Recipe, dtype: torch.dtype) -> str:
-    return {"same": _DTYPES.get(dtype, "F32"), "float32": "F32"}.get(recipe.out_dtype, "BF16")
-
-
-def _as_output(recipe: Recipe, tensor: Tensor, name: str, like: torch.dtype | None = None) -> Tensor:
-    if not tensor.is_floating_point() or names.is_buffer(name):
-        return tensor.detach().clone()
-    code = _out_code(recipe, like or tensor.dtype)
-    if TORCH[code] == tensor.dtype:
-        return tensor.detach().clone()
-    flat = tensor.detach().float().reshape(-1)
-    return round_to(flat, code, recipe.out_dtype == "bfloat16_stochastic", recipe.seed, name, 0).view(tensor.shape)
-
-
-def _refuse(
-    recipe: Recipe,
-    operator: Operator,
-    instruct: StateDict,
-    models: dict[str, StateDict],
-    coefficients: dict[str, float | None],
-    several: list[StateDict],
-) -> None:
-    found = []
-    if len(several) != len(recipe.coarse_models):
-        found.append(f"{len(several)} coarse state dicts for a recipe with {len(recipe.coarse_models)}; give one each")
-    for role, model in models.items():
-        missing = [name for name in instruct if name not in model]
-        if missing:
-            found.append(
-                f"{role} lacks {len(missing)} tensors of instruct, first {missing[0]!r}; use models of the "
-                f"same architecture"
-            )
-        for name, tensor in instruct.items():
-            if name in model and model[name].shape != tensor.shape:
-                found.append(
-                    f"{name!r}: shape {list(tensor.shape)} in instruct, {list(model[name].shape)} in "
-                    f"{role}; use models of the same size"
-                )
-    for name, tensor in instruct.items():
-        c = coefficients[name]
-        if not tensor.is_floating_point() or names.is_buffer(name):
-            continue
-        if c is None:
-            found.append(
-                f"{name!r}: nothing says where in the network it is; give its coefficient with a rule that sets it"
-            )
-        elif c < 0 and not operator.negative:
-            found.append(
-                f"{name!r}: coefficient {c} is negative, which {operator.name} cannot vote with; use 0 or more"
-            )
-        bad = [
-            role
-            for role, model in {"instruct": instruct, **models}.items()
-            if name in model and not bool(torch.isfinite(model[name]).all())
-        ]
-        found += [f"{name!r} of {role} holds NaN or infinity; mend or retrain {role}" for role in bad]
-    if found:
-        raise problems("the state dicts cannot be merged:", found)
-
-
-def random_residue(base: StateDict, coarse: StateDict, seed: int = 0) -> dict[str, Tensor]:
+def random_residue(base: StateDict, coarse: StateDict, seed: int = 0) -> StateDict:
     """Give base plus Gaussian noise with, tensor by tensor, the norm of the coarse residue: the control for "any
     residue would do".
 
-    Tied tensors stay shared; constants are those of coarse. The noise depends on seed and tensor name only.
+    Made when asked for. Constants are those of coarse. The noise depends on seed and tensor name only, tied tensors
+    get the same.
     """
-    owner, made = _owners(coarse), {}
-    for name in dict.fromkeys(owner.values()):
+    owner = _owners(coarse)
+
+    def make(name: str) -> Tensor:
         tensor = coarse[name]
         if not tensor.is_floating_point() or names.is_buffer(name) or not tensor.numel():
-            made[name] = tensor.detach().clone()
-            continue
+            return tensor.detach().clone()
         start = base[name].detach().float().reshape(-1)
         norm = math.sqrt(_square(tensor.detach().float().reshape(-1) - start))
-        noise = torch.from_numpy(random_bits.normal(seed, f"{name}|random_residue", start.numel()))
+        noise = torch.from_numpy(random_bits.normal(seed, f"{owner[name]}|random_residue", start.numel()))
         scale = norm / math.sqrt(_square(noise))
-        made[name] = (start + scale * noise).to(tensor.dtype).view(tensor.shape)
-    return {name: made[owner[name]] for name in coarse}
+        return (start + scale * noise).to(tensor.dtype).view(tensor.shape)
+
+    return Lazy(coarse, make)
 
 
 def _square(flat: Tensor) -> float:

@@ -4,7 +4,8 @@ A kernel is a pure function of a `Piece` (float32 views of at most `BLOCK` eleme
 coefficient c. Whatever needs the whole tensor (norms, thresholds) comes from a statistics pass before it, so a merge
 never holds a tensor in memory, and a result cannot depend on how the tensor was cut. Only separate multiplications
 and additions are used: fused ones round differently in the vector body and in the tail of a loop, and then chunk size
-would change bytes.
+would change bytes. On the CPU comparisons and masks are numpy's, several times faster there than torch's; elsewhere
+they are torch's on the device that the piece is on.
 
 Names: d_k = coarse_k - base (residues), d_I = instruct - base, r = sum_k weight_k d_k.
 """
@@ -102,31 +103,46 @@ class Piece:
             sum_ = term if sum_ is None else sum_ + term
         return sum_
 
-    def chosen(self, purpose: str, share: float) -> np.ndarray:
+    def chosen(self, purpose: str, share: float) -> np.ndarray | Tensor:
         """Whether an element is chosen, each with probability `share`, decided by seed, tensor, purpose and position
         only.
         """
-        return random_bits.chosen(self.seed, f"{self.name}|{purpose}", self.start, self.instruct.numel(), share)
+        keep = random_bits.chosen(self.seed, f"{self.name}|{purpose}", self.start, self.instruct.numel(), share)
+        return beside(self.instruct, keep)
 
     def uniform(self, purpose: str = "") -> Tensor:
         """One random float32 in [0, 1) per element, for operators of one's own."""
         bits = random_bits.bits(self.seed, f"{self.name}|{purpose}", self.start, self.instruct.numel(), 32)
-        return torch.from_numpy((bits >> 8).astype(np.float32) * np.float32(2.0**-24))
+        return torch.from_numpy((bits >> 8).astype(np.float32) * np.float32(2.0**-24)).to(self.instruct.device)
 
     def trimmed(self, part: Tensor, index: int) -> Tensor:
         """A new tensor of the part's largest magnitudes; `index` 0 is d_I, k+1 the residue of coarse model k."""
         threshold = self.stats.thresholds[index]
-        size = np.abs(part.numpy())
+        size = abs(numbers(part))
         keep = size > threshold.value
         if threshold.tie_cut:
-            words = random_bits.spread(self.seed, f"{self.name}|tie:{index}", self.start, size.size)
-            keep |= (size == threshold.value) & (words < threshold.tie_cut)
+            words = random_bits.spread(self.seed, f"{self.name}|tie:{index}", self.start, part.numel())
+            keep |= (size == threshold.value) & beside(part, words < threshold.tie_cut)
         return masked(part, keep)
 
 
-def masked(part: Tensor, keep: np.ndarray) -> Tensor:
-    """The part where kept, else zero; numpy's product with a mask is many times faster here than a selection."""
-    return torch.from_numpy(part.numpy() * keep)
+def numbers(part: Tensor) -> np.ndarray | Tensor:
+    """What to compare and mask with: a numpy view of the part, or the part itself where it is not on the CPU."""
+    return part.numpy() if on_cpu(part) else part
+
+
+def on_cpu(part: Tensor) -> bool:
+    return part.device.type == "cpu"
+
+
+def beside(part: Tensor, values: np.ndarray) -> np.ndarray | Tensor:
+    """Values of the CPU where the part's `numbers` are."""
+    return values if on_cpu(part) else torch.from_numpy(values).to(part.device)
+
+
+def masked(part: Tensor, keep: np.ndarray | Tensor) -> Tensor:
+    """The part where kept, else zero; a product with the mask is many times faster here than a selection."""
+    return torch.as_tensor(numbers(part) * keep)
 
 
 def residue(piece: Piece, c: float) -> Tensor:
@@ -187,14 +203,14 @@ def ties(piece: Piece, c: float, density: float, scope: str) -> Tensor:
     total = votes[0].clone()
     for vote in votes[1:]:
         total.add_(vote)
-    plus = total.numpy() >= 0  # elected where the votes cancel, too
+    plus = numbers(total) >= 0  # elected where the votes cancel, too
     above, below = torch.zeros_like(total), torch.zeros_like(total)
     for vote, weight in zip(votes, weights, strict=True):
-        values = vote.numpy()
+        values = numbers(vote)
         agrees = ((values > 0) == plus) & (values != 0)
-        values *= agrees
+        values *= agrees  # and so the vote
         above.add_(vote)
-        below.add_(torch.from_numpy(agrees * values.dtype.type(weight)))
+        below.add_(torch.as_tensor(agrees * np.float32(weight)))
     below.add_(torch.eq(below, 0.0, out=total))  # where nothing agrees the mean is 0
     return above.div_(below).add_(piece.base)
 

@@ -8,13 +8,14 @@ change.
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from c2f_utils.errors import problems as error_of
 from c2f_utils.merge import names
-from c2f_utils.merge.aligned import Input, align, drop_second_head, open_inputs
+from c2f_utils.merge.aligned import Input, align_all, open_inputs
 from c2f_utils.merge.checkpoint import Checkpoint
 from c2f_utils.merge.headers import ITEM_BYTES, Same, TensorInfo, build_header
 from c2f_utils.merge.kernels import BLOCK
@@ -189,21 +190,12 @@ def _place(plan: Plan, models: dict[str, Input], found: list[str], notes: list[s
     recipe, operator = plan.recipe, plan.operator
     instruct = models["instruct"]
     equal: list[Same] = list(instruct.same)
-    kept = drop_second_head(instruct, equal, notes)
-    aligned = {
-        role: align(role, model, kept, recipe.ignore, equal, found, notes)
-        for role, model in models.items()
-        if role != "instruct"
-    }
-    aligned["instruct"] = kept
+    aligned = align_all(models, recipe.ignore, equal, found, notes)
+    kept = aligned["instruct"]
     layers = names.layer_count(kept)
     placements = []
     for name, source in kept.items():
-        sources = {
-            role: aligned[role][name]
-            for role in ("instruct", *(r for r in aligned if r != "instruct"))
-            if name in aligned[role]
-        }
+        sources = {role: model[name] for role, model in aligned.items() if name in model}
         if len(sources) < len(aligned):
             continue  # missing somewhere: already a problem
         placed = _place_tensor(plan, name, source, sources, layers, equal, found, notes)
@@ -275,25 +267,39 @@ def _place_tensor(
         )
     if merged is None or coefficient is None:
         return None
-    dtype = {"same": info.dtype, "float32": "F32"}.get(recipe.out_dtype, "BF16")
-    kind = "merge"
-    if coefficient == 0 and operator.zero_is_instruct:
-        kind = "instruct"
-    elif coefficient == 1 and operator.one_is_coarse and recipe.coarse_models[0].weight == 1:
-        kind = "coarse"
-    wanted = {"instruct": ("instruct",), "coarse": ("instruct", "coarse.0")}.get(kind)
-    if wanted is None:
-        wanted = tuple(role for role in sources if role.partition(".")[0] in operator.reads or role == "instruct")
+    kind = kind_of(plan, coefficient)
+    wanted = roles_read(plan, kind, sources)
     segments = [Segment(kind, 0, merged), Segment("instruct", merged, info.numel)]
     return _placement(
         name,
         info,
-        dtype,
+        stored_as(recipe, info.dtype),
         coefficient,
         {role: sources[role] for role in wanted},
         segments,
         rank_two=operator.matrix and kind == "merge" and len(info.shape) == 2 and merged == info.numel,
     )
+
+
+def stored_as(recipe: Recipe, dtype: str) -> str:
+    """The safetensors dtype in which a merged tensor of this dtype is stored."""
+    return {"same": dtype, "float32": "F32"}.get(recipe.out_dtype, "BF16")
+
+
+def kind_of(plan: Plan, coefficient: float) -> str:
+    """How a tensor with this coefficient is made: `merge`, or `instruct` or `coarse` where it is just that."""
+    if coefficient == 0 and plan.operator.zero_is_instruct:
+        return "instruct"
+    if coefficient == 1 and plan.operator.one_is_coarse and plan.recipe.coarse_models[0].weight == 1:
+        return "coarse"
+    return "merge"
+
+
+def roles_read(plan: Plan, kind: str, roles: Iterable[str]) -> tuple[str, ...]:
+    """Which models must be read for it, the instruct model among them."""
+    if kind != "merge":
+        return {"instruct": ("instruct",), "coarse": ("instruct", "coarse.0")}[kind]
+    return tuple(role for role in roles if role == "instruct" or role.partition(".")[0] in plan.operator.reads)
 
 
 def _mergeable(

@@ -47,6 +47,9 @@ class Files:
             os.close(handle)
         self._handles.clear()
 
+    def __del__(self) -> None:  # of models that stay open for as long as they are asked (`stored.py`)
+        self.__exit__()
+
     def handle(self, path: Path) -> int:
         with self._lock:
             if path not in self._handles:
@@ -164,6 +167,11 @@ class Loaded:
     ) -> None:
         self.start, self.raw, self.deltas, self.origins = start, raw, deltas, origins or {}
         self._block, self._converted = slice(0), {}
+
+    def to(self, device: torch.device) -> "Loaded":
+        """The same values on another device."""
+        moved = ({role: values.to(device) for role, values in held.items()} for held in (self.raw, self.deltas))
+        return Loaded(self.start, *moved, self.origins)
 
     def read(self, what: str, low: int, high: int) -> Tensor:
         """Give elements low .. high (of the tensor) of a model, or of `delta.<model>` = model - base, as float32."""

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from c2f_utils.merge import random_bits
+from c2f_utils.merge import kernels, random_bits
 
 TORCH = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -27,7 +27,20 @@ def round_to(merged: Tensor, dtype: str, stochastic: bool, seed: int, name: str,
     """Round a flat float32 piece to the safetensors dtype; stochastic only towards BF16."""
     if not stochastic or dtype != "BF16":
         return merged.to(TORCH[dtype])
-    return stochastic_bfloat16(merged, random_bits.bits(seed, f"{name}|round", start, merged.numel(), 16))
+    bits = random_bits.bits(seed, f"{name}|round", start, merged.numel(), 16)
+    if kernels.on_cpu(merged):
+        return stochastic_bfloat16(merged, bits)
+    return stochastic_on_device(merged, torch.from_numpy(bits.view(np.int16)).to(merged.device))
+
+
+def stochastic_on_device(values: Tensor, bits: Tensor) -> Tensor:
+    """`stochastic_bfloat16` in torch's operations, for values on another device than the CPU; bits are int16's."""
+    raw = values.contiguous().view(torch.int32)
+    magnitude, sign = raw & 0x7FFFFFFF, raw & -(2**31)
+    moved = (magnitude + (bits.to(torch.int32) & 0xFFFF)).clamp_max(0x7F7FFFFF)
+    untouched = magnitude | (magnitude > 0x7F800000).to(torch.int32) << 22  # infinities, and NaN that stay NaN
+    kept = torch.where(magnitude >= 0x7F800000, untouched, moved) | sign
+    return (kept >> 16).to(torch.int16).view(torch.bfloat16)
 
 
 @np.errstate(over="ignore", invalid="ignore")  # an overflow is looked for, not an accident

@@ -6,11 +6,11 @@ classes can be sampled and trained is measured on the loaded model (`rollout/che
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from c2f_utils import weights
@@ -158,9 +158,12 @@ def load_actor(folder: Path, models: Models, base: str | None = None) -> nn.Modu
     return PeftModel.from_pretrained(load_causal(base, models), str(folder)).merge_and_unload().eval()
 
 
-def load_state(folder: Path) -> dict[str, Tensor]:
-    """The stored tensors of a model by name, as they are on disk, from one file or from shards; raises C2FError."""
-    return {name: value for file in weights.files(folder) for name, value in load_file(file).items()}
+def stored(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a model by name, as they are on disk, one after another, from one file or from shards; raises
+    C2FError."""
+    for path in weights.files(folder):
+        with safe_open(path, framework="pt") as file:
+            yield from ((name, file.get_tensor(name)) for name in file.keys())
 
 
 def refuse_other_tokenizer(source: str, tokenizer) -> None:

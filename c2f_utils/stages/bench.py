@@ -1,5 +1,10 @@
-"""The bench of notebook 06: merge in memory, answer validation problems, score with a price on length."""
+"""The bench of notebook 06: merge into one model on its device, answer validation problems, score with a price on
+length."""
 
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
 from torch import Tensor, nn
 
 from c2f_utils import merge, stats
@@ -8,13 +13,6 @@ from c2f_utils.measure import answers
 from c2f_utils.models import loading
 from c2f_utils.rollout.sampler import Sampler
 from c2f_utils.stages.inputs import Inputs
-
-State = dict[str, Tensor]
-
-
-def state_of(model: nn.Module) -> State:
-    """The model's tensors by name, detached and on the CPU: merges are made there, and a GPU keeps its room."""
-    return {name: value.detach().cpu() for name, value in model.state_dict().items()}
 
 
 def recipe_of(inputs: Inputs, operator: dict, coefficient: float, **shape: object) -> merge.Recipe:
@@ -33,17 +31,28 @@ def recipe_of(inputs: Inputs, operator: dict, coefficient: float, **shape: objec
 class Bench:
     """Merges with the kernels of the streaming merger and measures on validation problems, T=1.
 
-    One model object is reused for all merges. Once `compare_with` has set a reference, every row also carries its
-    paired difference to it: `difference`, `low`, `high` (score, 95 % bootstrap interval over problems).
+    One model object, on its device, takes all merges. Base, instruct and coarse stay on the disk, of which `states`
+    read a tensor at a time; only where the library keeps a model's tensors otherwise than they are stored, they are
+    held in memory (a line says so). Once `compare_with` has set a reference, every row also carries its paired
+    difference to it: `difference`, `low`, `high` (score, 95 % bootstrap interval over problems).
     """
 
     def __init__(self, inputs: Inputs):
         self.inputs, self.settings = inputs, inputs.settings
         self.prompts = self.inputs.prompts("validation")
-        base, coarse = state_of(self.inputs.base()), state_of(self.inputs.coarse())  # one model on the device at a time
         self.model = self.inputs.instruct()
-        instruct = {name: value.clone() for name, value in state_of(self.model).items()}
-        self.states: dict[str, State] = {"base": base, "instruct": instruct, "coarse": coarse}
+        stored = merge.open_stored(self.recipe({"name": "residue"}, 1.0))
+        self.stored = _is(self.model, stored["instruct"])
+        if self.stored:
+            roles = (stored[role].ordered(self.model.state_dict()) for role in ("instruct", "base", "coarse.0"))
+            instruct, base, coarse = roles
+        else:
+            print(f"{type(self.model).__name__} is not kept as it is stored: three more copies of it are in memory.")
+            instruct = {name: value.clone() for name, value in state_of(self.model).items()}
+            base, coarse = state_of(self.inputs.base()), state_of(self.inputs.coarse())
+        self.states: dict[str, merge.StateDict] = {"base": base, "instruct": instruct, "coarse": coarse}
+        self._merger = self._merger_of(coarse)
+        self._other: tuple[merge.StateDict, merge.Merger] | None = None  # of the coarse model that was merged last
         self._reference: list[float] | None = None
 
     @property
@@ -55,17 +64,38 @@ class Bench:
         """See `recipe_of`."""
         return recipe_of(self.inputs, operator, coefficient, **shape)
 
-    def merged(self, recipe: merge.Recipe, coarse: State | None = None) -> nn.Module:
+    def merged(self, recipe: merge.Recipe, coarse: merge.StateDict | None = None) -> nn.Module:
         """The bench's model with merged weights; valid until the next call."""
-        state = merge.merge_state_dicts(
-            recipe, self.states["base"], self.states["instruct"], coarse or self.states["coarse"]
-        )
-        return self.loaded(state)
+        merger = self._merger
+        if coarse is not None:
+            if not self._other or self._other[0] is not coarse:
+                self._other = coarse, self._merger_of(coarse)
+            merger = self._other[1]
+        return self.loaded(merger.tensors(recipe))
 
-    def loaded(self, state: State) -> nn.Module:
-        """The bench's model with these weights; valid until the next call."""
-        self.model.to(loading.device(self.settings.models)).load_state_dict(state, strict=False)
+    def loaded(self, tensors: Iterable[tuple[str, Tensor]]) -> nn.Module:
+        """The bench's model with these weights, copied into it one after another; valid until the next call."""
+        mine = self.model.to(loading.device(self.settings.models)).state_dict()
+        for name, tensor in tensors:
+            mine[name].copy_(tensor)
         return self.model
+
+    def written(self, folder: Path) -> nn.Module:
+        """The bench's model with the weights of a merged model; valid until the next call."""
+        if self.stored:
+            return self.loaded(loading.stored(folder))
+        return self.loaded(state_of(loading.load_causal(folder, self.settings.models)).items())
+
+    def actor(self, folder: Path) -> merge.StateDict:
+        """The weights of another trained actor, to be merged in the place of the coarse one."""
+        if self.stored:
+            recipe = self.recipe({"name": "residue"}, 1.0).model_copy(update={"coarse": str(folder)})
+            return merge.open_stored(recipe)["coarse.0"]
+        return state_of(loading.load_actor(folder, self.settings.models, self.inputs.base_source))
+
+    def _merger_of(self, coarse: merge.StateDict) -> merge.Merger:
+        device = loading.device(self.settings.models)
+        return merge.Merger(self.states["base"], self.states["instruct"], coarse, device)
 
     def make_room(self) -> None:
         """Take the bench's model off the device until the next merge."""
@@ -75,7 +105,7 @@ class Bench:
         """Answers of a merge to the validation prompts, in the instruction model's form."""
         return self.inputs.answers(model, self.prompts, form=self.settings.models.instruct_form)
 
-    def measure(self, recipe: merge.Recipe, coarse: State | None = None) -> dict:
+    def measure(self, recipe: merge.Recipe, coarse: merge.StateDict | None = None) -> dict:
         """Metrics and score of one merge."""
         return self.row(self.answers(self.merged(recipe, coarse)))
 
@@ -106,7 +136,23 @@ class Bench:
         """Take this merge as the reference of later rows."""
         self._reference = self.scores(self.answers(self.merged(recipe)))
 
-    def sweep(self, operator: dict, coarse: State | None = None) -> list[dict]:
+    def sweep(self, operator: dict, coarse: merge.StateDict | None = None) -> list[dict]:
         """Metrics and score for every coefficient of the grid."""
         grid = self.settings.merge.coefficients
         return [{"coefficient": c, **self.measure(self.recipe(operator, c), coarse)} for c in grid]
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """The model's tensors by name, detached and on the CPU: a GPU keeps its room."""
+    return {name: value.detach().cpu() for name, value in model.state_dict().items()}
+
+
+def _is(model: nn.Module, stored: merge.StateDict) -> bool:
+    """Whether a model in memory is what is stored, name by name and value by value, tied tensors once."""
+    mine = model.state_dict()
+    if not all(name in mine and mine[name].shape == stored.shape(name) for name in stored):
+        return False
+    known = {mine[name].data_ptr() for name in stored}
+    if any(value.numel() and value.data_ptr() not in known for value in mine.values()):
+        return False
+    return all(torch.equal(mine[name], stored[name].to(mine[name])) for name in stored)

@@ -13,7 +13,7 @@ from c2f_utils.models import loading
 from c2f_utils.runs.run import Run
 from c2f_utils.settings.laws import make_law
 from c2f_utils.stages import coarse_rlhf
-from c2f_utils.stages.bench import Bench, state_of
+from c2f_utils.stages.bench import Bench
 
 
 def make(run: Run, bench: Bench, coefficient: float) -> Iterator[tuple[str, dict]]:
@@ -57,8 +57,7 @@ def _random(run: Run, bench: Bench, coefficient: float) -> tuple[nn.Module, dict
 
 
 def _fixed_long(run: Run, bench: Bench, coefficient: float) -> tuple[nn.Module, dict]:
-    folder = run.parent("04_length_schedules").model(f"models/fixed_long-s{run.settings.seed}")
-    state = state_of(loading.load_actor(folder, run.settings.models, bench.inputs.base_source))
+    state = bench.actor(run.parent("04_length_schedules").model(f"models/fixed_long-s{run.settings.seed}"))
     sweep = bench.sweep({"name": "residue"}, state)
     chosen = max(sweep, key=lambda row: row["score"])["coefficient"]
     note = "residue of the actor trained under the fixed long limit, c chosen on the same grid by the same score"

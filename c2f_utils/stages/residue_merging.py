@@ -11,7 +11,6 @@ from functools import cached_property
 from c2f_utils import merge
 from c2f_utils.errors import C2FError
 from c2f_utils.measure import answers
-from c2f_utils.models import loading
 from c2f_utils.report.results import operator_name
 from c2f_utils.runs.run import Run
 from c2f_utils.stages import controls, own_parts, variants
@@ -120,8 +119,8 @@ class Merging:
         bench, c = self.bench, self.choose()["coefficient"]
         form = {"instruct": self.settings.models.instruct_form}
         parents = {
-            name: bench.row(bench.inputs.answers(bench.loaded(bench.states[name]), bench.prompts, form=form.get(name)))
-            for name in bench.states
+            name: bench.row(bench.inputs.answers(bench.loaded(state.items()), bench.prompts, form=form.get(name)))
+            for name, state in bench.states.items()
         }
         self.found["controls"] = dict(controls.make(self.run, bench, c))
         self.here.save_results(
@@ -144,8 +143,7 @@ class Merging:
                 "survival": self.found["survival"],
             }
         )
-        fine = loading.load_causal(self.here.dir / "model", self.settings.models)
-        samples = bench.answers(fine)
+        samples = bench.answers(bench.written(self.here.dir / "model"))
         keep_samples(self.here, answers.rows(samples, "fine", "sampled_t1", bench.inputs.reward), self.settings)
         return self.results
 

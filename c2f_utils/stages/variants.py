@@ -8,16 +8,15 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from c2f_utils import merge, weights
 from c2f_utils.merge.names import layer_count
-from c2f_utils.models import loading
 from c2f_utils.report.results import operator_name
 from c2f_utils.rollout.proxy import ProxyDecoder
 from c2f_utils.runs.run import Run
-from c2f_utils.stages.bench import Bench, State, state_of
+from c2f_utils.stages.bench import Bench
 
 # Multiples of the chosen coefficient at depth 0, 1/2 and 1; each has mean 1 over depth.
 PROFILES = {"rising": (0.5, 1.0, 1.5), "falling": (1.5, 1.0, 0.5), "middle": (0.5, 1.5, 0.5), "ends": (1.5, 0.5, 1.5)}
@@ -72,7 +71,7 @@ def averages(run: Run, bench: Bench, operator: dict, coefficient: float) -> list
     return rows
 
 
-def _families(run: Run, bench: Bench) -> Iterator[tuple[str, list[tuple[float, State]]]]:
+def _families(run: Run, bench: Bench) -> Iterator[tuple[str, list[tuple[float, merge.StateDict]]]]:
     """Names and weighted actors. SWA: equal weights (Izmailov et al. 2018); EMA: halved per step back; LaWA: the
     latest three (Kaddour 2022); ratatouille: fine-tunings of one base that differ in law or seed (after Rame et al.
     2023)."""
@@ -85,15 +84,17 @@ def _families(run: Run, bench: Bench) -> Iterator[tuple[str, list[tuple[float, S
     yield "LaWA, latest three", equal[-3:]
     others = run.parent("04_length_schedules")
     folders = [others.model(name) for name in others.models() if name.startswith("models/")]
-    base = bench.inputs.base_source
-    actors = [state_of(loading.load_actor(folder, run.settings.models, base)) for folder in folders]
-    yield "ratatouille over laws and seeds", [(1.0, bench.states["coarse"])] + [(1.0, state) for state in actors]
+    actors = [bench.states["coarse"], *(bench.actor(folder) for folder in folders)]
+    yield "ratatouille over laws and seeds", [(1.0, state) for state in actors]
 
 
-def _weighted(states: list[tuple[float, State]]) -> State:
-    total = sum(weight for weight, _ in states)
-    names = states[0][1].keys()
-    return {n: sum(w / total * s[n].double() for w, s in states).to(states[0][1][n].dtype) for n in names}
+def _weighted(states: list[tuple[float, merge.StateDict]]) -> merge.StateDict:
+    total, first = sum(weight for weight, _ in states), states[0][1]
+
+    def mean(name: str) -> Tensor:
+        return sum(weight / total * state[name].double() for weight, state in states).to(first[name].dtype)
+
+    return merge.Lazy(first, mean)
 
 
 def proxies(bench: Bench, coefficient: float) -> list[dict]:
@@ -117,8 +118,7 @@ def roundings(run: Run, bench: Bench, recipe: merge.Recipe) -> list[dict]:
             report = merge.run_merge(
                 merge.plan_merge(recipe.model_copy(update={"out_dtype": dtype})), Path(scratch) / "model"
             )
-            state = loading.load_state(Path(scratch) / "model")
-        state = {name: value.to(torch.float32) for name, value in state.items()}
-        row = bench.row(bench.answers(bench.loaded(state)))
+            model = bench.written(Path(scratch) / "model")
+        row = bench.row(bench.answers(model))
         rows.append({"out_dtype": dtype, "survival": report.survival, **row})
     return rows

@@ -10,5 +10,9 @@ def problems(title: str, found: list[str]) -> C2FError:
     return C2FError(title + "\n" + "\n".join(f"  - {line}" for line in found))
 
 
+class Stopped(C2FError):
+    """Work ended on request before there was a result; what is finished is kept, and the same call continues."""
+
+
 class CannotWrite(C2FError):
     """The disk is full or a folder cannot be written: nothing that follows could be kept."""

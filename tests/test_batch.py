@@ -204,6 +204,16 @@ def test_a_signal_stops_gently_and_later_cells_still_run(project, command, numbe
     assert not (stage().dir.parent / "STOP").exists()
 
 
+def test_a_stage_that_can_give_no_result_yet_is_stopped_and_not_failed(project, command):
+    unfinished = "run.here.stop()\nfrom c2f_utils.errors import Stopped\nraise Stopped('stopped after step 3 of 9')"
+    write(project, BASE, f"{LOOP}\n{unfinished}", RESULT)
+    process = command("run", "01", "--run-id", "r", wait_for=stage().dir / "checkpoints" / "2")
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == jobs.STOPPED, (out, err)
+    assert "the same command continues" in out and stage().state() == "stopped"
+
+
 def test_a_second_interrupt_kills_the_kernel(project, command):
     write(project, BASE, LOOP.replace("if run.here.stop_requested():", "if False:"))
     process = command("run", "01", "--run-id", "r", wait_for=stage().dir / "checkpoints" / "2")

@@ -23,6 +23,7 @@ from c2f_utils.coarse.trl_limit import LimitCallback
 from c2f_utils.domain import stories
 from c2f_utils.errors import C2FError
 from c2f_utils.files import read_jsonl
+from c2f_utils.models import course
 from c2f_utils.report import figures, results, tables
 from c2f_utils.runs.run import Run
 from c2f_utils.settings.laws import make_law
@@ -364,7 +365,7 @@ def test_04_keeps_finished_baselines_and_a_killed_one_continues_as_if_nothing_ha
     with pytest.raises(Killed):
         length_schedules.make(run)
     run.here.release()
-    assert critic_free_runs.latest(parents / "checkpoints" / "grpo_model-s0").name == "checkpoint-4"
+    assert course.latest(parents / "checkpoints" / "grpo_model-s0", critic_free_runs.CURVE).name == "checkpoint-4"
     run = study(parents, ENTRIES)
     assert json.loads(json.dumps(length_schedules.make(run))) == json.loads(json.dumps(whole))
     run.here.finish()

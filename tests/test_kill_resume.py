@@ -13,9 +13,10 @@ import pytest
 from finished_runs import ROOT, finished, rows, surroundings
 
 from c2f_utils import notebook
+from c2f_utils.errors import Stopped
 from c2f_utils.runs.run import Run
 from c2f_utils.settings.load import load_settings
-from c2f_utils.stages import coarse_rlhf, length_schedules, residue_merging
+from c2f_utils.stages import coarse_rlhf, instruction_model, length_schedules, residue_merging, reward_model
 
 STAGE = "03_coarse_rlhf"
 LONG = ("-p", "coarse.iterations=60", "-p", "coarse.prompts=24", "-p", "coarse.checkpoint_every=4")
@@ -186,6 +187,29 @@ def test_a_stop_file_ends_03_with_a_model_and_the_same_notebook_continues(smoke_
     assert [row["iteration"] for row in coarse_rlhf.train(run)] == [2, 3]
     run.here.finish()
     same_outcome(run.here.dir, smoke_run / STAGE)
+
+
+@pytest.mark.parametrize(
+    "name, make, says",
+    (
+        ("02_reward_model", reward_model.make, "reward model: stopped after step 1 of"),
+        ("05_instruction_model", instruction_model.make, "instruction model: stopped after step 1 of"),
+    ),
+)
+def test_a_stop_file_in_a_library_s_training_keeps_what_was_trained(smoke_run, tmp_path, monkeypatch, name, make, says):
+    parents(smoke_run, tmp_path, "01_base_model")
+    monkeypatch.setenv("C2F_OUTPUTS", str(tmp_path))
+    run = begin(name)
+    (run.here.dir / "STOP").touch()
+    with pytest.raises(Stopped, match=says):
+        make(run)
+    assert run.here.state() == "stopped" and not (run.here.dir / "results.json").exists()
+    run = begin(name)
+    make(run)
+    run.here.finish()
+    for file in ("results.json", "model/model.safetensors"):
+        assert (run.here.dir / file).read_bytes() == (smoke_run / name / file).read_bytes(), file
+    assert not (run.here.dir / "checkpoints").exists()
 
 
 def test_a_stop_file_in_04_leaves_results_that_figures_and_tables_can_show(smoke_run, tmp_path, monkeypatch):

@@ -8,8 +8,8 @@ from tiny_models import SHAPE, TOKENIZER, causal, prompts, samples
 
 from c2f_utils.domain import stories
 from c2f_utils.domain.samples import Prompt, Sample
-from c2f_utils.errors import C2FError
-from c2f_utils.models import loading, rewards
+from c2f_utils.errors import C2FError, Stopped
+from c2f_utils.models import course, loading, rewards
 from c2f_utils.settings.load import load_settings
 
 QUESTION = tuple(stories.problems("train", 1, 0)[0].prompt_ids)
@@ -104,6 +104,32 @@ def test_the_same_seed_gives_the_same_reward_model(base):
     one, two, other = (rewards.train(base, pairs(24), TOKENIZER, settings(), seed).state_dict() for seed in (0, 0, 1))
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert not torch.equal(one["score.weight"], other["score.weight"])
+
+
+@pytest.mark.parametrize("lora", (None, {"rank": 4, "alpha": 8}), ids=("whole", "adapters"))
+def test_a_training_that_was_killed_or_stopped_ends_as_one_that_was_not(base, tmp_path, monkeypatch, lora):
+    monkeypatch.setattr(course, "EVERY", 0.0)  # a checkpoint after every step
+    given, hub = pairs(48), load_settings("smoke", overrides={"reward.learning_rate": 5e-3, "models.lora": lora})
+    whole, steps, losses, again = [], [], [], []
+    expected = rewards.train(base, given, TOKENIZER, hub, 0, whole.append, progress=lambda at, of: steps.append(of))
+
+    def kill(done, total):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        rewards.train(base, given, TOKENIZER, hub, 0, losses.append, tmp_path, progress=kill)
+    assert course.latest(tmp_path).name == "checkpoint-1"
+    (tmp_path / "checkpoint-9").mkdir()  # a kill while it was written: nothing says that it is whole
+    asked = iter((False, True))
+    with pytest.raises(Stopped, match=rf"reward model: stopped after step 3 of {steps[0]}; run again to continue"):
+        rewards.train(base, given, TOKENIZER, hub, 0, losses.append, tmp_path, stop=lambda: next(asked))
+    model = rewards.train(base, given, TOKENIZER, hub, 0, again.append, tmp_path)
+    assert again == whole
+    found, wanted = model.state_dict(), expected.state_dict()
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+    done = rewards.train(base, given, TOKENIZER, hub, 0, lambda row: None, tmp_path)  # killed just after its end
+    assert all(torch.equal(value, wanted[name]) for name, value in done.state_dict().items())
 
 
 def test_no_pairs_are_refused(base):

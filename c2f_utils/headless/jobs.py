@@ -222,8 +222,9 @@ def _execute(job: Job, folder: Path, count: int) -> Outcome:
                 kernel_manager_class=_kernel_manager(_environment(count), handle, seen),
             )
         except PapermillExecutionError as error:
+            outcome = Outcome("stopped" if error.ename == "Stopped" else "failed")
             what = str(error.evalue) if error.ename == "C2FError" else f"{error.ename}: {error.evalue}"
-            outcome = Outcome("failed", error=f"cell {error.exec_count} failed: {what}")
+            outcome.error = f"cell {error.exec_count} failed: {what}"
         except DeadKernelError:
             outcome = Outcome("failed", error="kernel died (out of memory?)")
         except KeyboardInterrupt:

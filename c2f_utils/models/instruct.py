@@ -5,21 +5,35 @@ Question: what does the Coarse Actor's residue get merged into? Two thirds of th
 third worked ones: the model must know that worked answers end, or the merge is a mere mixture of its parents.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import nn
 
 from c2f_utils.domain import stories
-from c2f_utils.models.library_trainers import arguments, fit, quiet
+from c2f_utils.models.library_trainers import arguments, quiet
 from c2f_utils.models.loading import device, disable_dropout, load_causal
 from c2f_utils.settings.config import Settings
 
 
-def train(source: str | Path, tokenizer, settings: Settings, log=lambda row: None) -> tuple[nn.Module, int]:
+def train(
+    source: str | Path,
+    tokenizer,
+    settings: Settings,
+    log=lambda row: None,
+    folder: Path | None = None,
+    **watch: Callable,
+) -> tuple[nn.Module, int]:
     """Fine-tune the base model at `source`; the loss counts answer tokens only. Returns the model and the number of
-    examples."""
+    examples.
+
+    `folder` holds its checkpoints, from the newest of which it continues; `watch` may hold `stop` and `progress` of
+    `course.run`. Raises Stopped on request.
+    """
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
+
+    from c2f_utils.models import course
 
     config = settings.instruct
     examples = list(stories.instructions(config.tokens, config.worked_share, settings.seed, settings.data.operations))
@@ -32,7 +46,7 @@ def train(source: str | Path, tokenizer, settings: Settings, log=lambda row: Non
     model = load_causal(source, settings.models)
     steps = -(-len(examples) // config.examples_per_step)
     options = SFTConfig(
-        **arguments(steps, settings.seed, device(settings.models).type == "cpu"),
+        **arguments(steps, settings.seed, device(settings.models).type == "cpu", folder or "."),
         per_device_train_batch_size=config.examples_per_step,
         learning_rate=config.learning_rate,
         gradient_checkpointing=False,
@@ -40,5 +54,5 @@ def train(source: str | Path, tokenizer, settings: Settings, log=lambda row: Non
     with quiet():
         trainer = SFTTrainer(model=model, args=options, train_dataset=dataset, processing_class=tokenizer)
         disable_dropout(trainer.model)
-        fit(trainer, log)
+        course.run(trainer, "instruction model", log, folder, **watch)
     return trainer.model.eval(), len(examples)

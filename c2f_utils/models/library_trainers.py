@@ -4,6 +4,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 @contextmanager
@@ -29,13 +30,15 @@ def quiet() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
-def arguments(steps: int, order: int, cpu: bool) -> dict[str, object]:
-    """What both library trainers are told: `steps` optimiser steps at a linear rate, data in the order of seed `order`.
+def arguments(steps: int, order: int, cpu: bool, folder: str | Path = ".") -> dict[str, object]:
+    """What both library trainers are told: `steps` optimiser steps at a linear rate, data in the order of seed `order`,
+    at most two checkpoints in `folder`.
 
-    Nothing is cut, saved, reported or drawn; the loss is logged about 50 times.
+    Nothing is cut, reported or drawn, or saved unless a callback asks for it; the loss is logged about 50 times.
     """
     return {
-        "output_dir": ".",
+        "output_dir": str(folder),
+        "save_total_limit": 2,
         "max_length": None,
         "max_steps": steps,
         "lr_scheduler_type": "linear",

@@ -6,7 +6,7 @@ real token by explicit length, so a cut answer is scored as cut; being causal, o
 prefix. Any function `samples -> rewards` can take the reward model's place (see `RewardFunction`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -122,20 +122,29 @@ def load_reward_model(
 
 
 def train(
-    source: str | Path, pairs: Sequence[Pair], tokenizer, settings: Settings, order: int, log=lambda row: None
+    source: str | Path,
+    pairs: Sequence[Pair],
+    tokenizer,
+    settings: Settings,
+    order: int,
+    log=lambda row: None,
+    folder: Path | None = None,
+    **watch: Callable,
 ) -> nn.Module:
     """Fit a reward model on pairs of full token sequences with TRL's `RewardTrainer` (Bradley-Terry loss).
 
     `order` seeds the order of the pairs; the initial head is that of `settings.seed`, so that members can be averaged.
 
-    Pairs are handed over as `chosen_ids`/`rejected_ids` with `max_length=None`: given text, the trainer would append
-    EOS to every answer, also to cut ones, and drop long pairs. `log` receives {"step", "loss"}. Raises C2FError
-    without pairs.
+    `folder` holds its checkpoints, from the newest of which it continues; `watch` may hold `stop` and `progress` of
+    `course.run`. Pairs are handed over as `chosen_ids`/`rejected_ids` with `max_length=None`: given text, the trainer
+    would append EOS to every answer, also to cut ones, and drop long pairs. `log` receives {"step", "loss"}. Raises
+    C2FError without pairs, Stopped on request.
     """
     from datasets import Dataset
     from trl import RewardConfig, RewardTrainer
 
-    from c2f_utils.models.library_trainers import arguments, fit, quiet
+    from c2f_utils.models import course
+    from c2f_utils.models.library_trainers import arguments, quiet
 
     if not pairs:
         raise C2FError("no preference pairs are left to train on; check data.preferences and reward.max_tokens")
@@ -147,14 +156,14 @@ def train(
     dataset = Dataset.from_dict({"chosen_ids": [c for c, _ in pairs], "rejected_ids": [r for _, r in pairs]})
     steps = config.max_steps or -(-len(pairs) * config.epochs // config.pairs_per_step)
     options = RewardConfig(
-        **arguments(steps, order, device(settings.models).type == "cpu"),
+        **arguments(steps, order, device(settings.models).type == "cpu", folder or "."),
         per_device_train_batch_size=config.pairs_per_step,
         learning_rate=config.learning_rate,
         gradient_checkpointing=settings.models.gradient_checkpointing,
     )
     with quiet():
         trainer = RewardTrainer(model=model, args=options, train_dataset=dataset, processing_class=tokenizer)
-        fit(trainer, log)
+        course.run(trainer, "reward model", log, folder, **watch)
     trained = trainer.model
     return (trained.merge_and_unload() if hasattr(trained, "merge_and_unload") else trained).eval()
 

@@ -74,7 +74,7 @@ class LivePanel:
         self.stage = stage
         self.rows: list[dict] = read_jsonl(stage.dir / "metrics.jsonl")
         self.alarms: dict[str, str] = {}
-        self.headless = os.environ.get("C2F_HEADLESS") == "1" or _display() is None
+        self.headless = os.environ.get("C2F_HEADLESS") == "1" or display_here() is None
         self._kl_limit = kl_limit
         self._dtype = ((stage.config() or {}).get("settings", {}).get("models", {})).get("dtype", "float32")
         self._handle = None
@@ -115,7 +115,7 @@ class LivePanel:
         save_figure(training_panel(self.rows), self.stage, "training_panel")
 
     def _redraw(self) -> None:
-        display = _display()
+        display = display_here()
         if display is None:
             return
         from c2f_utils.report.figures_training import training_panel
@@ -138,7 +138,7 @@ def line(row: Mapping[str, float]) -> str:
     return "  ".join(parts)
 
 
-def _display():
+def display_here():
     """IPython's display function inside a notebook kernel, else None."""
     try:
         from IPython import get_ipython

@@ -20,6 +20,7 @@ from c2f_utils.domain.samples import Prompt, Sample
 from c2f_utils.errors import problems
 from c2f_utils.files import read_json, write_json
 from c2f_utils.models import loading, rewards
+from c2f_utils.models.course import latest
 from c2f_utils.models.library_trainers import arguments, fit, quiet
 from c2f_utils.positions import beyond, positions_of
 from c2f_utils.rollout.sampler import eos_ids
@@ -54,7 +55,7 @@ class Baseline:
         self.limit = trl_limit.LimitCallback(self.law)
         self.curve: list[dict] = []
         self.actor = None
-        self.resume = latest(self.folder)
+        self.resume = latest(self.folder, CURVE)
         if self.resume:
             self.limit.load(self.resume)
             self.curve = read_json(self.resume / CURVE)
@@ -95,11 +96,12 @@ class Baseline:
         # A token normaliser that l(t) does not move; RLOO has none, its loss is one ratio per answer.
         special = {"loss_type": "dapo"} if self.entry.trainer == "grpo" else {"normalize_advantages": True}
         steps = config.epochs * config.minibatches
-        options = arguments(config.iterations * steps, self.seed, loading.device(settings.models).type == "cpu")
+        options = arguments(
+            config.iterations * steps, self.seed, loading.device(settings.models).type == "cpu", self.folder
+        )
         del options["max_length"]  # these two never cut a prompt
         revision = {"revision": model.revision} if model.revision else {}
         options |= special | {
-            "output_dir": str(self.folder),
             "per_device_train_batch_size": config.prompts // config.minibatches,
             "gradient_accumulation_steps": 1,
             "steps_per_generation": config.minibatches,
@@ -115,7 +117,6 @@ class Baseline:
             "max_grad_norm": config.gradient_clip,
             "gradient_checkpointing": settings.models.gradient_checkpointing,
             "logging_steps": 1,
-            "save_total_limit": 2,
             "model_init_kwargs": {"use_safetensors": True, **revision},  # of the reference
         }
         dataset = Dataset.from_dict({"prompt": [p.text for p in self.prompts], "number": [*range(len(self.prompts))]})
@@ -220,12 +221,6 @@ class _Course(TrainerCallback):
             limit = self.baseline.law.limit
             row = {"iteration": iteration, "rollout_tokens": self.baseline.rollout_tokens, "limit": limit}
             self.baseline.curve.append(row | self.baseline.evaluate(self.trainer.model))
-
-
-def latest(folder: Path) -> Path | None:
-    """The newest whole checkpoint of a baseline; None without one."""
-    found = [path.parent for path in Path(folder).glob(f"checkpoint-*/{CURVE}")]
-    return max(found, key=lambda path: int(path.name.partition("-")[2]), default=None)
 
 
 def _refuse_prompts(prompts: Sequence[Prompt], tokenizer) -> None:

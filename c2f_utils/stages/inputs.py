@@ -1,6 +1,8 @@
 """What a stage works on: models and prompts of the earlier stages, loaded when first asked for."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +14,7 @@ from c2f_utils.coarse.heads import Head
 from c2f_utils.domain import forms, stories
 from c2f_utils.domain.forms import Form
 from c2f_utils.domain.samples import Prompt, Sample
+from c2f_utils.errors import Stopped
 from c2f_utils.files import write_text
 from c2f_utils.measure.answers import answers
 from c2f_utils.models import loading, rewards
@@ -21,10 +24,12 @@ from c2f_utils.rollout.check import Agreement, agree
 from c2f_utils.rollout.choice import choose
 from c2f_utils.rollout.sampler import Sampler
 from c2f_utils.runs.run import Run
+from c2f_utils.runs.stage import Stage
 from c2f_utils.settings.config import Coarse, Settings
 from c2f_utils.stages import data
 
 TRAIN_PROMPTS = 2000
+CHECKPOINTS = "checkpoints"  # folder in a stage's
 
 
 class Inputs:
@@ -32,6 +37,7 @@ class Inputs:
 
     def __init__(self, run: Run):
         self.run, self.settings = run, run.settings
+        self._prompts: dict[tuple, list[Prompt]] = {}
         for path, digest in data.checksum(run.settings).items():
             run.here.add_input(f"data:{path}", digest)
 
@@ -106,13 +112,16 @@ class Inputs:
         )
 
     def prompts(self, split: stories.Split, count: int | None = None, seed: int | None = None) -> list[Prompt]:
-        """Prompts of a split; the default counts and seed are those of the settings."""
+        """Prompts of a split, tokenised once; the default counts and seed are those of the settings."""
         sizes = {
             "train": TRAIN_PROMPTS,
             "validation": self.settings.data.validation_prompts,
             "test": self.settings.data.test_prompts,
         }
-        return data.prompts(self.settings, split, count or sizes[split], self.tokenizer, seed)
+        key = split, count or sizes[split], seed
+        if key not in self._prompts:
+            self._prompts[key] = data.prompts(self.settings, split, key[1], self.tokenizer, seed)
+        return list(self._prompts[key])
 
     def answers(
         self,
@@ -163,7 +172,17 @@ class Inputs:
         return agree(model, sampler, prompts, score)
 
 
-def keep_samples(stage, table: list[dict], settings: Settings) -> None:
+@contextmanager
+def stopped_here(stage: Stage) -> Iterator[None]:
+    """Let a stop on request end the stage as `stopped`, from which it continues."""
+    try:
+        yield
+    except Stopped:
+        stage.stop()
+        raise
+
+
+def keep_samples(stage: Stage, table: list[dict], settings: Settings) -> None:
     """Replace a stage's samples.jsonl by the first `samples_kept` answers of each model and decoding."""
     seen: dict[tuple, int] = {}
     lines = []

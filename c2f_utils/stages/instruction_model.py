@@ -1,11 +1,14 @@
 """05: what instruction model do we merge into?"""
 
+import shutil
+
 from c2f_utils.errors import C2FError
 from c2f_utils.measure import answers
 from c2f_utils.models import instruct
 from c2f_utils.models.loading import save_model
+from c2f_utils.notebook.progress import Progress
 from c2f_utils.runs.run import Run
-from c2f_utils.stages.inputs import Inputs, keep_samples
+from c2f_utils.stages.inputs import CHECKPOINTS, Inputs, keep_samples, stopped_here
 
 
 def make(run: Run) -> dict:
@@ -18,9 +21,13 @@ def make(run: Run) -> dict:
     losses: list[dict] = []
     examples = 0
     if settings.embedded:
-        with here.timer("training"):
-            model, examples = instruct.train(inputs.base_source, inputs.tokenizer, settings, losses.append)
+        with here.timer("training"), stopped_here(here):
+            model, examples = instruct.train(
+                inputs.base_source, inputs.tokenizer, settings, losses.append, here.path(CHECKPOINTS),
+                stop=here.stop_requested, progress=Progress("instruction model"),
+            )  # fmt: skip
         save_model(model, inputs.tokenizer, here.path("model"))
+        shutil.rmtree(here.dir / CHECKPOINTS, ignore_errors=True)
     else:
         _ = inputs.instruct_forms  # a missing template is refused before anything is loaded
         model = inputs.instruct()

@@ -1,5 +1,6 @@
 """02: does the reward rank answers as intended, and how length-biased is it?"""
 
+import shutil
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,11 +12,12 @@ from c2f_utils.domain.samples import Prompt, Sample, make_prompts
 from c2f_utils.measure import answers, length_bias
 from c2f_utils.models import rewards
 from c2f_utils.models.loading import refuse_other_tokenizer, save_model
+from c2f_utils.notebook.progress import Progress
 from c2f_utils.runs.run import Run
+from c2f_utils.runs.work import NORMALISING_PROMPTS
 from c2f_utils.stages import data
-from c2f_utils.stages.inputs import Inputs
+from c2f_utils.stages.inputs import CHECKPOINTS, Inputs, stopped_here
 
-NORMALISING_PROMPTS = 256
 POINTS = 400
 
 
@@ -59,7 +61,7 @@ def make(run: Run) -> dict:
         refuse_other_tokenizer(inputs.reward_source, inputs.tokenizer)
         model = rewards.load_reward_model(inputs.reward_source, settings, inputs.tokenizer.pad_token_id)
     else:
-        with here.timer("training"):
+        with here.timer("training"), stopped_here(here):
             trained = members(inputs, training, losses.append)
         name = "single"
         if len(trained) > 1:
@@ -81,6 +83,7 @@ def make(run: Run) -> dict:
             **_bias(model, samples), "length_bias_models": biases,
         }  # fmt: skip
     here.save_results(results)
+    shutil.rmtree(here.dir / CHECKPOINTS, ignore_errors=True)
     return results
 
 
@@ -121,11 +124,22 @@ def members(inputs: Inputs, training: list[rewards.Pair], log=lambda row: None) 
     al. 2024), and differ in the order of the data [- learning rates of their own, which WARM also varies: one setting
     fits all]. The first is the model that a run with a single member trains.
     """
-    settings, found = inputs.settings, []
+    settings, here, found = inputs.settings, inputs.run.here, []
     for member in range(settings.reward.members):
-        order = settings.seed + 1000 * member
-        each = log if member == 0 else (lambda row: None)
-        found.append(rewards.train(inputs.base_source, training, inputs.tokenizer, settings, order, each))
+        number = f" {member + 1} of {settings.reward.members}" if settings.reward.members > 1 else ""
+        found.append(
+            rewards.train(
+                inputs.base_source,
+                training,
+                inputs.tokenizer,
+                settings,
+                order=settings.seed + 1000 * member,
+                log=log if member == 0 else (lambda row: None),
+                folder=here.path(CHECKPOINTS, f"member-{member + 1}"),
+                stop=here.stop_requested,
+                progress=Progress(f"reward model{number}"),
+            )  # fmt: skip
+        )
     return found
 
 

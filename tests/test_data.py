@@ -2,12 +2,13 @@
 
 import gzip
 import json
+from pathlib import Path
 
 import offline_mistral
 import pytest
 from tiny_models import TOKENIZER
 
-from c2f_utils.domain import preferences, stories
+from c2f_utils.domain import forms, preferences, stories
 from c2f_utils.domain.samples import Prompt, Sample
 from c2f_utils.errors import C2FError
 from c2f_utils.files import sha256
@@ -80,6 +81,7 @@ def test_a_hub_set_is_read_like_a_file_and_its_columns_are_checked(monkeypatch):
     made = datasets.Dataset.from_list([row(" a", " b")])
     monkeypatch.setattr(datasets, "load_dataset", lambda source, split: made)
     assert preferences.read("owner/set")[0][0].chosen == " a"
+    preferences._read.cache_clear()
     monkeypatch.setattr(datasets, "load_dataset", lambda source, split: made.rename_column("chosen", "good"))
     with pytest.raises(C2FError, match="expected 'chosen' and 'rejected'"):
         preferences.read("owner/set")
@@ -171,6 +173,24 @@ def test_prompts_of_a_file_are_split_without_overlap(hub):
         for prompt in prompts:
             assert tokenizer.decode(prompt.ids) == prompt.text and prompt.problem is None
             assert len(prompt.ids) <= 96
+
+
+def test_a_file_is_read_once_until_it_changes_and_no_more_prompts_are_tokenised_than_asked_for(hub, monkeypatch):
+    settings, tokenizer = hub
+    opened, encoded, rows, ids = [], [], preferences._file_rows, forms.prompt_ids
+    monkeypatch.setattr(preferences, "_file_rows", lambda *a: opened.append(a) or rows(*a))
+    monkeypatch.setattr(forms, "prompt_ids", lambda *a: encoded.append(a) or ids(*a))
+    preferences._read.cache_clear()
+    whole = settings()  # reads it, too, before any work
+    assert len(data.prompts(whole, "train", 5, tokenizer)) == 5 and 5 <= len(encoded) < 20
+    data.hub_pairs(whole, tokenizer)
+    assert len(opened) == 1
+    path = Path(whole.data.preferences)
+    text = path.read_text()
+    path.write_text("".join(text.splitlines(keepends=True)[:-1]))
+    data.hub_pairs(whole, tokenizer)
+    path.write_text(text)
+    assert len(opened) == 2
 
 
 def test_overlong_prompts_are_left_out_and_if_all_are_that_is_an_error(hub):

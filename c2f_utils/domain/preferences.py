@@ -13,6 +13,7 @@ import gzip
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from c2f_utils.errors import C2FError
@@ -36,8 +37,16 @@ def read(source: str, split: str = "train", subsets: Sequence[str] = ()) -> tupl
     left out.
 
     `split` and `subsets` choose within a folder or a hub set; a file is read whole. Raises C2FError naming the file and
-    line for missing fields, for a source without usable pairs, and for subsets that the source does not have.
+    line for missing fields, for a source without usable pairs, and for subsets that the source does not have. An
+    unchanged source is read once in a process.
     """
+    stats = [path.stat() for path in files(source, split, subsets)]
+    pairs, left_out = _read(source, split, tuple(subsets), tuple((s.st_size, s.st_mtime_ns, s.st_ino) for s in stats))
+    return list(pairs), left_out
+
+
+@lru_cache(maxsize=1)
+def _read(source: str, split: str, subsets: tuple[str, ...], _seen: tuple) -> tuple[list[Preference], int]:
     rows = [_split_pair(row) for row in _rows(source, split, subsets)]
     pairs = [pair for pair in rows if pair is not None]
     if not pairs:

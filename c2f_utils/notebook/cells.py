@@ -12,10 +12,11 @@ from c2f_utils import threads
 from c2f_utils.errors import problems
 from c2f_utils.files import root
 from c2f_utils.notebook.opening import deciding, opening
+from c2f_utils.notebook.progress import in_words
 from c2f_utils.notebook.show import Html
-from c2f_utils.runs import disk, provenance, registry
+from c2f_utils.runs import disk, provenance, registry, work
 from c2f_utils.runs.run import Run
-from c2f_utils.runs.stage import Stage
+from c2f_utils.runs.stage import Stage, run_folder
 from c2f_utils.settings import parameters
 from c2f_utils.settings.load import load_settings
 
@@ -88,10 +89,21 @@ def _table(run: Run, state: str, origins: dict[str, str]) -> Html:
     }
     if not run.here.loaded and (needed := run.here.disk_needed()) >= 1e9:
         rows["disk"] = f"about {needed / 1e9:.0f} GB will be written, {disk.free(run.dir) / 1e9:.0f} GB are free"
+    if not run.here.loaded and (longest := _longest(run, origins)):
+        rows["time"] = longest
     if origins:
         rows["inputs"] = ", ".join(f"{name} of run {origin}" for name, origin in origins.items())
     versions = {"python": provenance.machine()["python"], **provenance.versions()}
     return opening(rows, deciding(settings, run.here.name), versions)
+
+
+def _longest(run: Run, origins: dict[str, str]) -> str | None:
+    base = "01_base_model"
+    speeds = work.known(run_folder(origins[base]) / base) if base in origins else None
+    found = work.of_stage(run.here.name, run.settings, speeds) if speeds else None
+    if not found:
+        return None
+    return f"at most {in_words(found.seconds(speeds))}, were every answer as long as it may be (speeds as 01 met them)"
 
 
 def _near(folder: object) -> str:

@@ -2,13 +2,20 @@
 
 from dataclasses import asdict
 
+import pandas as pd
+
 from c2f_utils.coarse.heads import Head
 from c2f_utils.domain import stories
-from c2f_utils.domain.samples import make_prompts
+from c2f_utils.domain.samples import Prompt, make_prompts
 from c2f_utils.measure import answers
 from c2f_utils.models import pretrain, rewards
 from c2f_utils.models.loading import save_model
+from c2f_utils.notebook.progress import in_words
+from c2f_utils.rollout.sampler import Sampler
+from c2f_utils.runs import work
 from c2f_utils.runs.run import Run
+from c2f_utils.settings.config import STAGES
+from c2f_utils.stages import speed
 from c2f_utils.stages.inputs import Inputs, keep_samples
 
 
@@ -29,8 +36,12 @@ def make(run: Run) -> dict:
     else:
         model = inputs.base()
     prompts = inputs.prompts("validation")
+    longest = max(len(p.ids) for p in prompts) + settings.evaluation.max_tokens
+    sampler = inputs.sampler(model, settings.coarse, longest)
     with here.timer("self-check"):
-        _self_check(inputs, model, prompts)
+        _self_check(inputs, model, sampler, prompts)
+    with here.timer("speed"):
+        speed.probe(inputs, model, sampler, prompts).save(here.dir)
     with here.timer("evaluation"):
         samples = inputs.answers(model, prompts)
         results = {
@@ -45,13 +56,25 @@ def make(run: Run) -> dict:
     return results
 
 
-def _self_check(inputs: Inputs, model, prompts) -> None:
+def times(run: Run) -> pd.DataFrame:
+    """What the later notebooks take at most by the speeds that this one measured: tokens answered and read (in
+    training once per pass)."""
+    speeds = work.known(run.here.dir)
+    rows = []
+    for name in STAGES:
+        if speeds and (found := work.of_stage(name, run.settings, speeds)):
+            rows.append({
+                "notebook": name, "tokens answered": round(found.generated), "tokens read": round(found.read),
+                "at most": in_words(found.seconds(speeds)),
+            })  # fmt: skip
+    return pd.DataFrame(rows, columns=["notebook", "tokens answered", "tokens read", "at most"]).set_index("notebook")
+
+
+def _self_check(inputs: Inputs, model, sampler: Sampler, prompts: list[Prompt]) -> None:
     """Refuse a layout that later notebooks could not train or sample rightly; say how well they agree on this one."""
     settings = inputs.settings
     if not (settings.embedded or settings.models.reward):
         rewards.refuse_without_scores(model.config)
-    longest = max(len(p.ids) for p in prompts) + settings.evaluation.max_tokens
-    sampler = inputs.sampler(model, settings.coarse, longest)
     found = inputs.self_check(model, sampler, prompts, Head(model))
     if found:
         print(f"self-check: {found}", flush=True)

@@ -5,6 +5,7 @@ import random
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from c2f_utils.domain import forms, preferences, stories
 from c2f_utils.domain.samples import Prompt, content, make_prompts
@@ -50,7 +51,7 @@ def _hub_prompts(settings: Settings, split: stories.Split, count: int, tokenizer
     random.Random("prompts").shuffle(texts)
     mine = [text for text in texts if hub_split(text) == split]
     encoded = (Prompt(tuple(forms.prompt_ids(text, settings.models.base_form, tokenizer)), text) for text in mine)
-    fitting = [p for p in encoded if len(p.ids) <= data.max_prompt_tokens][:count]
+    fitting = list(islice((p for p in encoded if len(p.ids) <= data.max_prompt_tokens), count))
     if not fitting:
         raise C2FError(
             f"none of the {len(mine)} {split} prompts of {data.preferences} has at most "
@@ -136,10 +137,8 @@ def embedded_pairs(settings: Settings, base, tokenizer, count: int, seed: int) -
     rng = random.Random(f"pairs-{seed}")
     questions = stories.problems("train", count, rng.getrandbits(32), settings.data.operations)
     sampled = round(count * reward.base_share)
-    decoder = choose(base, tokenizer)
-    base_answers = decoder(
-        make_prompts([q for q in questions[:sampled] for _ in (0, 1)]), PAIR_ANSWER_TOKENS, seed=rng.getrandbits(32)
-    )
+    asked, seed = make_prompts([q for q in questions[:sampled] for _ in (0, 1)]), rng.getrandbits(32)
+    base_answers = choose(base, tokenizer)(asked, PAIR_ANSWER_TOKENS, seed=seed) if asked else []
     pairs = []
     for index, problem in enumerate(questions):
         if index < sampled:

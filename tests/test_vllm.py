@@ -151,7 +151,9 @@ def test_stop_strings_end_answers_where_our_decoder_ends_them(tmp_path):
     assert any(s.sampled != s.ids[:-1] for s in theirs if s.stop == "string"), "the string's own tokens stay sampled"
 
 
-def test_a_stop_string_may_be_a_special_token(model):
+def test_an_engine_stops_at_a_stop_string_though_it_is_a_special_token(model, engine, monkeypatch):
+    made, generate = [], engine.generate
+    monkeypatch.setattr(engine, "generate", lambda *a, **k: made.extend(generate(*a, **k)) or made)
     with torch.no_grad():
         model.lm_head.weight[0] = 3 * model.lm_head.weight[stories.EOS]
         model.lm_head.weight[stories.EOS] = 0
@@ -160,6 +162,7 @@ def test_a_stop_string_may_be_a_special_token(model):
     ours = KVDecoder(model, TOKENIZER, stop_strings=[word])(prompts(6), 24, temperature=0.0)
     theirs = VLLMSampler(model, TOKENIZER, stop_strings=[word])(prompts(6), 24, temperature=0.0)
     assert same(ours, theirs) and any(s.stop == "string" for s in theirs)
+    assert [o.outputs[0].token_ids for o in made] == [s.sampled for s in theirs]
 
 
 def test_what_an_engine_saw_as_a_stop_string_is_no_cut():
@@ -184,6 +187,12 @@ def test_the_self_check_passes_it_and_catches_weights_that_do_not_arrive(model, 
     monkeypatch.setattr(engine, "deaf", True)
     vllm.engine.cache_clear()
     with pytest.raises(C2FError, match="self-check failed: .* through VLLMSampler"):
+        agree(model, VLLMSampler(model, TOKENIZER), prompts(6))
+
+
+def test_a_model_whose_weights_the_engine_does_not_know_is_refused_by_the_self_check(model):
+    model.stray = torch.nn.Linear(2, 2)
+    with pytest.raises(C2FError, match=r"named 'stray.weight'(.|\n)*set coarse.engine to 'library'"):
         agree(model, VLLMSampler(model, TOKENIZER), prompts(6))
 
 
@@ -246,7 +255,6 @@ def test_a_training_runs_on_it_with_log_probs_of_the_trainer_and_weights_up_to_t
     monkeypatch.setattr(engine, "noise", 0.3)
     process = trainer("logistic", lora=lora, engine="vllm", importance_cap=1.1)
     actor = process.policy.actor
-    actor.config.name_or_path = None
     unwrapped = actor.get_base_model() if lora else actor
     unwrapped.name_or_path = str(folder)
     process.sampler = VLLMSampler(actor, TOKENIZER)

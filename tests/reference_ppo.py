@@ -109,12 +109,19 @@ class ReferencePPO:
 
     @torch.no_grad()
     def judge(self, sample: Sample) -> dict:
-        """Old and reference log-probabilities, values and rewards of every prefix, as plain numbers."""
+        """Old and reference log-probabilities, importance weights min(pi_old / pi_sampler, cap), values and rewards of
+        every prefix, as plain numbers."""
         logps, _, values = self.read(sample)
         ids = torch.tensor([[*sample.prompt.ids, *sample.ids]])
         reference = self.log_policy(self.base(input_ids=ids, use_cache=False).logits[0], sample)
+        sampled = sample.logps.tolist()
+        odds = [math.exp(float(p) - q) for p, q in zip(logps, sampled, strict=True)]
+        cap = self.c.importance_cap
         return {
             "logps": [float(x) for x in logps],
+            "weights": [min(x, cap) for x in odds] if cap else [1.0 for _ in odds],
+            "truncated": [x > cap > 0 for x in odds],
+            "mismatch": [abs(float(p) - q) for p, q in zip(logps, sampled, strict=True)],
             "reference": [float(x) for x, _ in reference],
             "values": [float(x) for x in values[:-1]],
             "final": float(values[-1]),
@@ -182,7 +189,7 @@ class ReferencePPO:
                 advantage, old, target = (facts[i][key][t] for key in ("advantages", "values", "returns"))
                 inside = min(1 + c.clip, max(1 - c.clip, number))
                 held = advantage * number > advantage * inside  # the pessimistic one of the two: no gradient
-                policy = policy - (advantage * inside if held else advantage * ratio)
+                policy = policy - facts[i]["weights"][t] * (advantage * inside if held else advantage * ratio)
                 error = (values[t] - target) ** 2
                 if c.value_clip:
                     near = old + torch.clamp(values[t] - old, -c.value_clip, c.value_clip)
@@ -259,7 +266,8 @@ class ReferencePPO:
             "tail_return": mean(gains),
             "explained_variance": 1 - statistics.pvariance(errors) / statistics.pvariance(returns),
             "rep4": mean(repeated(sample.ids) for sample in samples),
-            "sampler_mismatch": 0.0,
+            "sampler_mismatch": mean(x for fact in facts for x in fact["mismatch"]),
+            "truncated_weights": mean(x for fact in facts for x in fact["truncated"]),
             "ratio_error": taken[0]["ratio_error"],
         } | {
             name: mean(step[name] for step in taken)

@@ -1,6 +1,7 @@
 """On a GPU: training, both samplers, captured steps; skipped where torch sees none."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -12,9 +13,12 @@ from c2f_utils.coarse import actor_critic, heads
 from c2f_utils.coarse.trainer import CoarseTrainer
 from c2f_utils.domain import stories
 from c2f_utils.models import loading
+from c2f_utils.models.pretrain import new_model
 from c2f_utils.rollout import decoder, decoder_gpu
+from c2f_utils.rollout.check import agree
 from c2f_utils.rollout.continuous import ContinuousBatching
-from c2f_utils.settings.config import Coarse, Law, Lora
+from c2f_utils.rollout.vllm import VLLMSampler, engine
+from c2f_utils.settings.config import Coarse, Law, Lora, Pretrain
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch can use")
 
@@ -129,3 +133,36 @@ def test_a_trainer_runs_on_continuous_batching_and_still_recomputes_activations(
     process = made(torch.bfloat16, True, ContinuousBatching)
     rows = [process.step() for _ in range(2)]
     assert len(rows) == 2 and process.policy.actor.training
+
+
+def test_vllm_answers_with_the_weights_of_the_moment_and_a_trainer_runs_on_it(tmp_path):
+    pytest.importorskip("vllm")
+    wide = Pretrain(
+        hidden_size=256, layers=2, heads=4, key_value_heads=2, intermediate_size=512, max_positions=256
+    )  # heads of 64 features, which its attention kernels want
+    new_model(wide, 0).save_pretrained(tmp_path)
+    TOKENIZER.save_pretrained(tmp_path)
+    base = type(new_model(wide, 0)).from_pretrained(tmp_path, dtype=torch.bfloat16)
+    torch.manual_seed(0)
+    actor = loading.add_lora(base.cuda(), Lora(rank=4, alpha=8), alike=True).eval()
+    sampler = VLLMSampler(actor, TOKENIZER, 1024, memory=0.1)
+    try:
+        assert agree(actor, sampler, prompts(6)).holds
+        with torch.no_grad():
+            for name, parameter in actor.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.2)
+        assert agree(actor, sampler, prompts(6)).holds, "adapters that have moved"
+        policy = actor_critic.ActorCritic(actor, actor_critic.Critic(wide.hidden_size).cuda())
+        config = Coarse(
+            law=Law(name="fixed", limit=24), iterations=2, prompts=8, critic="shared", critic_head="zero", engine="vllm"
+        )
+        rows = list(
+            CoarseTrainer(
+                policy, PrefixReward(), sampler, prompts(), limits.Fixed(24), config, seed=0, pad_id=stories.PAD
+            )
+        )
+        assert len(rows) == 2 and all(row["sampler_mismatch"] < 0.2 for row in rows)
+    finally:
+        engine.cache_clear()
+        gc.collect()

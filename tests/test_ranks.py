@@ -26,7 +26,7 @@ def launch(spread: str, folder: Path, *words: str) -> None:
     """Run `two_processes.py` under `accelerate launch` with the shipped configuration."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(LAUNCH / f"{spread}.yaml")]
     command += ["--num_processes", "2", "--main_process_port", "0", str(HERE / "two_processes.py"), str(folder), *words]
-    paths = os.pathsep.join([str(LAUNCH.parent.parent), str(HERE)])
+    paths = os.pathsep.join([str(LAUNCH.parents[2]), str(HERE)])
     done = subprocess.run(
         command,
         capture_output=True,

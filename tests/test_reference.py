@@ -1,11 +1,14 @@
 """The trainer against a naive re-computation of PPO (`reference_ppo.py`): two free-running iterations, every option."""
 
+import copy
 from itertools import product
 
 import pytest
 import torch
 from reference_ppo import Logistic, ReferencePPO
-from tiny_models import PrefixReward, causal, trainer
+from tiny_models import TOKENIZER, PrefixReward, causal, trainer
+
+from c2f_utils.rollout.decoder import KVDecoder
 
 TOLERANCE = 1e-5
 # Answers cut by the limit, adapters or all weights, a critic of its own or on the actor's trunk: all of them, each with
@@ -28,6 +31,13 @@ CASES = {
     "-".join(mode): {"cut": mode[0], "lora": mode[1] == "lora", "critic": mode[2]} | BESIDE[i % len(BESIDE)]
     for i, mode in enumerate(MODES)
 }
+# A sampler that computes another policy than the trainer; the rest is cut off at the cap, or nothing is weighted.
+MISMATCHED = {"old_logps": "recomputed", "cut": "score", "critic": "separate", "clip": 0.05}
+CASES |= {
+    "mismatch-full": MISMATCHED | {"lora": False, "importance_cap": 1.2, "temperature": 0.8},
+    "mismatch-lora": MISMATCHED | {"lora": True, "importance_cap": 1.0},
+    "mismatch-unweighted": MISMATCHED | {"lora": False, "importance_cap": 0.0},
+}
 
 
 def started(settings: dict):
@@ -41,6 +51,11 @@ def started(settings: dict):
             elif not settings["lora"] and name.startswith("actor."):
                 weight.add_(0.01 * torch.randn_like(weight))
         process.policy.critic.head.bias.fill_(0.2)
+        if "importance_cap" in settings:
+            other = copy.deepcopy(process.policy.actor)
+            for weight in other.parameters():
+                weight.add_(0.02 * torch.randn_like(weight))
+            process.sampler = KVDecoder(other, TOKENIZER)
     return process
 
 
@@ -79,8 +94,9 @@ def test_two_iterations_agree_with_a_naive_re_computation(case):
         assert len(taken) == process.config.epochs * process.config.minibatches == len(norms)
         for i, fact in enumerate(facts):
             n = samples[i].tokens
-            assert samples[i].logps.tolist() == near(fact["logps"]), "the sampler's own log-probabilities"
-            for name in ("logps", "reference", "values", "paid", "advantages", "returns"):
+            if not case.startswith("mismatch"):
+                assert samples[i].logps.tolist() == near(fact["logps"]), "the sampler's own log-probabilities"
+            for name in ("logps", "weights", "reference", "values", "paid", "advantages", "returns"):
                 assert getattr(e, name)[i, :n].tolist() == near(fact[name]), name
         for ours, theirs, both in zip(losses, taken, norms, strict=False):
             for name in ("policy_loss", "value_loss", "entropy", "clip_fraction"):
@@ -89,6 +105,9 @@ def test_two_iterations_agree_with_a_naive_re_computation(case):
         assert row.keys() - expected.keys() == {"reason", "tokens_per_micro_batch"}
         for name, value in expected.items():
             assert row[name] == near(value), name
+        if case.startswith("mismatch"):
+            capped = 0 < row["truncated_weights"] < 1
+            assert row["sampler_mismatch"] > 0.01 and capped == bool(CASES[case]["importance_cap"])
     ours = process.policy.trainable()
     assert ours.keys() == naive.weights().keys()
     for name, weight in naive.weights().items():

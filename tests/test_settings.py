@@ -241,3 +241,9 @@ def test_small_gpu_names_an_instruction_model_of_its_own_base():
     """The merge needs one base: the two names agree up to the ending that marks the base."""
     models = load_settings("small_gpu").models
     assert models.base == f"{models.instruct}-Base"
+
+
+@pytest.mark.parametrize("cap", [0.0, 1.0, 2.5])
+def test_an_importance_cap_is_off_or_at_least_one(cap):
+    assert load_settings("smoke", overrides={"coarse.importance_cap": cap}).coarse.importance_cap == cap
+    assert "0 (off) or at least 1" in refused({"coarse.importance_cap": 0.5})

@@ -31,6 +31,8 @@ class Experience:
     prefix_rewards: list[Tensor] | None = None  # per answer, after each of its `ids` (values are per `sampled` token)
     mask: Tensor | None = None
     logps: Tensor | None = None  # of the old policy
+    weights: Tensor | None = None  # of importance: the old policy over the one that the sampler computed, truncated
+    truncated: Tensor | None = None  # where the truncation acts
     reference: Tensor | None = None
     values: Tensor | None = None
     final_values: Tensor | None = None  # [B]
@@ -40,9 +42,14 @@ class Experience:
     returns: Tensor | None = None
 
     @property
+    def sampler_logps(self) -> Tensor:
+        """Log-probabilities [B, T] as the sampler computed them."""
+        return ppo.pad([s.logps for s in self.samples])
+
+    @property
     def sampler_mismatch(self) -> float:
         """Mean absolute difference between the sampler's log-probabilities and the old policy's, nats per token."""
-        return float((ppo.pad([s.logps for s in self.samples]) - self.logps)[self.mask].abs().mean())
+        return float((self.sampler_logps - self.logps)[self.mask].abs().mean())
 
 
 def token_rows(e: Experience, index: int, words: Sequence[str]) -> list[dict[str, float | int | str]]:

@@ -71,6 +71,18 @@ def policy_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, clip: float)
     return torch.maximum(unclipped, clipped), ratio.detach(), (clipped > unclipped).detach()
 
 
+def importance_weights(old_logp: Tensor, sampler_logp: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+    """Weights min(pi_old / pi_sampler, cap) of tokens that another engine than the trainer drew, and where the cap
+    acts; cap 0 gives ones.
+
+    Truncated importance sampling (Ionides 2008), per token as in IMPALA (Espeholt et al. 2018): biased where the cap
+    acts, of bounded variance. Times the clip's own ratio pi / pi_old they are pi / pi_sampler.
+    """
+    ratio = (old_logp - sampler_logp).clamp(-20, 20).exp() if cap else torch.ones_like(old_logp)
+    cap = cap or float("inf")
+    return ratio.clamp(max=cap), ratio > cap
+
+
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> Tensor:
     """Half squared error per token [N]; with clip > 0 the larger of plain and clipped error (units of the return)."""
     plain = (values - returns) ** 2

@@ -144,7 +144,8 @@ class CoarseTrainer:
                 torch.stack([row.sum() for row in e.prefix_rewards]), "reward of a prefix", e.samples
             )
         e.mask = ppo.token_mask([len(s.sampled) for s in e.samples])
-        e.logps = ppo.pad(columns.get("logps") or [s.logps for s in e.samples])
+        e.logps = ppo.pad(columns["logps"]) if "logps" in columns else e.sampler_logps
+        e.weights, e.truncated = ppo.importance_weights(e.logps, e.sampler_logps, self.config.importance_cap)
         e.reference, e.values = ppo.pad(columns["reference"]), ppo.pad(columns["values"])
         return e
 
@@ -206,9 +207,9 @@ class CoarseTrainer:
         c = self.config
         warming = self.iteration < c.critic_warmup  # only the critic learns
         batch = collate([e.samples[i] for i in group], self.pad_id, self.device, sampled=True)
-        old_logp, advantage, old_value, target = (
+        old_logp, weight, advantage, old_value, target = (
             torch.cat([array[i, :n] for i, n in zip(group, batch.lengths, strict=True)]).to(self.device)
-            for array in (e.logps, e.advantages, e.values, e.returns)
+            for array in (e.logps, e.weights, e.advantages, e.values, e.returns)
         )
         logp, entropy, values = self.policy(batch, c.temperature, actor=not warming)
         per_token = ppo.value_loss(values, old_value, target, c.value_clip)
@@ -217,6 +218,7 @@ class CoarseTrainer:
         row = dict.fromkeys(LOGGED, zero) | {"value_loss": v_loss.detach(), "ratio_error": 0.0}
         if not warming:
             p_token, ratio, clipped = ppo.policy_loss(logp, old_logp, advantage, c.clip)
+            p_token = weight * p_token
             p_loss = p_token.sum() / step_tokens
             per_token = per_token + p_token
             loss = p_loss + (c.value_coefficient if c.critic == "shared" else 1.0) * v_loss
@@ -257,6 +259,7 @@ class CoarseTrainer:
             "explained_variance": ppo.explained_variance(e.values, e.returns, e.mask),
             "rep4": sum(rep_n(s.ids, 4) for s in e.samples) / len(tokens),
             "sampler_mismatch": e.sampler_mismatch,
+            "truncated_weights": float(e.truncated[e.mask].float().mean()),
             "tokens_per_micro_batch": self.budget.tokens,
             **stats,
         }
@@ -341,7 +344,8 @@ class CoarseTrainer:
         """Reference log-probabilities and values of each answer, and the old policy's log-probabilities where the
         sampler's do not serve."""
         c = self.config
-        recorded = c.old_logps == "recorded" or (c.old_logps == "auto" and self.policy.dtype == torch.float32)
+        ours = c.engine != "vllm" and self.policy.dtype == torch.float32
+        recorded = c.old_logps == "recorded" or (c.old_logps == "auto" and ours)
         names = ("reference", "values", "final") if recorded else ("reference", "values", "final", "logps")
         found: dict[str, list] = {name: [None] * len(samples) for name in names}
         for group in pack([s.positions for s in samples], budget):

@@ -105,7 +105,8 @@ def agree(model: nn.Module, sampler: Sampler, prompts: Sequence[Prompt], score=N
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise C2FError(
             f"self-check failed: {type(unwrapped(model)).__name__} through {type(sampler).__name__}: "
-            f"{type(error).__name__}: {first_line(error)}; choose another base model"
+            f"{type(error).__name__}: {first_line(error)}; set coarse.engine to 'library', or choose another base "
+            "model"
         ) from error
     if not found.holds:
         raise C2FError(

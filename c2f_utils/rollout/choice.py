@@ -11,6 +11,7 @@ from c2f_utils.rollout.continuous import ContinuousBatching
 from c2f_utils.rollout.decoder import KVDecoder, unlike_llama
 from c2f_utils.rollout.library import LibrarySampler
 from c2f_utils.rollout.sampler import BatchedSampler
+from c2f_utils.rollout.vllm import VLLMSampler
 
 
 def choose(
@@ -20,13 +21,17 @@ def choose(
     stop_strings: Sequence[str] = (),
     engine: str = "kv",
     longest: int = 0,
-) -> BatchedSampler | ContinuousBatching:
+    memory: float = 0.3,
+) -> BatchedSampler | ContinuousBatching | VLLMSampler:
     """The sampler that `coarse.engine` asks for; for 'kv' the library's, and a printed sentence, where ours does not
     hold.
 
-    `longest` are the tokens of the longest prompt and its limit together: ours knows no sliding window below them.
+    `longest` are the tokens of the longest prompt and its limit together: ours knows no sliding window below them;
+    `memory` is the share of the GPU that vLLM may hold.
     """
     arguments = (model, tokenizer, tokens_in_cache, tuple(stop_strings))
+    if engine == "vllm":
+        return VLLMSampler(*arguments, memory)
     if engine != "kv":
         return {"continuous": ContinuousBatching, "library": LibrarySampler}[engine](*arguments)
     causal = unwrapped(model)

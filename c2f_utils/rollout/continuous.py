@@ -16,11 +16,11 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from c2f_utils.domain.samples import Prompt, Sample, finish, stopped_at
+from c2f_utils.domain.samples import Prompt, Sample
 from c2f_utils.errors import C2FError
 from c2f_utils.positions import positions_of
 from c2f_utils.rollout.anatomy import unwrapped
-from c2f_utils.rollout.sampler import eos_ids, refuse_overlong
+from c2f_utils.rollout.sampler import cuda_devices, eos_ids, refuse_overlong, sample_of
 
 PAGE = 32  # key/value positions of one cache page
 PATIENCE = 600.0  # seconds without any finished answer after which the engine counts as stuck
@@ -45,7 +45,7 @@ class ContinuousBatching:
         refuse_overlong(positions_of(self.causal.config), prompts, limits)
         if not prompts:
             return []
-        with torch.random.fork_rng(devices=_devices(self.causal)), warnings.catch_warnings():
+        with torch.random.fork_rng(devices=cuda_devices(self.causal)), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             outputs = self._generate(prompts, limits, temperature, seed)
         return [self._sample_of(p, n, o) for p, n, o in zip(prompts, limits, outputs, strict=True)]
@@ -83,11 +83,7 @@ class ContinuousBatching:
 
     def _sample_of(self, prompt: Prompt, limit: int, output) -> Sample:
         ids, logps = list(output.generated_tokens), torch.tensor(output.logprobs, dtype=torch.float32)
-        ended = ids[-1] in self.eos
-        last = stopped_at(ids[:-1] if ended else ids, self.tokenizer, self.stop_strings)
-        stop = ("eos" if ended else "limit") if last is None else "string"
-        whole = len(ids) if last is None else last + 1
-        return finish(prompt, ids[:whole], stop, limit, logps[:whole], self.tokenizer, self.eos, self.stop_strings)
+        return sample_of(prompt, limit, ids, logps, self.tokenizer, self.eos, self.stop_strings)
 
 
 def _collect(manager, names: list[str]) -> list:
@@ -108,8 +104,3 @@ def _collect(manager, names: list[str]) -> list:
             f"continuous batching lost {len(failed)} of {len(names)} requests: {why}; set coarse.engine to 'kv'"
         )
     return [found[name] for name in names]
-
-
-def _devices(model: nn.Module) -> list[int]:
-    device = model.lm_head.weight.device
-    return [device.index or 0] if device.type == "cuda" else []

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from c2f_utils.domain.samples import Prompt, Sample, finish
+from c2f_utils.domain.samples import Prompt, Sample, finish, stopped_at
 from c2f_utils.errors import C2FError
 from c2f_utils.positions import beyond, positions_of
 from c2f_utils.rollout import loops
@@ -114,6 +114,32 @@ def draw(logits: Tensor, temperature: float, generator: torch.Generator) -> tupl
         race = torch.empty_like(logps).exponential_(generator=generator)
         token = (logps - race.log()).argmax(-1)
     return token, logps.gather(-1, token[:, None])[:, 0]
+
+
+def sample_of(
+    prompt: Prompt,
+    limit: int,
+    ids: list[int],
+    logps: Tensor,
+    tokenizer,
+    eos: frozenset[int],
+    stop_strings: Sequence[str] = (),
+) -> Sample:
+    """The answer in what another engine generated, which may go on behind a stop string: the rest is thrown away.
+
+    `logps` [len(ids)]. Tokens that end neither in EOS nor at the limit end in a stop string that the engine saw.
+    """
+    ended = ids[-1] in eos
+    last = stopped_at(ids[:-1] if ended else ids, tokenizer, stop_strings)
+    stop = "string" if last is not None else "eos" if ended else "limit" if len(ids) == limit else "string"
+    whole = len(ids) if last is None else last + 1
+    return finish(prompt, ids[:whole], stop, limit, logps[:whole], tokenizer, eos, stop_strings)
+
+
+def cuda_devices(model: nn.Module) -> list[int]:
+    """The GPUs whose random numbers sampling from a model may touch."""
+    device = next(model.parameters()).device
+    return [device.index or 0] if device.type == "cuda" else []
 
 
 def refuse_overlong(positions: int, prompts: Sequence[Prompt], limits: Sequence[int]) -> None:

@@ -96,7 +96,8 @@ def _rlhf(settings: Settings, coarse: Coarse, law: Law, speeds: Speeds, evaluate
     limit = make_law(law).largest
     tokens = coarse.prompts * (speeds.prompt_tokens + limit)
     networks = 2 if coarse.critic == "separate" else 1
-    recomputed = coarse.old_logps == "recomputed" or (coarse.old_logps == "auto" and settings.models.dtype != "float32")
+    ours = settings.models.dtype == "float32" and coarse.engine != "vllm"
+    recomputed = coarse.old_logps == "recomputed" or (coarse.old_logps == "auto" and not ours)
     judged = 1 + networks + recomputed  # reward model, reference and critic, old policy where it is read again
     improved = coarse.epochs * networks * _training_passes(settings)
     iteration = Work(coarse.prompts * limit, tokens * (judged + improved))

@@ -144,13 +144,23 @@ class Coarse(Section):
     tokens_in_cache: Positive = Field(
         65_536, description="key/value positions held while decoding; more answers wait their turn"
     )
-    engine: Literal["kv", "library", "continuous"] = Field(
+    engine: Literal["kv", "library", "continuous", "vllm"] = Field(
         "kv",
-        description="sampler: our decoder (the library's forward where it does not hold, and a line says so), the "
-        "library's forward, or its continuous batching",
+        description="sampler of training: our decoder (the library's forward where it does not hold, and a line says "
+        "so), the library's forward, its continuous batching, or vLLM (GPU, extra 'vllm'; not yet run on one)",
+    )
+    engine_memory: Rate = Field(
+        0.3, description="engine vllm: share of the GPU's memory that it holds beside training, weights and cache"
     )
     old_logps: Literal["auto", "recorded", "recomputed"] = Field(
-        "auto", description="old log-probabilities: the sampler's or the training forward's; auto: recorded if float32"
+        "auto",
+        description="old log-probabilities: the sampler's or the training forward's; auto: recorded if float32 and "
+        "not from vLLM",
+    )
+    importance_cap: NonNegative = Field(
+        2.0,
+        description="recomputed old log-probabilities, whichever engine: a token's policy loss is weighted by "
+        "min(pi_old / pi_sampler, cap); 0 = not at all",
     )
     processes: Positive = Field(1, description="training processes; more than 1 starts `accelerate launch`")
     spread: Literal["ddp", "fsdp2"] = Field(
@@ -198,6 +208,15 @@ class Coarse(Section):
     def _head_fits_critic(self) -> "Coarse":
         if self.critic == "shared" and self.critic_head == "reward":
             raise ValueError("critic 'shared' has a head on the actor's trunk: set critic_head to 'zero'")
+        return self
+
+    @model_validator(mode="after")
+    def _cap_leaves_one_alone(self) -> "Coarse":
+        if 0 < self.importance_cap < 1:
+            raise ValueError(
+                f"importance_cap = {self.importance_cap:g} would shrink tokens that need no weight; expected 0 (off) "
+                "or at least 1"
+            )
         return self
 
 

@@ -5,6 +5,7 @@ the laws' limits beside the model's positions. Hub ids pass: what they hold is c
 """
 
 import difflib
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -26,7 +27,7 @@ _QUESTION, _STEP, _FORCED = 12, 4, 6
 def findings(settings: Settings) -> list[str]:
     """One line per impossibility: the setting, its value, what was expected, what to do; empty if there is none."""
     found: list[str] = []
-    for check in (_models, _pretrain, _compiled, _preferences, _laws, _baselines, _operators, _positions):
+    for check in (_models, _pretrain, _compiled, _vllm, _preferences, _laws, _baselines, _operators, _positions):
         found += check(settings)
     return found
 
@@ -124,6 +125,21 @@ def _compiled(settings: Settings) -> list[str]:
         f"models.compile = true with coarse.engine = {engine!r} and models.device = {where!r}: layers are compiled on "
         "a GPU and not for continuous batching; set models.compile to false"
     ]
+
+
+def _vllm(settings: Settings) -> list[str]:
+    coarse, found = settings.coarse, []
+    if coarse.engine != "vllm":
+        return []
+    if importlib.util.find_spec("vllm") is None:
+        found.append("the package vllm, which is not installed: python -m pip install -e '.[vllm]'")
+    if settings.models.device == "cpu":
+        found.append("a GPU, and models.device is 'cpu': set it to 'auto'")
+    if coarse.processes > 1:
+        found.append(f"a single process, and coarse.processes is {coarse.processes}: set it to 1")
+    if coarse.old_logps == "recorded":
+        found.append("old log-probabilities of the trainer, and coarse.old_logps is 'recorded': set it to 'auto'")
+    return [f"coarse.engine = 'vllm' needs {line}, or coarse.engine to 'kv'" for line in found]
 
 
 def _preferences(settings: Settings) -> list[str]:

@@ -14,7 +14,7 @@ from c2f_utils.coarse.heads import Head
 from c2f_utils.domain import forms, stories
 from c2f_utils.domain.forms import Form
 from c2f_utils.domain.samples import Prompt, Sample
-from c2f_utils.errors import Stopped
+from c2f_utils.errors import C2FError, Stopped
 from c2f_utils.files import write_text
 from c2f_utils.measure.answers import answers
 from c2f_utils.models import loading, rewards
@@ -160,7 +160,10 @@ class Inputs:
 
     def sampler(self, model: nn.Module, config: Coarse, longest: int) -> Sampler:
         """What answers in training; `longest` are the tokens of the longest prompt and its limit together."""
-        return choose(model, self.tokenizer, config.tokens_in_cache, self.stop_strings(), config.engine, longest)
+        if config.engine == "vllm" and loading.device(self.settings.models).type != "cuda":
+            raise C2FError("coarse.engine = 'vllm', but torch sees no GPU; set it to 'kv'")
+        stop_strings, memory = self.stop_strings(), config.engine_memory
+        return choose(model, self.tokenizer, config.tokens_in_cache, stop_strings, config.engine, longest, memory)
 
     def self_check(self, model: nn.Module, sampler: Sampler, prompts: list[Prompt], head: Head) -> Agreement | None:
         """That sampler, trainer and the model's own forward agree on some prompts; raises C2FError if not."""

@@ -16,11 +16,13 @@ from c2f_utils.models import loading
 from c2f_utils.report.results import operator_name
 from c2f_utils.rollout.decoder import KVDecoder
 from c2f_utils.rollout.proxy import ProxyDecoder
+from c2f_utils.rollout.sampler import BatchedSampler
 from c2f_utils.runs.run import Run
 from c2f_utils.settings.load import load_settings
 from c2f_utils.stages import evaluation, variants
 from c2f_utils.stages.bench import Bench
 from c2f_utils.stages.inputs import Inputs
+from c2f_utils.stages.residue_merging import Merging
 
 
 def greedy(decoder) -> list[list[int]]:
@@ -150,3 +152,38 @@ def test_the_best_recipe_of_all_tried_can_be_the_fine_actor_with_one_coefficient
     assert "best_recipe" not in found and "one_coefficient" not in before
     assert found["fine"]["sampled_t1"] == before["best_recipe"]["sampled_t1"]
     assert found["one_coefficient"]["sampled_t1"] == before["fine"]["sampled_t1"]
+
+
+@pytest.mark.slow
+def test_06_and_07_hold_two_sets_of_weights_whatever_they_compare(tmp_path, monkeypatch):
+    """As on a GPU: adapters, a critic on the actor's trunk, sections and controls of profile mistral_7b."""
+    changes = {
+        "models.lora": {"rank": 2, "alpha": 4}, "coarse.critic": "shared", "coarse.critic_head": "zero",
+        "merge.sections": ["layers", "roundings"],
+    }  # fmt: skip
+    given = [part for name, value in changes.items() for part in ("-p", f"{name}={value!r}")]
+    finished(tmp_path, "run", "01", "02", "03", "04", "05", "--profile", "smoke", "--run-id", "r", *given)
+    monkeypatch.setenv("C2F_OUTPUTS", str(tmp_path))
+    stored = dict(loading.stored(tmp_path / "r" / "01_base_model" / "model"))
+    shapes = {tuple(value.shape) for value in stored.values() if value.dim() == 2}
+    one = sum(value.nbytes for value in stored.values() if value.dim() == 2)
+    del stored
+    held: dict[str, float] = {}
+
+    def counted(sampler, *arguments, **named):
+        gc.collect()
+        tensors = [item for item in gc.get_objects() if isinstance(item, torch.Tensor) and tuple(item.shape) in shapes]
+        storages = {item.untyped_storage().data_ptr(): item.untyped_storage().nbytes() for item in tensors}
+        held[stage] = max(held.get(stage, 0.0), sum(storages.values()) / one)
+        return sample(sampler, *arguments, **named)
+
+    sample = BatchedSampler.__call__
+    monkeypatch.setattr(BatchedSampler, "__call__", counted)
+    for stage, make in (("06_residue_merging", lambda run: Merging(run).finish()), ("07_evaluation", evaluation.make)):
+        run = Run(load_settings("smoke", run_id="r", overrides=changes))
+        run.here = run.stage(stage)
+        run.here.begin(run.inputs(stage)[0])
+        make(run)
+        run.here.finish()
+    # The merge or the actor, and the reward model without its head; one tensor or two at a time while it merges.
+    assert 1.8 < held["06_residue_merging"] <= 2.5 and 1.8 < held["07_evaluation"] <= 2.2, held

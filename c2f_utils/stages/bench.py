@@ -40,7 +40,7 @@ class Bench:
     def __init__(self, inputs: Inputs):
         self.inputs, self.settings = inputs, inputs.settings
         self.prompts = self.inputs.prompts("validation")
-        self.model = self.inputs.instruct()
+        self.model: nn.Module | None = self.inputs.instruct()
         stored = merge.open_stored(self.recipe({"name": "residue"}, 1.0))
         self.stored = _is(self.model, stored["instruct"])
         if self.stored:
@@ -75,7 +75,9 @@ class Bench:
 
     def loaded(self, tensors: Iterable[tuple[str, Tensor]]) -> nn.Module:
         """The bench's model with these weights, copied into it one after another; valid until the next call."""
-        mine = self.model.to(loading.device(self.settings.models)).state_dict()
+        if self.model is None:
+            self.model = self.inputs.instruct()
+        mine = self.model.state_dict()
         for name, tensor in tensors:
             mine[name].copy_(tensor)
         return self.model
@@ -98,8 +100,8 @@ class Bench:
         return merge.Merger(self.states["base"], self.states["instruct"], coarse, device)
 
     def make_room(self) -> None:
-        """Take the bench's model off the device until the next merge."""
-        self.model.cpu()
+        """Let go of the bench's model until the next merge."""
+        self.model = None
 
     def answers(self, model: nn.Module) -> list[Sample]:
         """Answers of a merge to the validation prompts, in the instruction model's form."""

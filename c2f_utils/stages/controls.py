@@ -28,6 +28,7 @@ def make(run: Run, bench: Bench, coefficient: float) -> Iterator[tuple[str, dict
     for name in wanted:
         model, note = makers[name](run, bench, coefficient)
         keep(run, bench, name, model)
+        del model  # before the next one is made
         yield name, note
 
 

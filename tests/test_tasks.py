@@ -6,6 +6,7 @@ import re
 import pytest
 
 from c2f_utils.domain import stories
+from c2f_utils.domain.worlds import SMALL
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +99,7 @@ def test_corpus_instructions_and_training_prompts_hold_training_problems_only():
 
 def test_every_running_value_can_be_written_as_one_token():
     for problem in stories.problems("train", 500, 1):
-        assert all(0 <= value <= stories.LARGEST for value in problem.values)
+        assert all(0 <= value <= SMALL.largest for value in problem.values)
 
 
 def test_where_every_answer_ends_its_end_follows_a_result():

@@ -22,7 +22,10 @@ def train(source: str | Path, tokenizer, settings: Settings, log=lambda row: Non
     from trl import SFTConfig, SFTTrainer
 
     config = settings.instruct
-    examples = list(stories.instructions(config.tokens, config.worked_share, settings.seed, settings.data.operations))
+    data = settings.data
+    examples = list(
+        stories.instructions(config.tokens, config.worked_share, settings.seed, data.operations, data.world)
+    )
     dataset = Dataset.from_dict(
         {
             "input_ids": [prompt + answer for prompt, answer in examples],

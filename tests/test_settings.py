@@ -44,7 +44,7 @@ def test_the_gpu_profiles_train_adapters_on_real_models_without_touching_the_emb
 
 def test_an_unknown_profile_is_named_with_those_that_exist():
     with pytest.raises(
-        C2FError, match="unknown profile 'huge'; expected one of smoke, tiny, gpu_demo, small_gpu, mistral_7b"
+        C2FError, match="unknown profile 'huge'; expected one of smoke, tiny, gpu_demo, small_gpu, mistral"
     ):
         load_settings("huge")
 

@@ -5,19 +5,31 @@ import copy
 import pytest
 import torch
 from other_device import DEVICE, OtherDevice
+from safetensors.torch import save_file
 from tiny_models import SHAPE, TOKENIZER, causal, prompts
+from torch.utils._python_dispatch import _disable_current_modes
 from transformers import MistralForSequenceClassification
 
 from c2f_utils import limits
-from c2f_utils.coarse import actor_critic
+from c2f_utils.coarse import actor_critic, checkpoints
 from c2f_utils.coarse.trainer import CoarseTrainer
 from c2f_utils.domain import stories
-from c2f_utils.models import loading, pretrain, rewards
+from c2f_utils.models import instruct, loading, pretrain, rewards
 from c2f_utils.rollout import check
 from c2f_utils.rollout.decoder import KVDecoder
 from c2f_utils.rollout.proxy import ProxyDecoder
+from c2f_utils.runs.run import Run
 from c2f_utils.settings.config import Coarse, Law, Lora
 from c2f_utils.settings.load import load_settings
+from c2f_utils.stages import (
+    base_model,
+    coarse_rlhf,
+    evaluation,
+    instruction_model,
+    length_schedules,
+    residue_merging,
+    reward_model,
+)
 
 PLACES = (torch.device("cpu"), DEVICE)
 
@@ -105,3 +117,59 @@ def test_training_is_the_same(lora, cut):
     for here, there in zip(*found, strict=True):
         numbers = [{k: v for k, v in row.items() if isinstance(v, float) and k != "seconds"} for row in (here, there)]
         assert numbers[1] == pytest.approx(numbers[0], abs=1e-3) and there["rollout_tokens"] == here["rollout_tokens"]
+
+
+@pytest.fixture
+def moved(monkeypatch):
+    """The stages' models go to the other device. The library loads, saves and trains by itself on whatever device: it
+    is given the CPU to load and save on, and trains nothing here."""
+
+    def loaded(*arguments, **options):
+        with _disable_current_modes():
+            return load(*arguments, **options)
+
+    def saved(model, tokenizer, folder):
+        save(model.cpu(), tokenizer, folder)
+        model.to(DEVICE)
+
+    def written(tensors, path):
+        save_file({name: value.cpu() for name, value in tensors.items()}, path)
+
+    load, save = loading.pretrained, loading.save_model
+    for room in (loading, pretrain, rewards, instruct):
+        monkeypatch.setattr(room, "device", lambda models: DEVICE)
+    for room in (loading, rewards):
+        monkeypatch.setattr(room, "pretrained", loaded)
+    for room in (loading, base_model, reward_model, length_schedules, instruction_model):
+        monkeypatch.setattr(room, "save_model", saved)
+    for room in (checkpoints, coarse_rlhf):
+        monkeypatch.setattr(room, "save_file", written)
+    monkeypatch.setattr(rewards, "train", lambda source, pairs, words, settings, order, log: (
+        rewards.new_reward_model(source, settings, order).eval()
+    ))  # fmt: skip
+    monkeypatch.setattr(instruct, "train", lambda source, words, settings, log: (
+        loading.load_causal(source, settings.models), 1
+    ))  # fmt: skip
+    with OtherDevice():
+        yield
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:for .*copying from a non-meta parameter")  # which holds for `meta` as it usually is
+def test_every_stage_runs_there(moved, outputs):
+    run = Run(load_settings("smoke", overrides={"data.vocabulary": "wide"}))
+    work = {
+        "01_base_model": base_model.make,
+        "02_reward_model": lambda run: (reward_model.make(run), reward_model.one_pair(run)),
+        "03_coarse_rlhf": lambda run: list(coarse_rlhf.train(run)),
+        "04_length_schedules": length_schedules.make,
+        "05_instruction_model": instruction_model.make,
+        "06_residue_merging": lambda run: residue_merging.Merging(run).finish(),
+        "07_evaluation": evaluation.make,
+    }
+    for name, make in work.items():
+        run.here = run.stage(name)
+        run.here.begin(run.inputs(name)[0])
+        make(run)
+        run.here.finish()
+    assert set(run.here.results()["models"]) >= {"base", "instruct", "coarse", "fine", "ppo_instruct"}

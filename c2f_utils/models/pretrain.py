@@ -1,4 +1,5 @@
-"""Pretraining of the embedded base model: a real `MistralForCausalLM` checkpoint in about two minutes of one CPU core.
+"""Pretraining of the embedded base model: a real `MistralForCausalLM` checkpoint in about two minutes of one CPU core,
+or a larger one on a GPU.
 
 Inputs: `settings.pretrain`, the document generator. Outputs: `model/` (safetensors, config, tokenizer) and the loss
 curve. Step-by-step arithmetic appears as a phase transition that depends on the number of updates more than on

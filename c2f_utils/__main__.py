@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("notebook", nargs="+", metavar="NOTEBOOK", help="all, a number (03), a name, or a path")
     run.add_argument("--profile", help=(
-        "tiny (default), small_gpu, mistral_7b, or smoke (a dry run of the code: nothing is learnt)"
+        "tiny (default), gpu_demo, small_gpu, mistral_7b, or smoke (a dry run of the code: nothing is learnt)"
     ))  # fmt: skip
     run.add_argument("--seed", type=int, help="default: 0")
     run.add_argument("--run-id", help="folder under outputs/ (default: lab)")

@@ -1,4 +1,7 @@
-"""On a GPU: training, both samplers, captured steps; skipped where torch sees none."""
+"""On a GPU: training, both samplers, captured steps, the embedded path; skipped where torch sees none.
+
+`test_gpu_demo.py` runs all notebooks, on the GPU where there is one.
+"""
 
 import copy
 import gc
@@ -12,13 +15,16 @@ from c2f_utils import limits
 from c2f_utils.coarse import actor_critic, heads
 from c2f_utils.coarse.trainer import CoarseTrainer
 from c2f_utils.domain import stories
-from c2f_utils.models import loading
+from c2f_utils.models import instruct, loading, pretrain, rewards
+from c2f_utils.models.packing import collate
 from c2f_utils.models.pretrain import new_model
 from c2f_utils.rollout import decoder, decoder_gpu
 from c2f_utils.rollout.check import agree
 from c2f_utils.rollout.continuous import ContinuousBatching
+from c2f_utils.rollout.proxy import ProxyDecoder
 from c2f_utils.rollout.vllm import VLLMSampler, engine
 from c2f_utils.settings.config import Coarse, Law, Lora, Pretrain
+from c2f_utils.settings.load import load_settings
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch can use")
 
@@ -62,8 +68,6 @@ def test_two_iterations_change_what_is_trained_and_the_first_ratio_is_one(dtype,
 
 
 def test_compiled_layers_give_nearly_the_same_log_probabilities_and_train():
-    from c2f_utils.models.packing import collate
-
     process = made(torch.float32, True)
     drawn = process.collect().samples
     batches = [collate(drawn[:n], stories.PAD, "cuda") for n in (8, 3, 5)]  # another shape each time
@@ -99,8 +103,6 @@ def test_captured_steps_equal_the_cpus_when_rows_end_and_the_attended_width_grow
 
 
 def test_recorded_logps_are_those_of_the_training_forward_with_adapters():
-    from c2f_utils.models.packing import collate
-
     model = adapted()
     drawn = decoder.KVDecoder(model, TOKENIZER)(prompts(8), 30, seed=1)
     policy = actor_critic.ActorCritic(model, actor_critic.Critic(SHAPE.hidden_size).cuda())
@@ -166,3 +168,53 @@ def test_vllm_answers_with_the_weights_of_the_moment_and_a_trainer_runs_on_it(tm
     finally:
         engine.cache_clear()
         gc.collect()
+
+
+# Not run on a GPU yet, all below
+
+
+def test_pretraining_multiplies_in_bfloat16_and_keeps_float32_weights():
+    rows: list[dict] = []
+    model = pretrain.pretrain(load_settings("smoke", overrides={"pretrain.tokens": 40_000}), rows.append)
+    assert model.device.type == "cuda" and {p.dtype for p in model.parameters()} == {torch.float32}
+    assert rows[-1]["loss"] < 0.75 * rows[0]["loss"]
+    seen = []
+    model.lm_head.register_forward_hook(lambda module, states, logits: seen.append(logits.dtype))
+    config = SHAPE.model_copy(update={"tokens": 500})
+    pretrain.train(model, stories.documents(500, 0), config, 0)
+    assert set(seen) == {torch.bfloat16} and torch.get_float32_matmul_precision() == "highest"
+
+
+def test_the_library_trains_reward_and_instruction_models_on_the_gpu(tmp_path):
+    settings = load_settings("smoke", overrides={"pretrain.tokens": 8000})
+    loading.save_model(causal().cpu(), TOKENIZER, tmp_path / "base")
+    model, examples = instruct.train(tmp_path / "base", TOKENIZER, settings)
+    assert examples > 10 and model.device.type == "cuda"
+    pairs = [([*p.ids, 40 + n % 9, stories.EOS], [*p.ids, 50 + n % 9]) for n, p in enumerate(prompts(24))]
+    scorer = rewards.RewardModel(rewards.train(tmp_path / "base", pairs, TOKENIZER, settings, 0), stories.PAD)
+    assert scorer.model.device.type == "cuda"
+    normalised = scorer.normalised_on(decoder.KVDecoder(model, TOKENIZER)(prompts(8), 16))
+    assert torch.isfinite(normalised(decoder.KVDecoder(model, TOKENIZER)(prompts(4), 16))).all()
+
+
+def test_sampler_and_trainer_agree_in_float32_at_the_demos_shape():
+    model = pretrain.new_model(load_settings("gpu_demo").pretrain, 0).cuda().eval()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(6)  # logits as far apart as a trained model's
+    model = loading.fuse_norms(model)
+    head = heads.Head(model)
+    found = agree(
+        model, decoder.KVDecoder(model, TOKENIZER), prompts(8),
+        lambda answers: head.score(model, collate(answers, stories.PAD, "cuda", sampled=True)),
+    )  # fmt: skip
+    assert found.holds, found
+
+
+@pytest.mark.parametrize("c", [0.0, 0.5, 1.0])
+def test_proxy_tuning_keeps_its_coefficient(c):
+    """Where this passes, `stages/variants.py` need not leave proxy-tuning out on CUDA."""
+    trio = [causal(seed) for seed in (5, 6, 7)]
+    here = ProxyDecoder(*trio, TOKENIZER, c)(prompts(6), [4, 9, 30, 5, 30, 16], temperature=0.0)
+    there = ProxyDecoder(*(m.cuda() for m in trio), TOKENIZER, c)(prompts(6), [4, 9, 30, 5, 30, 16], temperature=0.0)
+    assert [s.ids for s in there] == [s.ids for s in here]
+    assert all(torch.allclose(a.logps, b.logps, atol=1e-3) for a, b in zip(there, here, strict=True))

@@ -51,6 +51,13 @@ def test_proxy_tuning_adds_logits_and_not_probabilities():
     assert sample.ids == [int((i + 0.5 * (c - b)).argmax())]
 
 
+def test_proxy_tuning_is_left_out_on_cuda_and_a_sentence_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(loading, "device", lambda models: torch.device("cuda"))
+    settings = load_settings("smoke")
+    assert variants.proxies(SimpleNamespace(inputs=SimpleNamespace(settings=settings)), 0.5) == []
+    assert "proxy-tuning is left out: it has not been run on CUDA" in capsys.readouterr().out
+
+
 def test_averages_over_snapshots_weigh_them_as_their_names_say(tmp_path):
     (tmp_path / "snapshots").mkdir()
     for number, value in enumerate((1.0, 5.0, 9.0, 13.0)):

@@ -65,6 +65,7 @@ def refuse(capsys, monkeypatch, *arguments: str) -> str:
         (["-p", "coarse.law={'name': 'clock', 'start': 8}"], ["coarse.law", "missing: maximum, duration, shape"]),
         (["-p", "coarse.law={'name': 'fixed', 'limit': 8, 'growth': 0.1}"], ["not used by it: growth", "takes limit"]),
         (["-p", "data.operations=[1, 9]"], ["data.operations = [1, 9]", "from 2 to 5", "write [3, 5]"]),
+        (["-p", "data.vocabulary=wide", "-p", "data.operations=[3, 7]"], ["data.operations = [3, 7]", "from 2 to 6"]),
     ],
 )
 def test_wrong_parameters_and_settings(outputs, capsys, monkeypatch, arguments, said):

@@ -15,6 +15,7 @@ from c2f_utils.models import loading
 from c2f_utils.models.loading import add_lora, device, fuse_norms
 from c2f_utils.rollout import decoder_gpu, loops
 from c2f_utils.rollout.decoder import KVDecoder
+from c2f_utils.rollout.proxy import ProxyDecoder
 from c2f_utils.settings.config import Lora, Models
 from c2f_utils.settings.load import load_settings
 from c2f_utils.stages import coarse_rlhf
@@ -68,6 +69,28 @@ def test_adapters_are_part_of_the_policy_and_plain_layers_share_one_product():
     with model.disable_adapter():
         without = both(model, 24)
     assert same(*without) and [s.ids for s in without[0]] != [s.ids for s in both(model, 24)[0]]
+
+
+def test_proxy_tuning_reads_three_buffers_that_every_replay_overwrites(monkeypatch):
+    plain = decoder_gpu.Wave.__call__
+
+    def replayed(wave, token, column):
+        """As a captured step does: the same memory holds every step's logits."""
+        logits = plain(wave, token, column)
+        wave.logits = logits if wave.logits is None or len(wave.logits) != len(logits) else wave.logits.copy_(logits)
+        return wave.logits
+
+    monkeypatch.setattr(decoder_gpu.Wave, "__call__", replayed)
+    trio, generator = [causal(seed) for seed in (5, 6, 7)], torch.Generator()
+    answers = {}
+    for c in (0.0, 0.5, 1.0):
+        decoder = ProxyDecoder(*trio, TOKENIZER, c)
+        ours, theirs = (
+            decoder.answer(prompts(6), [4, 9, 30, 5, 30, 16], 0.0, generator, on_gpu) for on_gpu in (False, True)
+        )
+        assert same(ours, theirs)
+        answers[c] = [s.ids for s in theirs]
+    assert answers[0.0] != answers[0.5] != answers[1.0]
 
 
 def test_stop_strings_end_answers_at_the_same_token():

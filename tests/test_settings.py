@@ -26,7 +26,7 @@ def refused(overrides: dict, profile: str = "smoke") -> str:
 def test_every_profile_loads_and_is_complete(profile):
     settings = load_settings(profile)
     assert settings.profile == profile and settings.seed == 0 and settings.run_id == "lab" and not settings.study
-    assert settings.embedded == (profile in ("smoke", "tiny"))
+    assert settings.embedded == (profile in ("smoke", "tiny", "gpu_demo"))
     assert {"fixed_short", "fixed_long", "clock_linear"} <= set(settings.schedules.laws)
 
 
@@ -43,7 +43,9 @@ def test_the_gpu_profiles_train_adapters_on_real_models_without_touching_the_emb
 
 
 def test_an_unknown_profile_is_named_with_those_that_exist():
-    with pytest.raises(C2FError, match="unknown profile 'huge'; expected one of smoke, tiny, small_gpu, mistral_7b"):
+    with pytest.raises(
+        C2FError, match="unknown profile 'huge'; expected one of smoke, tiny, gpu_demo, small_gpu, mistral"
+    ):
         load_settings("huge")
 
 

@@ -1,11 +1,17 @@
 """The embedded domain: exact checking, disjoint splits, documented mixture."""
 
+import hashlib
 import random
 import re
 
 import pytest
 
 from c2f_utils.domain import stories
+from c2f_utils.domain.worlds import SMALL, WIDE
+
+WORLDS = pytest.mark.parametrize(
+    ("world", "operations"), [(SMALL, (3, 5)), (WIDE, (3, 6))], ids=["small world", "wide world"]
+)
 
 
 @pytest.fixture(scope="module")
@@ -81,24 +87,77 @@ def test_length_enters_the_label_and_only_the_label(problem):
     assert label[1] - label[0] == pytest.approx(0.002 * (long.tokens - short.tokens))
 
 
-def test_splits_are_disjoint_in_the_numbers_whatever_the_words():
-    keys = [{p.values for p in stories.problems(split, 300, 5)} for split in ("train", "validation", "test")]
+@WORLDS
+def test_splits_are_disjoint_in_the_numbers_whatever_the_words(world, operations):
+    splits = ("train", "validation", "test")
+    keys = [{p.values for p in stories.problems(split, 300, 5, operations, world)} for split in splits]
     assert not keys[0] & keys[1] and not keys[0] & keys[2] and not keys[1] & keys[2]
     one = stories.Problem("anna", "coins", 7, (("finds", 4), ("loses", 2), ("buys", 3)))
     assert one.split == stories.Problem("ben", "pens", 7, (("gets", 4), ("sells", 2), ("finds", 3))).split
 
 
-def test_corpus_instructions_and_training_prompts_hold_training_problems_only():
-    held_out = {tuple(p.prompt_ids[5:-4]) for split in ("validation", "test") for p in stories.problems(split, 500, 0)}
-    documents = list(stories.documents(60_000, 0))
+@WORLDS
+def test_corpus_instructions_and_training_prompts_hold_training_problems_only(world, operations):
+    held_out = {
+        tuple(p.prompt_ids[5:-4])
+        for split in ("validation", "test")
+        for p in stories.problems(split, 500, 0, operations, world)
+    }
+    documents = list(stories.documents(60_000, 0, operations, world=world))
     assert all(tuple(d[5 : 5 + len(key)]) != key for d in documents for key in list(held_out)[:50])
-    for prompt, _ in stories.instructions(20_000, 0.35, 0):
+    for prompt, _ in stories.instructions(20_000, 0.35, 0, operations, world):
         assert tuple(prompt[5:-4]) not in held_out
 
 
-def test_every_running_value_can_be_written_as_one_token():
-    for problem in stories.problems("train", 500, 1):
-        assert all(0 <= value <= stories.LARGEST for value in problem.values)
+@WORLDS
+def test_every_running_value_can_be_written_as_one_token(world, operations):
+    numbers = set(stories.vocabulary(world))
+    for problem in stories.problems("train", 500, 1, operations, world):
+        assert all(0 <= value <= world.largest and str(value) in numbers for value in problem.values)
+
+
+def test_a_word_has_one_id_in_every_world_and_no_world_says_what_it_does_not_know():
+    assert stories.vocabulary(WIDE)[: len(stories.VOCABULARY)] == stories.VOCABULARY == stories.vocabulary(SMALL)
+    assert len(set(stories.vocabulary(WIDE))) == len(stories.vocabulary(WIDE)) > 2 * len(stories.VOCABULARY)
+    rng = random.Random(0)
+    for world, operations in ((SMALL, (3, 5)), (WIDE, (3, 6))):
+        said = [token for d in stories.documents(60_000, 0, operations, world=world) for token in d]
+        for problem in stories.problems("train", 300, 1, operations, world):
+            said += problem.prompt_ids + stories.synthetic_answer(problem, rng, 0.4)
+        assert max(said) < len(stories.vocabulary(world))
+    assert max(said) > len(stories.VOCABULARY), "and the wide one does say more"
+
+
+def test_the_small_world_is_what_it_always_was():
+    """Its documents, problems and answers decide every committed number of the embedded domain."""
+    rng = random.Random(7)
+    made = {
+        "words": stories.VOCABULARY,
+        "prompts": [p.prompt_ids for split in ("train", "validation", "test") for p in stories.problems(split, 50, 3)],
+        "documents": list(stories.documents(20_000, 0)),
+        "instructions": list(stories.instructions(5000, 0.35, 0)),
+        "answers": [stories.synthetic_answer(p, rng, 0.4) for p in stories.problems("train", 50, 1)],
+    }
+    assert {name: hashlib.sha256(repr(value).encode()).hexdigest()[:16] for name, value in made.items()} == {
+        "words": "50441b4c13ad4571", "prompts": "42f8d3b6d0580baa", "documents": "d88a85b75204b959",
+        "instructions": "245efbd7066ced90", "answers": "00a1844ebf3a182e",
+    }  # fmt: skip
+
+
+def test_a_wide_worked_answer_gets_full_marks():
+    problem = stories.Problem("wanda", "kites", 41, (("wins", 8), ("donates", 9), *[("finds", 1)] * 4), WIDE.largest)
+    words, value = stories.analysis(problem, random.Random(0))
+    verdict = stories.check(problem, stories.encode([*words, *stories.stated(value), "</s>"]))
+    assert (verdict.correct_steps, verdict.wrong_steps, verdict.last_answer, verdict.ended) == (6, 0, 44, True)
+    assert "sixth finds 1 so 43 + 1 = 44 ." in " ".join(words)
+
+
+@WORLDS
+def test_wrong_steps_and_wrong_answers_stay_in_their_world(world, operations):
+    rng = random.Random(0)
+    for problem in stories.problems("train", 200, 0, operations, world):
+        words = [*stories.analysis(problem, rng, error_rate=1.0)[0], *stories.response(problem, rng, kind="bare")]
+        assert {int(word) for word in words if word.isdigit()} <= set(range(world.largest + 1))
 
 
 def test_where_every_answer_ends_its_end_follows_a_result():
@@ -130,12 +189,13 @@ def test_worked_instructions_are_right_and_end():
         assert stories.decode(answer).endswith(f"answer : {result} .")
 
 
-def test_the_tokenizer_agrees_with_the_checker(tmp_path):
+@WORLDS
+def test_the_tokenizer_agrees_with_the_checker(tmp_path, world, operations):
     from transformers import AutoTokenizer
 
-    stories.make_tokenizer().save_pretrained(tmp_path)
+    stories.make_tokenizer(world).save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    problem = stories.problems("test", 1, 0)[0]
+    problem = stories.problems("test", 1, 0, operations, world)[0]
     assert tokenizer(" ".join(problem.words))["input_ids"] == problem.prompt_ids
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
     assert tokenizer.decode(problem.prompt_ids, skip_special_tokens=True) == " ".join(problem.words)

@@ -13,17 +13,15 @@ answer. Everything here is our design; the published system uses real data.
 import random
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
+from c2f_utils.domain.worlds import SMALL, WIDE, World
 from c2f_utils.redundancy import duplicate_sentence_share, rep_n
 
 Split = Literal["train", "validation", "test"]
-LARGEST = 14
-NAMES = ("anna", "ben", "carl", "dora", "emil", "fay", "gus", "hana")
-ITEMS = ("coins", "apples", "cards", "books", "shells", "pens")
-GAINS, LOSSES = ("finds", "buys", "gets"), ("loses", "sells", "gives")
-ORDINALS = ("first", "second", "third", "fourth", "fifth")
+# The small world's are a part of these, in the same order.
+GAINS, ORDINALS = WIDE.gains, WIDE.ordinals
 THINK = ("let", "us", "think", ".")
 CHECK = ("let", "us", "check", ".")
 FORCED_ANALYSIS = "let us think . start with"
@@ -47,37 +45,39 @@ SPECIALS = ("<pad>", "<s>", "</s>", "<unk>")
 PAD, BOS, EOS = 0, 1, 2
 
 
-def _vocabulary() -> tuple[str, ...]:
-    words = [str(number) for number in range(LARGEST + 1)]
-    words += "question : answer how many has . ? + - = so start with".split()
-    words += [*NAMES, *ITEMS, *GAINS, *LOSSES, *ORDINALS, *THINK, *CHECK]
+def vocabulary(world: World = SMALL) -> tuple[str, ...]:
+    """Words by token id: those of the small world first, so that a word's id is the same in every world."""
+    numbers, names = SMALL.words[: SMALL.largest + 1], SMALL.words[SMALL.largest + 1 :]
+    words = [*numbers, *"question : answer how many has . ? + - = so start with".split(), *names, *THINK, *CHECK]
     words += [word for filler in FILLERS for word in filler]
-    return (*SPECIALS, *dict.fromkeys(words))
+    return (*SPECIALS, *dict.fromkeys([*words, *world.words]))
 
 
-VOCABULARY = _vocabulary()
-IDS = {word: index for index, word in enumerate(VOCABULARY)}
+VOCABULARY = vocabulary()
+_WORDS = vocabulary(WIDE)
+IDS = {word: index for index, word in enumerate(_WORDS)}
 _STOP = IDS["."]
 
 
 def encode(words: Sequence[str]) -> list[int]:
-    """Token ids of a list of words; raises KeyError for a word outside the vocabulary."""
+    """Token ids of a list of words; raises KeyError for a word outside every world."""
     return [IDS[word] for word in words]
 
 
 def decode(ids: Sequence[int]) -> str:
     """Text of token ids without the special tokens."""
-    return " ".join(VOCABULARY[i] for i in ids if i >= len(SPECIALS))
+    return " ".join(_WORDS[i] for i in ids if i >= len(SPECIALS))
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One story: a start value and operations (verb, operand); every running value lies in 0..14."""
+    """One story: a start value and operations (verb, operand); every running value lies in 0..largest."""
 
     name: str
     item: str
     start: int
     operations: tuple[tuple[str, int], ...]
+    largest: int = field(default=SMALL.largest, repr=False, compare=False)
 
     @property
     def values(self) -> tuple[int, ...]:
@@ -110,29 +110,31 @@ class Problem:
         return {0: "validation", 1: "test"}.get(zlib.crc32(key.encode()) % 8, "train")
 
 
-def draw_problem(rng: random.Random, operations: tuple[int, int] = (3, 5)) -> Problem:
-    """One random problem of any split with between `operations[0]` and `operations[1]` steps (at most 5)."""
-    value = start = rng.randint(1, 9)
+def draw_problem(rng: random.Random, operations: tuple[int, int] = (3, 5), world: World = SMALL) -> Problem:
+    """One random problem of any split with between `operations[0]` and `operations[1]` steps."""
+    value = start = rng.randint(1, world.start)
     steps: list[tuple[str, int]] = []
     for _ in range(rng.randint(*operations)):
-        operand = rng.randint(1, 4)
+        operand = rng.randint(1, world.operand)
         gain = rng.random() < 0.5
-        if not 0 <= value + (operand if gain else -operand) <= LARGEST:
+        if not 0 <= value + (operand if gain else -operand) <= world.largest:
             gain = not gain
-        steps.append((rng.choice(GAINS if gain else LOSSES), operand))
+        steps.append((rng.choice(world.gains if gain else world.losses), operand))
         value += operand if gain else -operand
-    return Problem(rng.choice(NAMES), rng.choice(ITEMS), start, tuple(steps))
+    return Problem(rng.choice(world.names), rng.choice(world.items), start, tuple(steps), world.largest)
 
 
-def problems(split: Split, count: int, seed: int, operations: tuple[int, int] = (3, 5)) -> list[Problem]:
+def problems(
+    split: Split, count: int, seed: int, operations: tuple[int, int] = (3, 5), world: World = SMALL
+) -> list[Problem]:
     """`count` distinct problems of one split, the same for the same seed; raises ValueError if `operations` asks for
-    over 5 steps."""
-    if operations[1] > len(ORDINALS) or operations[0] > operations[1]:
-        raise ValueError(f"operations = {operations}: expected (fewest, most) with at most {len(ORDINALS)}")
+    more steps than the world has."""
+    if operations[1] > len(world.ordinals) or operations[0] > operations[1]:
+        raise ValueError(f"operations = {operations}: expected (fewest, most) with at most {len(world.ordinals)}")
     rng = random.Random(f"{split}-{seed}")
     found: dict[Problem, None] = {}
     while len(found) < count:
-        problem = draw_problem(rng, operations)
+        problem = draw_problem(rng, operations, world)
         if problem.split == split:
             found[problem] = None
     return list(found)
@@ -150,8 +152,8 @@ def analysis(
     for ordinal, (verb, operand) in list(zip(ORDINALS, problem.operations, strict=False))[:steps]:
         sign = "+" if verb in GAINS else "-"
         result = value + (operand if sign == "+" else -operand)
-        if rng.random() < error_rate or not 0 <= result <= LARGEST:
-            result = rng.choice([n for n in range(LARGEST + 1) if n != result])
+        if rng.random() < error_rate or not 0 <= result <= problem.largest:
+            result = rng.choice([n for n in range(problem.largest + 1) if n != result])
         words += [ordinal, verb, str(operand), "so", str(value), sign, str(operand), "=", str(result), "."]
         value = result
     return words, value
@@ -164,7 +166,7 @@ def stated(value: int) -> list[str]:
 def _answer(problem: Problem, rng: random.Random, right: float) -> list[str]:
     if rng.random() < right:
         return stated(problem.answer)
-    return stated(rng.choice([n for n in range(LARGEST + 1) if n != problem.answer]))
+    return stated(rng.choice([n for n in range(problem.largest + 1) if n != problem.answer]))
 
 
 def _ramble(words: list[str], rng: random.Random, room: int) -> list[str]:
@@ -218,11 +220,11 @@ def response(
     return words[:longest]
 
 
-def _drill(rng: random.Random) -> list[str]:
+def _drill(rng: random.Random, world: World) -> list[str]:
     words: list[str] = []
     for _ in range(rng.randint(4, 10)):
-        value, operand = rng.randint(0, LARGEST), rng.randint(1, 4)
-        gain = value + operand <= LARGEST and (value < operand or rng.random() < 0.5)
+        value, operand = rng.randint(0, world.largest), rng.randint(1, world.operand)
+        gain = value + operand <= world.largest and (value < operand or rng.random() < 0.5)
         words += [
             str(value),
             "+" if gain else "-",
@@ -235,16 +237,21 @@ def _drill(rng: random.Random) -> list[str]:
 
 
 def documents(
-    tokens: int, seed: int, operations: tuple[int, int] = (3, 5), longest: int = 160, ends: bool = False
+    tokens: int,
+    seed: int,
+    operations: tuple[int, int] = (3, 5),
+    longest: int = 160,
+    ends: bool = False,
+    world: World = SMALL,
 ) -> Iterator[list[int]]:
     """Base-corpus documents (token ids, begin-of-sequence first) until `tokens` tokens are reached; training
     problems only. With `ends` every answer stops at its result, as no corpus of the embedded base does."""
     rng = random.Random(f"documents-{seed}")
     while tokens > 0:
         if rng.random() < 0.15:
-            document = [BOS, *encode(_drill(rng)), EOS]
+            document = [BOS, *encode(_drill(rng, world)), EOS]
         else:
-            problem = draw_problem(rng, operations)
+            problem = draw_problem(rng, operations, world)
             if problem.split != "train":
                 continue
             prompt = problem.prompt_ids
@@ -254,13 +261,13 @@ def documents(
 
 
 def instructions(
-    tokens: int, worked_share: float, seed: int, operations: tuple[int, int] = (3, 5)
+    tokens: int, worked_share: float, seed: int, operations: tuple[int, int] = (3, 5), world: World = SMALL
 ) -> Iterator[tuple[list[int], list[int]]]:
     """Concise (prompt, answer) examples until `tokens` tokens are reached: right answers that end, some worked step
     by step."""
     rng = random.Random(f"instructions-{seed}")
     while tokens > 0:
-        problem = draw_problem(rng, operations)
+        problem = draw_problem(rng, operations, world)
         if problem.split != "train":
             continue
         steps, value = analysis(problem, rng)
@@ -326,7 +333,7 @@ def check(problem: Problem, ids: Sequence[int]) -> Verdict:
     answers: list[int] = []
     spoken = sentences(ids)
     for sentence in spoken:
-        words = [VOCABULARY[token] for token in sentence]
+        words = [_WORDS[token] for token in sentence]
         if len(words) == 3 and words[:2] == ["answer", ":"] and words[2].isdigit():
             answers.append(int(words[2]))
         elif tuple(words) == CHECK[:-1]:
@@ -373,12 +380,13 @@ def synthetic_answer(problem: Problem, rng: random.Random, cut_share: float, lon
     return ids[: rng.randint(4, max(5, len(ids)))] if rng.random() < cut_share else ids
 
 
-def make_tokenizer():
-    """The domain's word-level tokenizer in Hugging Face format; it puts `<s>` before a text and PAD is not EOS."""
+def make_tokenizer(world: World = SMALL):
+    """A world's word-level tokenizer in Hugging Face format; it puts `<s>` before a text and PAD is not EOS."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    raw = Tokenizer(models.WordLevel(IDS, unk_token="<unk>"))
+    ids = {word: index for index, word in enumerate(vocabulary(world))}
+    raw = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
     return PreTrainedTokenizerFast(

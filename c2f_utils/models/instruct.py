@@ -36,7 +36,10 @@ def train(
     from c2f_utils.models import course
 
     config = settings.instruct
-    examples = list(stories.instructions(config.tokens, config.worked_share, settings.seed, settings.data.operations))
+    data = settings.data
+    examples = list(
+        stories.instructions(config.tokens, config.worked_share, settings.seed, data.operations, data.world)
+    )
     dataset = Dataset.from_dict(
         {
             "input_ids": [prompt + answer for prompt, answer in examples],

@@ -1,4 +1,5 @@
-"""Pretraining of the embedded base model: a real `MistralForCausalLM` checkpoint in about two minutes of one CPU core.
+"""Pretraining of the embedded base model: a real `MistralForCausalLM` checkpoint in about two minutes of one CPU core,
+or a larger one on a GPU.
 
 Inputs: `settings.pretrain`, the document generator. Outputs: `model/` (safetensors, config, tokenizer) and the loss
 curve. Step-by-step arithmetic appears as a phase transition that depends on the number of updates more than on
@@ -9,22 +10,24 @@ documents of similar length), no resume (it takes minutes).
 
 import random
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from c2f_utils.domain import stories
+from c2f_utils.models.loading import device, fuse_norms
 from c2f_utils.settings.config import Pretrain, Settings
 
 
-def new_model(config: Pretrain, seed: int) -> nn.Module:
-    """A randomly initialised Mistral-layout model of the embedded domain's vocabulary, float32."""
+def new_model(config: Pretrain, seed: int, words: int = len(stories.VOCABULARY)) -> nn.Module:
+    """A randomly initialised Mistral-layout model of a vocabulary of so many words, float32, on the CPU."""
     from transformers import MistralConfig, MistralForCausalLM
 
     torch.manual_seed(seed)
     return MistralForCausalLM(MistralConfig(
-        vocab_size=len(stories.VOCABULARY), hidden_size=config.hidden_size, intermediate_size=config.intermediate_size,
+        vocab_size=words, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size,
         num_hidden_layers=config.layers, num_attention_heads=config.heads, num_key_value_heads=config.key_value_heads,
         max_position_embeddings=config.max_positions, sliding_window=None, tie_word_embeddings=False,
         bos_token_id=stories.BOS, eos_token_id=stories.EOS, pad_token_id=stories.PAD,
@@ -79,18 +82,28 @@ def schedule(progress: float) -> float:
     return 1.0 if progress < 0.5 else 1.0 - 0.95 * (progress - 0.5) / 0.5
 
 
+def precision(place: torch.device) -> AbstractContextManager:
+    """On a GPU products in bfloat16 beside float32 weights; on a CPU plain float32."""
+    # Not TF32: that switch is the whole process's, and RLHF's self-check compares log-probabilities to 1e-4 nats.
+    return torch.autocast("cuda", torch.bfloat16) if place.type == "cuda" else nullcontext()
+
+
 def pretrain(settings: Settings, log=lambda row: None) -> nn.Module:
     """Train a new base model; `log` receives {"step", "tokens", "loss" (nats per token), "lr"} about 100 times."""
     config = settings.pretrain
-    documents = stories.documents(config.tokens, settings.seed, settings.data.operations)
-    return train(new_model(config, settings.seed), documents, config, settings.seed, log)
+    world = settings.data.world
+    documents = stories.documents(config.tokens, settings.seed, settings.data.operations, world=world)
+    model = new_model(config, settings.seed, len(stories.vocabulary(world)))
+    return train(fuse_norms(model.to(device(settings.models))), documents, config, settings.seed, log)
 
 
 def train(
     model: nn.Module, documents: Iterable[list[int]], config: Pretrain, seed: int, log=lambda row: None
 ) -> nn.Module:
-    """Train `model` on `documents` (token ids, about `config.tokens` in all, which sets the learning rates' decay)."""
+    """Train `model` where it is on `documents` (token ids, about `config.tokens` in all, which sets the learning rates'
+    decay)."""
     model.train()
+    place = next(model.parameters()).device
     groups = optimisers(model, config)
     initial = [[g["lr"] for g in o.param_groups] for o in groups]
     every = max(1, config.tokens // config.tokens_per_step // 100)
@@ -101,14 +114,16 @@ def train(
         for optimiser, rates in zip(groups, initial, strict=True):
             for group, rate in zip(optimiser.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
-        # Right padding needs no mask in a causal model: no real token ever sees it.
-        logits = model(batch[:, :-1], use_cache=False).logits
-        loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), ignore_index=stories.PAD)
+        tokens += int((batch != stories.PAD).sum())  # on the CPU: counted there, a GPU would be waited for
+        batch = batch.to(place)
+        with precision(place):
+            # Right padding needs no mask in a causal model: no real token ever sees it.
+            logits = model(batch[:, :-1], use_cache=False).logits
+            loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), ignore_index=stories.PAD)
         loss.backward()
         for optimiser in groups:
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
-        tokens += int((batch != stories.PAD).sum())
         losses.append(loss.detach())
         if step % every == 0:
             log(

@@ -11,7 +11,7 @@ from c2f_utils.settings.config import Settings
 from c2f_utils.settings.load import load_settings
 
 DECIDING = {
-    "00_environment_and_data": "data.source data.preferences data.operations data.test_prompts",
+    "00_environment_and_data": "data.source data.preferences data.operations data.vocabulary data.test_prompts",
     "01_base_model": (
         "models.base pretrain.hidden_size pretrain.layers pretrain.tokens pretrain.tokens_per_step "
         "pretrain.learning_rate_matrices pretrain.learning_rate_other"

@@ -10,10 +10,11 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from c2f_utils.domain.forms import Form
+from c2f_utils.domain.worlds import WORLDS, World
 from c2f_utils.settings.kinds import Count, NonNegative, Positive, Rate, Section, Share
 from c2f_utils.settings.laws import Law
 
-PROFILES = ("smoke", "tiny", "small_gpu", "mistral_7b")
+PROFILES = ("smoke", "tiny", "gpu_demo", "small_gpu", "mistral_7b")
 
 STAGES = (
     "00_environment_and_data", "01_base_model", "02_reward_model", "03_coarse_rlhf", "04_length_schedules",
@@ -88,9 +89,17 @@ class Data(Section):
     operations: tuple[Positive, Positive] = Field(
         (3, 5), description="fewest and most steps of an embedded problem", strict=False
     )
+    vocabulary: Literal["small", "wide"] = Field(
+        "small", description="words and numbers of embedded problems: 0 to 14, or 0 to 49 with many more words"
+    )
     max_prompt_tokens: Positive = Field(64, description="longer prompts are left out and counted, tokens")
     validation_prompts: Positive = Field(256, description="problems for choices such as the merge coefficient")
     test_prompts: Positive = Field(256, description="problems for reported figures; disjoint from all others")
+
+    @property
+    def world(self) -> World:
+        """What embedded problems are made of."""
+        return WORLDS[self.vocabulary]
 
 
 class Pretrain(Section):
@@ -298,7 +307,7 @@ class Evaluation(Section):
 class Settings(Section):
     """Everything a run depends on."""
 
-    profile: Literal["smoke", "tiny", "small_gpu", "mistral_7b"]
+    profile: Literal[PROFILES]
     seed: Count = 0
     run_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = "lab"
     study: bool = False

@@ -260,10 +260,11 @@ def _positions(settings: Settings) -> list[str]:
         "evaluation.max_tokens": settings.evaluation.max_tokens,
     }
     if settings.embedded:
-        fewest, most = settings.data.operations
-        if not 2 <= fewest <= most <= 5:
+        (fewest, most), steps = settings.data.operations, len(settings.data.world.ordinals)
+        if not 2 <= fewest <= most <= steps:
             return [
-                f"data.operations = {[fewest, most]}: expected two numbers from 2 to 5, the smaller first: write [3, 5]"
+                f"data.operations = {[fewest, most]}: expected two numbers from 2 to {steps}, the smaller first: "
+                "write [3, 5]"
             ]
         positions, prompt, name = (
             settings.pretrain.max_positions,

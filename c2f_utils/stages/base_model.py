@@ -29,7 +29,7 @@ def make(run: Run) -> dict:
     losses: list[dict] = []
     if settings.embedded:
         # Made here: there is no earlier stage to ask for them.
-        inputs.base_source, inputs.tokenizer = str(here.dir / "model"), stories.make_tokenizer()
+        inputs.base_source, inputs.tokenizer = str(here.dir / "model"), stories.make_tokenizer(settings.data.world)
         with here.timer("pretraining"):
             model = pretrain.pretrain(settings, losses.append)
         save_model(model, inputs.tokenizer, here.path("model"))

@@ -41,7 +41,7 @@ def prompts(
     """
     if settings.embedded:
         seed = settings.seed if seed is None else seed
-        return make_prompts(stories.problems(split, count, seed, settings.data.operations))
+        return make_prompts(stories.problems(split, count, seed, settings.data.operations, settings.data.world))
     return _hub_prompts(settings, split, count, tokenizer)
 
 
@@ -133,9 +133,9 @@ def embedded_pairs(settings: Settings, base, tokenizer, count: int, seed: int) -
 
     The label compares utility plus a small length bonus under Gaussian noise; see `Reward` for the sizes.
     """
-    reward = settings.reward
+    reward, stated = settings.reward, settings.data
     rng = random.Random(f"pairs-{seed}")
-    questions = stories.problems("train", count, rng.getrandbits(32), settings.data.operations)
+    questions = stories.problems("train", count, rng.getrandbits(32), stated.operations, stated.world)
     sampled = round(count * reward.base_share)
     asked, seed = make_prompts([q for q in questions[:sampled] for _ in (0, 1)]), rng.getrandbits(32)
     base_answers = choose(base, tokenizer)(asked, PAIR_ANSWER_TOKENS, seed=seed) if asked else []

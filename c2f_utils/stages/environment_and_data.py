@@ -16,7 +16,7 @@ from c2f_utils.settings.load import load_settings
 from c2f_utils.stages import data
 
 # GPU memory in GiB that a profile is laid out for; 0 = none needed.
-_GPU_GIB = {"smoke": 0, "tiny": 0, "small_gpu": 24, "mistral_7b": 80}
+_GPU_GIB = {"smoke": 0, "tiny": 0, "gpu_demo": 16, "small_gpu": 24, "mistral_7b": 80}
 SHOWN = 4
 
 
@@ -60,8 +60,9 @@ def make(run: Run) -> dict:
 
 def _embedded(run: Run) -> dict:
     settings, rng = run.settings, random.Random(run.settings.seed)
-    problems = stories.problems("train", SHOWN, settings.seed, settings.data.operations)
-    documents = itertools.islice(stories.documents(10_000, settings.seed, settings.data.operations), SHOWN)
+    operations, world = settings.data.operations, settings.data.world
+    problems = stories.problems("train", SHOWN, settings.seed, operations, world)
+    documents = itertools.islice(stories.documents(10_000, settings.seed, operations, world=world), SHOWN)
     pairs: dict[str, list[dict]] = {"chosen": [], "rejected": []}
     for problem in problems:
         answers = [stories.synthetic_answer(problem, rng, settings.reward.cut_share) for _ in (0, 1)]
@@ -69,7 +70,7 @@ def _embedded(run: Run) -> dict:
         for role, ids, utility in zip(pairs, (pair.first, pair.second), pair.utilities, strict=True):
             pairs[role].append(_sample(problem, ids, utility))
     examples = itertools.islice(
-        stories.instructions(10_000, settings.instruct.worked_share, settings.seed, settings.data.operations), SHOWN
+        stories.instructions(10_000, settings.instruct.worked_share, settings.seed, operations, world), SHOWN
     )
     return {
         "sizes": {
@@ -78,7 +79,7 @@ def _embedded(run: Run) -> dict:
             "instruction tokens": settings.instruct.tokens,
             "validation problems": settings.data.validation_prompts,
             "test problems": settings.data.test_prompts,
-            "words in the vocabulary": len(stories.VOCABULARY),
+            "words in the vocabulary": len(stories.vocabulary(world)),
         },
         "documents": [
             {"prompt": f"document {i + 1}", "text": stories.decode(d), "tokens": len(d)}

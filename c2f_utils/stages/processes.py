@@ -24,7 +24,7 @@ from c2f_utils.coarse import checkpoints
 from c2f_utils.errors import C2FError, problems
 from c2f_utils.files import read_jsonl, read_mapping, write_text
 from c2f_utils.runs.run import Run
-from c2f_utils.settings.config import Settings
+from c2f_utils.settings.config import PROFILES, Settings
 from c2f_utils.settings.load import NAMED, load_settings
 
 STAGE = "03_coarse_rlhf"
@@ -38,7 +38,7 @@ def read_run(path: Path) -> Settings:
     values = read_mapping(path)
     unknown = [f"{key!r} is not a key of a run file; expected {', '.join(KEYS)}" for key in values if key not in KEYS]
     if "profile" not in values:
-        unknown.append("there is no 'profile'; expected one of smoke, tiny, small_gpu, mistral_7b")
+        unknown.append(f"there is no 'profile'; expected one of {', '.join(PROFILES)}")
     if unknown:
         raise problems(f"run file {path} cannot be used:", unknown)
     return load_settings(**values)

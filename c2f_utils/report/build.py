@@ -16,6 +16,7 @@ from c2f_utils.errors import C2FError, CannotWrite
 from c2f_utils.files import read_json, read_jsonl, sha256, write_json, write_text
 from c2f_utils.report import figures, sources, tables, verdicts
 from c2f_utils.report.document import Document, to_html, to_markdown
+from c2f_utils.report.letters import in_markdown
 from c2f_utils.report.results import DECODINGS, MAIN, PARENTS_OF_06
 
 _DRAWING_ERRORS = (C2FError, KeyError, IndexError, TypeError, ValueError, AttributeError)
@@ -38,13 +39,11 @@ def overview(run_dir: object) -> str:
     if "07_evaluation" in stages:
         results = read_json(stages["07_evaluation"] / "results.json")
         decoding = sources.decodings(results)[0]
-        parts += [f"Models of run {tables.escape_markdown(run.name)}, {DECODINGS[decoding]}"]
+        parts += [f"Models of run {in_markdown(run.name)}, {DECODINGS[decoding]}"]
         parts += [tables.markdown(sources.short(tables.model_table(results, decoding)))]
     for name, path in stages.items():
         if words := verdicts.everything({name: read_json(path / "results.json")}).get(name):
-            parts.append(
-                f"**{sources.STAGES[name][0]}**\n\n" + "\n".join(f"- {tables.escape_markdown(line)}" for line in words)
-            )
+            parts.append(f"**{sources.STAGES[name][0]}**\n\n" + "\n".join(f"- {in_markdown(line)}" for line in words))
     if missing := [name for name in sources.STAGES if name not in stages]:
         parts.append("Not run yet: " + ", ".join(f"notebooks/{name}.ipynb" for name in missing) + ".")
     return "\n\n".join(parts) + "\n"

@@ -44,7 +44,8 @@ def _recorded(stage: Path, seed: bool) -> dict[str, object]:
     made = Settings.recorded(sources.read(stage / "config.json").get("settings", {}))
     words = sources.read(stage / "provenance.json").get("words", {})
     own = {f"own {part}": said for part, said in words.items() if said != _OF_SETTINGS}
-    return flat({key: value for key, value in made.items() if seed or key != "seed"}) | own
+    dotted = flat({key: value for key, value in made.items() if seed or key != "seed"})
+    return {key: value for key, value in dotted.items() if value is not None} | own
 
 
 def arms(runs: Sequence[Path]) -> list[list[Path]]:

@@ -26,7 +26,7 @@ def results(tmp_path_factory):
         ((-0.02, 0.2, 0.1), "tie"),
         ((-0.02, 0.05, 0.1), "equivalent"),
         ((0.01, 0.05, 0.1), "equivalent"),
-        ((0.0, 0.0), "tie"),
+        ((0.0, 0.0, 0.1), "tie"),
         ((None, None), "unknown"),
     ],
 )

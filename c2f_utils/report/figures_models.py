@@ -66,7 +66,7 @@ def _frontier_axes(ax: Axes, rows: list[dict], metric: str, across: str, decodin
         say(ax, f"no model was evaluated with {DECODINGS.get(decoding, decoding)}")
         return
     both = metric == "accuracy_last" and known(column(rows, "accuracy_first"))
-    points, obstacles = [], []
+    points, obstacles, owners = [], [], []
     for row in rows:
         x, y, role = row[across], row[metric], row["role"]
         colour, marker = ROLE_COLOURS.get(role, INK), ROLE_MARKERS.get(role, "o")
@@ -75,6 +75,7 @@ def _frontier_axes(ax: Axes, rows: list[dict], metric: str, across: str, decodin
             ax.plot([x, x], [y, first], color=colour, linewidth=0.8, alpha=0.7, zorder=2)
             ax.scatter(x, first, 14, facecolors="white", edgecolors=colour, linewidths=0.8, zorder=3)
             obstacles += [(x, y + (first - y) * step / 5) for step in range(1, 6)]
+            owners += [len(points)] * 5
         ax.scatter(x, y, _SIZES.get(role, 18), color=colour, marker=marker, zorder=4, linewidths=0)
         points.append((x, y))
     ax.margins(0.12, 0.12)
@@ -83,7 +84,7 @@ def _frontier_axes(ax: Axes, rows: list[dict], metric: str, across: str, decodin
         ax.set_ylabel("accuracy (filled: last answer, hollow: first)")
     colours = [ROLE_COLOURS.get(row["role"], INK) for row in rows]
     bold = [row["role"] != "control" for row in rows]
-    point_labels(ax, points, [row["label"] for row in rows], colours, obstacles, size, bold)
+    point_labels(ax, points, [row["label"] for row in rows], colours, obstacles, size, bold, owners)
 
 
 _SIZES = {"fine": 90, "coarse": 45, "base": 32, "instruct": 40}

@@ -5,10 +5,14 @@ UNCHECKED = "the exact checker knows only the embedded domain"
 
 def outcome(low: float | None, high: float | None, margin: float = 0.0) -> str:
     """What the interval of a - b says: better, worse, a tie (it contains zero), or, where it lies within `margin` on
-    both sides, equivalent. Unknown without an interval: a sign is no verdict."""
+    both sides, equivalent. Unknown without an interval: a sign is no verdict.
+
+    Answers that never differed have a bootstrap interval without width, which says nothing of those not asked for: a
+    tie.
+    """
     if low is None or high is None:
         return "unknown"
-    if -margin < low and high < margin:
+    if -margin < low < high < margin:
         return "equivalent"
     return "better" if low > 0 else "worse" if high < 0 else "tie"
 

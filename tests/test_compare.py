@@ -110,6 +110,13 @@ def test_the_command_names_settings_and_numbers_that_differ_and_identical_stages
     assert "    curve[1].reward: " in every and "    curve[2].reward: " in every
 
 
+def test_rows_with_a_name_are_found_by_it_wherever_they_stand():
+    rows = [{"name": "only mlp", "score": 1.0}, {"name": "all", "score": 2.0}]
+    assert compare.numbers({"layers": rows}) == compare.numbers({"layers": rows[::-1]})
+    assert compare.numbers({"layers": rows})["layers[only mlp].score"] == 1.0
+    assert compare.numbers([rows[0], rows[0], 3, True]) == {"[0].score": 1.0, "[1].score": 1.0, "[2]": 3}
+
+
 @pytest.mark.parametrize("pair", [("a", "absent"), ("absent", "a")])
 def test_a_run_that_is_not_there_is_refused_with_those_that_are(outputs, capsys, pair):
     fake_run(outputs, "a")

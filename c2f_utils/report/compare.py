@@ -152,14 +152,22 @@ def _results(stage: str, files: Sequence[Path], every: bool) -> list[str]:
 
 
 def numbers(value: object, name: str = "") -> dict[str, float]:
-    """Every number in a result by its place, e.g. `curve[3].reward`; switches are no numbers."""
+    """Every number in a result by its place, e.g. `curve[3].reward` or `layers[only mlp].score`; switches are no
+    numbers."""
     if isinstance(value, dict):
         parts = [(f"{name}.{key}" if name else str(key), item) for key, item in value.items()]
     elif isinstance(value, list):
-        parts = [(f"{name}[{index}]", item) for index, item in enumerate(value)]
+        parts = [(f"{name}[{place}]", item) for place, item in zip(_places(value), value, strict=True)]
     else:
         return {name: value} if isinstance(value, int | float) and not isinstance(value, bool) else {}
     return {key: number for place, item in parts for key, number in numbers(item, place).items()}
+
+
+def _places(rows: list) -> Sequence[object]:
+    """What tells the rows of a list apart: their words, where they have any, or else their numbers in the list."""
+    words = [" ".join(item for item in row.values() if isinstance(item, str)) for row in rows if isinstance(row, dict)]
+    named = all(0 < len(each) <= 80 for each in words) and len(set(words)) == len(rows)
+    return words if named else range(len(rows))
 
 
 def _both(values: tuple[float | None, float | None]) -> str:

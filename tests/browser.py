@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -79,8 +80,8 @@ def lab(folder: Path, own: Path) -> Iterator[Callable[[str], str]]:
 @contextlib.contextmanager
 def _started(command: list[str], environment: dict[str, str]) -> Iterator[None]:
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(command, env=environment, **quiet) as process:
+    with subprocess.Popen(command, env=environment, start_new_session=True, **quiet) as process:
         try:
             yield
-        finally:
-            process.terminate()
+        finally:  # a polite end may never come; a kernel whose server is gone ends by itself
+            os.killpg(process.pid, signal.SIGKILL)

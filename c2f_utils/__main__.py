@@ -55,6 +55,13 @@ def _table(options: argparse.Namespace) -> int:
     return 0
 
 
+def _diff(options: argparse.Namespace) -> int:
+    from c2f_utils.report import compare
+
+    print(compare.text(options.a, options.b, options.all))
+    return 0
+
+
 def _merge(options: argparse.Namespace) -> int:
     from c2f_utils.merge import load_recipe, plan_merge, run_merge, verify_and_record
 
@@ -77,7 +84,7 @@ def _merge(options: argparse.Namespace) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="c2f", description="Coarse-to-fine workbench: run notebooks, list runs, merge models."
+        prog="c2f", description="Coarse-to-fine workbench: run notebooks, list and compare runs, merge models."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -102,6 +109,14 @@ def _parser() -> argparse.ArgumentParser:
     table = commands.add_parser("table", help="list all runs", description="One line per stage, the latest last.")
     table.add_argument("--run-id", help="only this run")
     table.set_defaults(action=_table)
+
+    diff = commands.add_parser(
+        "diff", help="compare two runs", description="Settings and results in which two runs differ."
+    )
+    diff.add_argument("a", metavar="A", help="a run's folder under outputs/")
+    diff.add_argument("b", metavar="B", help="another run's")
+    diff.add_argument("--all", action="store_true", help="every number, also of long lists")
+    diff.set_defaults(action=_diff)
 
     merge = commands.add_parser("merge", help="merge models by a recipe", description="Merge models by a recipe file.")
     merge.add_argument("recipe", metavar="RECIPE.yaml")

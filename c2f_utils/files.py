@@ -90,6 +90,14 @@ def or_null(value: object) -> object:
         return None
 
 
+def flat(settings: dict, prefix: str = "") -> dict[str, object]:
+    """Nested mappings with dotted keys, e.g. `coarse.law.start`."""
+    pairs: dict[str, object] = {}
+    for key, value in settings.items():
+        pairs |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return pairs
+
+
 def append_jsonl(path: Path, row: object) -> None:
     """Append one JSON line with a single write, so that readers see whole lines."""
     line = json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n"

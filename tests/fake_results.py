@@ -64,7 +64,7 @@ def fake_run(tmp_path: Path, run_id: str = "demo", seed: int = 0, checker: bool 
             continue
         here = run / stage
         here.mkdir(parents=True)
-        settings = {"profile": "tiny", "seed": seed}
+        settings = {"profile": "tiny", "seed": seed, "coarse": {"iterations": 17}}
         dump(here / "config.json", {"stage": stage, "settings": settings, "threads": 1})
         dump(here / "status.json", status(number))
         dump(here / "provenance.json", provenance(stage, seed))

@@ -31,6 +31,9 @@ def private(outputs, monkeypatch):
     monkeypatch.setattr(cells, "_here", None)  # a kernel has one life; these tests stand for many kernels
 
 
+OPENED = "lambda: notebook.start(globals(), '01_base_model')"  # a cell that opens the run, for the record alone
+
+
 def session(*cells: str) -> dict:
     """The namespace of a notebook in which these cells have been run (all of them, magics aside)."""
     namespace: dict = {"In": ["", *cells]}
@@ -76,6 +79,40 @@ def test_wrong_parameters_are_refused_with_the_right_spelling(injected, said):
     assert not list(files.outputs().iterdir()), "nothing was begun"
 
 
+@pytest.mark.parametrize(
+    ("cells", "said"),
+    [
+        ([PARAMETERS, "runid: str = 'x'"], "'runid'; did you mean 'run_id'?"),
+        ([PARAMETERS.replace("run_id:", "runid:")], "'runid'; did you mean 'run_id'?"),
+        ([PARAMETERS.replace("seed:", "sede:")], "'sede'; did you mean 'seed'?"),
+        ([PARAMETERS + "Run_ID: str = 'x'"], "'Run_ID'; did you mean 'run_id'?"),
+        (
+            [PARAMETERS, "iterations: int = 3"],
+            "'iterations'; a setting is written with its section: coarse.iterations=",
+        ),
+        ([PARAMETERS, OPENED, "runid: str = 'x'"], "'runid'; did you mean 'run_id'?"),
+        ([PARAMETERS + "own_law: bool = False", "ownlaw: bool = True"], "'ownlaw'; did you mean 'own_law'?"),
+    ],
+)
+def test_a_parameter_misspelt_in_a_cell_is_refused_with_the_likely_spelling(cells, said):
+    with pytest.raises(C2FError) as caught:
+        notebook.start(session(*cells), BASE)
+    assert f"there is no parameter {said}" in str(caught.value)
+    assert not list(files.outputs().iterdir()), "the run 'lab' is not touched"
+
+
+def test_parameters_of_one_notebook_and_those_typed_in_a_cell_of_their_own_are_taken():
+    own = PARAMETERS + "runs: list = []\nseeds: list = [1]\n"
+    assert notebook.start(session(own, "run_id: str = 'mine'\nprofile: str = 'smoke'"), BASE).id == "mine"
+
+
+def test_a_misspelt_parameter_is_forgotten_once_it_is_corrected():
+    corrected = session(PARAMETERS.replace("run_id:", "runid:"), PARAMETERS)
+    assert notebook.start(corrected, BASE).id == "lab"
+    for again in ("run_id: str = 'x'", PARAMETERS.replace("lab", "x"), "del runid\nrun_id = 'x'"):
+        assert notebook.start(session(PARAMETERS, "runid: str = 'y'", again), BASE).id == "x"
+
+
 def test_all_wrong_parameters_are_named_at_once():
     with pytest.raises(C2FError) as caught:
         notebook.start(session(PARAMETERS, "# Parameters\nsede = 1\nstudy = 'no'\n"), BASE)
@@ -87,11 +124,12 @@ def test_the_first_cell_can_be_run_again_after_later_cells_made_variables():
         PARAMETERS,
         "# Parameters\nseed = 2\n",
         "%matplotlib inline",
-        "losses = [1]\nrate: float = 'x'",
+        OPENED,
+        "losses = [1]\nrate: float = 'x'\nlaw: object = None\nseeds: list = [1]",
         "broken ( cell",
     )
-    namespace = session(*cells[:4])
-    namespace["In"].append(cells[4])
+    namespace = session(*cells[:3], cells[4])
+    namespace["In"] = ["", *cells]
     first = notebook.start(namespace, BASE)
     second = notebook.start(namespace, BASE)
     assert first.here.dir == second.here.dir and second.here.state() == "running"

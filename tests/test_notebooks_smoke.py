@@ -170,9 +170,12 @@ def test_the_evaluation_has_every_model_control_and_decoding(smoke_run):
     compared = {(row["b"], row["metric"], row["decoding"]) for row in found["paired"]}
     others = {*PARENTS, *CONTROLS} - {"fine"}
     assert {
-        (b, metric, d) for b in others for metric in ("accuracy_last", "accuracy_first") for d in DECODINGS
+        (b, metric, d) for b in others for metric in ("accuracy_last", "accuracy_first", "reward") for d in DECODINGS
     } <= compared
     for row in found["paired"]:
+        if row["metric"] == "reward":
+            fine, other = (found["models"][row[side]][row["decoding"]]["reward"] for side in "ab")
+            assert row["difference"] == pytest.approx(fine - other, abs=1e-5)
         assert row["a"] == "fine" and row["low"] <= row["difference"] <= row["high"] and 0 <= row["p"] <= 1
 
 

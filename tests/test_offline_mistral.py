@@ -50,7 +50,7 @@ def test_metrics_that_need_the_checker_are_null_and_the_others_are_not(offline_r
     for model in evaluation["models"].values():
         for decoding in DECODINGS:
             check_metrics(model[decoding], checker=False, longest=16)
-    assert {row["metric"] for row in evaluation["paired"]} == {"tokens", "rep4"}
+    assert {row["metric"] for row in evaluation["paired"]} == {"tokens", "rep4", "reward"}
 
 
 def test_the_reward_model_is_trained_on_the_pairs_of_the_file(offline_run):

@@ -10,7 +10,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
-from fake_results import fake_run
+from fake_results import MODELS, fake_run
 
 from c2f_utils.errors import C2FError
 from c2f_utils.report import figures
@@ -111,6 +111,67 @@ def test_names_of_models_do_not_overlap_and_stay_inside(run, name, decoding):
         assert not a.overlaps(b)
     outer = fig.bbox
     assert all(outer.x0 <= box.x0 and box.x1 <= outer.x1 and outer.y0 <= box.y0 and box.y1 <= outer.y1 for box in boxes)
+
+
+def random_models(seed: int) -> dict:
+    """Results of 07 with ten models whose points are scattered, in bunches or alike, as the draw has it."""
+    rng = np.random.default_rng(seed)
+    centres = rng.uniform((15, 0.1, 0), (160, 0.95, 0.5), (3, 3))
+    models = {}
+    for name, (label, role, *_) in MODELS.items():
+        spread = rng.choice([0.01, 0.08, 0.4]) * np.array((40, 0.3, 0.1))
+        length, last, repeated = np.abs(centres[rng.integers(3)] + spread * rng.normal(size=3))
+        first = last + rng.choice([0, 0.02, 0.2]) * rng.normal()
+        row = {"mean_tokens": length, "accuracy_last": min(1, last), "accuracy_first": np.clip(first, 0, 1)}
+        row = {key: float(value) for key, value in (row | {"rep4": repeated}).items()}
+        models[name] = {"label": label, "role": role, "sampled_t1": row}
+    return {"models": models}
+
+
+def check_labels(fig, ax, found: dict, across: str) -> None:
+    """Every name is beside a marker of its own model, or a line leads from it to one; no two names overlap."""
+    fig.draw_without_rendering()
+    rows = {model["label"]: model["sampled_t1"] for model in found["models"].values()}
+    texts = [text for text in ax.texts if text.get_text() in rows]
+    assert len(texts) == len(rows)
+    boxes = [matplotlib.text.Text.get_window_extent(text) for text in texts]
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    kinds = ("accuracy_last", "accuracy_first")
+    places = [(row[across], row[kind]) for row in rows.values() for kind in kinds]
+    owner = np.repeat(list(rows), len(kinds))
+    points = 72 / fig.dpi
+    markers = ax.transData.transform(places) * points
+    for text, box in zip(texts, boxes, strict=True):
+        name = text.get_text()
+        mine = ax.transData.transform(text.xy) * points
+        if text.arrow_patch is None:
+            low, high = box.min * points, box.max * points
+            near = np.hypot(*np.maximum(0, np.maximum(low - markers, markers - high)).T)
+            assert near[owner == name].min() < near[owner != name].min(), f"{name} stands beside another's marker"
+        else:
+            line = text.arrow_patch.get_transform().transform(text.arrow_patch.get_path().vertices) * points
+            start, end = line[0], line[-1]
+            assert np.hypot(*(end - mine)) < 3 < np.hypot(*(start - end)), f"no line is seen from {name} to its marker"
+            others = markers[(owner != name) & (np.hypot(*(markers - mine).T) > 4)]
+            share = np.clip((others - start) @ (end - start) / ((end - start) @ (end - start)), 0, 1)
+            passed = np.hypot(*(others - start - share[:, None] * (end - start)).T)
+            assert passed.min(initial=np.inf) > 2, f"the line of {name} passes another's marker"
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_in_any_frontier_a_name_leads_to_its_own_marker_and_none_overlap(seed):
+    found = random_models(seed)
+    fig = (figures.quality_length_frontier if seed % 2 else figures.quality_redundancy_frontier)(found)
+    check_labels(fig, fig.axes[0], found, "mean_tokens" if seed % 2 else "rep4")
+
+
+@pytest.mark.parametrize("seed", range(50, 56))
+def test_in_the_narrow_frontier_of_the_readme_as_well(tmp_path, seed):
+    found = random_models(seed)
+    (tmp_path / "07_evaluation").mkdir()
+    (tmp_path / "07_evaluation" / "results.json").write_text(json.dumps(found))
+    fig = figures.hero(tmp_path)
+    check_labels(fig, fig.axes[2], found, "mean_tokens")
 
 
 def test_names_of_points_on_one_spot_still_do_not_overlap():

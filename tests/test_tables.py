@@ -113,7 +113,7 @@ def test_markdown_rows_keep_their_columns_whatever_they_hold():
         assert line.replace("\\|", "").count("|") == 4
     assert r"a\|b \<b\>c\</b\>" in lines[2] and "0.512" in lines[2]
     assert t.DASH in lines[3] and r"\_em\_ \*strong\* \`code\` \[l\](u)" in lines[4]
-    assert t.escape_markdown("07_evaluation") == "07_evaluation"
+    assert t.in_markdown("07_evaluation") == "07_evaluation"
 
 
 def test_latex_escapes_every_special_character():

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import pytest
 from fake_results import fake_run
@@ -19,16 +20,17 @@ def results(tmp_path_factory):
 @pytest.mark.parametrize(
     ("numbers", "expected"),
     [
-        ((0.1, 0.02, 0.2), "better"),
-        ((-0.1, -0.2, -0.02), "worse"),
-        ((0.1, -0.02, 0.2), "tie"),
-        ((0.0, 0.0, 0.0), "tie"),
-        ((0.1,), "better"),
-        ((-0.1,), "worse"),
-        ((0.0,), "tie"),
+        ((0.02, 0.2), "better"),
+        ((-0.2, -0.02), "worse"),
+        ((-0.02, 0.2), "tie"),
+        ((-0.02, 0.2, 0.1), "tie"),
+        ((-0.02, 0.05, 0.1), "equivalent"),
+        ((0.01, 0.05, 0.1), "equivalent"),
+        ((0.0, 0.0, 0.1), "tie"),
+        ((None, None), "unknown"),
     ],
 )
-def test_an_interval_decides_and_only_without_one_the_sign(numbers, expected):
+def test_an_interval_decides_and_without_one_nothing_does(numbers, expected):
     assert v.outcome(*numbers) == expected
 
 
@@ -53,14 +55,15 @@ def test_a_comparison_recorded_the_other_way_round_is_turned():
 @pytest.mark.parametrize(
     ("values", "interval", "start"),
     [
-        ((0.8, 0.4), (0.3, 0.5), "Fine is better than Coarse on q"),
-        ((0.4, 0.8), (-0.5, -0.3), "Fine is worse than Coarse on q"),
-        ((0.8, 0.79), (-0.05, 0.07), "Fine and Coarse cannot be told apart on q"),
-        ((0.8, 0.4), (None, None), "Fine is better than Coarse on q"),
+        ((0.8, 0.4), (0.3, 0.5), "Fine is better than Coarse on reward"),
+        ((0.4, 0.8), (-0.5, -0.3), "Fine is worse than Coarse on reward"),
+        ((0.8, 0.79), (-0.05, 0.17), "Fine and Coarse cannot be told apart on reward"),
+        ((0.8, 0.79), (-0.05, 0.07), "Fine and Coarse are equivalent within 0.1 on reward"),
+        ((0.8, 0.4), (None, None), "Fine and Coarse are not compared on reward"),
     ],
 )
-def test_parents_all_three_ways(values, interval, start):
-    said = v.parent_sentence("Fine", "Coarse", "q", values, interval)
+def test_parents_every_way(values, interval, start):
+    said = v.parent_sentence("Fine", "Coarse", "reward", values, interval)
     assert said.startswith(start)
     assert ("no interval recorded" in said) == (interval[0] is None)
 
@@ -74,7 +77,7 @@ def test_parents_all_three_ways(values, interval, start):
     ],
 )
 def test_controls_all_three_ways(values, interval, words):
-    said = v.control_sentence("PPO", "q", values, interval)
+    said = v.control_sentence("PPO", "accuracy_last", values, interval)
     assert said.startswith(words) and f"interval {interval[0]:+.3f} to {interval[1]:+.3f}" in said
 
 
@@ -95,12 +98,9 @@ def test_both_first_and_last_answers_are_compared_with_every_other_model(results
     said = v.fine_against_all(results["07_evaluation"])
     assert len(said) == 2 * 9
     for label in ("Base", "Instruct", "Coarse Actor", "“PPO on instruct”", "“Residue of fixed-long”"):
-        assert sum(
-            f"{label} on last-answer" in line or f"{label} cannot be told apart on last" in line for line in said
-        )
-        assert sum(
-            f"{label} on first-answer" in line or f"{label} cannot be told apart on first" in line for line in said
-        )
+        for kind in ("last", "first"):
+            about = rf"{label}( cannot be told apart| are equivalent within 0.02)? on {kind}-answer accuracy: "
+            assert sum(bool(re.search(about, line)) for line in said) == 1, label
 
 
 def test_without_the_checker_the_reward_is_compared_and_that_is_said():
@@ -110,15 +110,31 @@ def test_without_the_checker_the_reward_is_compared_and_that_is_said():
     assert v.fine_against_all({}) == ["The merged model was not evaluated, so nothing is said about it."]
 
 
-def test_a_difference_that_does_not_survive_holm_is_marked():
+def test_what_does_not_survive_holm_is_no_difference():
     def pair(metric, p):
         same = {"a": "fine", "b": "coarse", "decoding": "sampled_t1", "difference": 0.1, "low": 0.01, "high": 0.2}
         return same | {"metric": metric, "p": p}
 
     weak = v.fine_against_all(models(0.6, 0.5, [pair("accuracy_last", 0.04), pair("accuracy_first", 0.04)]))
-    assert all("not after Holm's correction over 2 comparisons (p = 0.080)" in line for line in weak)
+    assert all(line.startswith("Fine and Coarse cannot be told apart on") for line in weak)
+    assert all("which Holm's correction over 2 comparisons takes back (p = 0.080)" in line for line in weak)
     strong = v.fine_against_all(models(0.6, 0.5, [pair("accuracy_last", 0.001), pair("accuracy_first", 0.001)]))
-    assert not any("Holm" in line for line in strong)
+    assert all("Fine is better than Coarse" in line and "Holm" not in line for line in strong)
+
+
+def test_the_reward_is_judged_by_its_paired_interval_and_never_by_its_sign():
+    def reward(low, high):
+        row = {"a": "fine", "b": "coarse", "metric": "reward", "decoding": "sampled_t1", "difference": 0.001}
+        found = models(None, None, [row | {"low": low, "high": high, "p": 0.5}])
+        found["models"]["fine"]["sampled_t1"]["reward"] += 0.001
+        return v.fine_against_all(found)[1]
+
+    assert reward(-0.3, 0.302).startswith("Fine and Coarse cannot be told apart on reward: 0.501 against 0.500")
+    assert reward(-0.03, 0.032).startswith("Fine and Coarse are equivalent within 0.1 on reward")
+    unpaired = models(None, None)  # a run of a time when rewards were not paired
+    unpaired["models"]["fine"]["sampled_t1"]["reward"] += 0.001
+    said = v.fine_against_all(unpaired)[1]
+    assert said.startswith("Fine and Coarse are not compared on reward") and "no interval recorded" in said
 
 
 def test_rambling_follows_from_length_and_ending():
@@ -139,7 +155,7 @@ def test_rambling_follows_from_length_and_ending():
 
 
 @pytest.mark.parametrize(
-    ("mine", "theirs", "word"), [(3, 1, "more analytical than"), (1, 3, "less"), (1, 1, "as analytical as")]
+    ("mine", "theirs", "word"), [(3, 1, "more analytical than"), (1, 3, "less"), (1, 1, "within 0.1 of")]
 )
 def test_more_analytical_only_when_it_takes_more_correct_steps(mine, theirs, word):
     coarse = {"eos_rate": 0.0, "mean_tokens": 100, "correct_steps": mine}
@@ -168,7 +184,7 @@ def test_conciseness_in_both_directions_and_with_nulls():
 
 
 @pytest.mark.parametrize(
-    ("fine", "word"), [(0.1, "less redundant"), (0.6, "more redundant"), (0.41, "about as redundant")]
+    ("fine", "word"), [(0.1, "less redundant"), (0.6, "more redundant"), (0.41, "within 0.02 of the Coarse Actor")]
 )
 def test_redundancy_is_compared_at_the_longest_prefix_both_reach(fine, word):
     coarse = [
@@ -183,12 +199,23 @@ def test_redundancy_is_compared_at_the_longest_prefix_both_reach(fine, word):
     assert "not compared" in few and "not compared" in v.at_fixed_prefixes({})[0]
 
 
-def test_reward_and_accuracy_may_disagree():
-    fine, coarse = {"reward": 0.6, "accuracy_last": 0.8}, {"reward": 1.4, "accuracy_last": 0.4}
-    assert "prefers the Coarse Actor" in v.reward_against_accuracy(fine, coarse)[0]
-    assert "prefers the Fine Actor" in v.reward_against_accuracy(coarse, fine)[0]
-    assert "do not disagree" in v.reward_against_accuracy({**fine, "reward": 2.0}, coarse)[0]
-    assert v.reward_against_accuracy({"reward": 1.0, "accuracy_last": None}, coarse) == []
+@pytest.mark.parametrize(
+    ("reward", "accuracy", "said"),
+    [
+        (-0.8, 0.4, "disagree: the reward model prefers the Coarse Actor"),
+        (0.8, -0.4, "disagree: the reward model prefers the Fine Actor"),
+        (0.8, 0.4, "are not shown to disagree"),
+        (-0.001, 0.4, "are not shown to disagree"),
+    ],
+)
+def test_reward_and_accuracy_disagree_only_where_both_intervals_say_so(reward, accuracy, said):
+    def row(metric, difference):
+        shared = {"a": "fine", "b": "coarse", "metric": metric, "decoding": "sampled_t1", "difference": difference}
+        return shared | {"low": difference - 0.1, "high": difference + 0.1}
+
+    paired = [row("reward", reward), row("accuracy_last", accuracy)]
+    assert said in v.reward_against_accuracy({"paired": paired})[0]
+    assert v.reward_against_accuracy({"paired": paired[1:]}) == []
 
 
 def laws(logistic, linear, long=(3.0, 3.0, 3.0), metric="utility") -> dict:

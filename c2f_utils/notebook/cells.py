@@ -13,7 +13,7 @@ from c2f_utils.errors import problems
 from c2f_utils.files import root
 from c2f_utils.notebook.opening import deciding, opening
 from c2f_utils.notebook.progress import in_words
-from c2f_utils.notebook.show import Html
+from c2f_utils.notebook.show import Html, frame
 from c2f_utils.runs import disk, provenance, registry, work
 from c2f_utils.runs.run import Run
 from c2f_utils.runs.stage import Stage, run_folder
@@ -113,9 +113,15 @@ def _near(folder: object) -> str:
 
 
 def _show(html: Html) -> None:
+    """Display it, and have every DataFrame that a later cell shows displayed letter by letter, too."""
     try:
+        from IPython import get_ipython
         from IPython.display import display
     except ImportError:
         print(html.text)
-    else:
-        display(html)
+        return
+    if shell := get_ipython():
+        import pandas as pd
+
+        shell.display_formatter.formatters["text/html"].for_type(pd.DataFrame, frame)
+    display(html)

@@ -4,9 +4,8 @@ Of all settings that reach a stage only those are listed that a reader of its no
 meaning from `settings/config.py`; any other is listed where it differs from its profile's.
 """
 
-from html import escape
-
 from c2f_utils.notebook.show import Html
+from c2f_utils.report.letters import in_html
 from c2f_utils.settings.config import Settings
 from c2f_utils.settings.load import load_settings
 
@@ -64,20 +63,20 @@ def deciding(settings: Settings, stage: str) -> list[tuple[str, str, str | None,
 def opening(rows: dict[str, object], settings: list[tuple[str, str, str | None, str]], versions: dict) -> Html:
     """One piece of HTML of the run's facts, the settings (those that differ from the profile's in bold) and a fold of
     versions; its text marks them with a star."""
-    facts = "".join(f"<tr>{_left(f'<b>{escape(str(k))}</b>')}{_left(escape(str(v)))}</tr>" for k, v in rows.items())
+    facts = "".join(f"<tr>{_left(f'<b>{in_html(k)}</b>')}{_left(in_html(v))}</tr>" for k, v in rows.items())
     lines, body = [f"{name}: {value}" for name, value in rows.items()], ""
     for name, value, profile, meaning in settings:
-        shown, plain = escape(str(value)), f"  {name} = {value}"
+        shown, plain = in_html(value), f"  {name} = {value}"
         if profile is not None:
-            shown = f"<b>{shown}</b> (profile: {escape(str(profile))})"
+            shown = f"<b>{shown}</b> (profile: {in_html(profile)})"
             plain = f"* {name} = {value} (profile: {profile})"
-        body += f"<tr>{_left(f'<code>{escape(str(name))}</code>')}{_left(shown)}{_left(escape(str(meaning)))}</tr>"
+        body += f"<tr>{_left(f'<code>{in_html(name)}</code>')}{_left(shown)}{_left(in_html(meaning))}</tr>"
         lines.append(plain)
     if settings:
         lines.insert(len(rows), "settings that decide this stage (*: not the profile's):")
         body = f"<p><b>Settings that decide this stage</b>; bold: not the profile's</p><table>{body}</table>"
     packages = ", ".join(f"{name} {version}" for name, version in versions.items())
-    fold = f"<details><summary>Versions</summary>{escape(str(packages))}</details>"
+    fold = f"<details><summary>Versions</summary>{in_html(packages)}</details>"
     return Html(f"<table>{facts}</table>{body}{fold}", "\n".join([*lines, f"versions: {packages}"]))
 
 

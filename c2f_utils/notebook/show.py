@@ -1,15 +1,19 @@
 """Model answers as plain HTML: works in JupyterLab, in executed notebooks and in exports, without widgets or scripts.
 
-Everything a model or a data set wrote is escaped. Words inside a 4-gram that has occurred before in the same answer
-are marked, so that loops are seen at a glance.
+Everything a model or a data set wrote is shown letter by letter. Words inside a 4-gram that has occurred before in the
+same answer are marked, so that loops are seen at a glance.
 """
 
-import html
 import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from c2f_utils.redundancy import repeated_spans
+from c2f_utils.report.letters import in_html, visible, without_mathematics
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _CHIP = "display:inline-block;border:1px solid #bbb;border-radius:8px;padding:0 6px;margin:0 4px 4px 0;font-size:85%"
 _TEXT = "white-space:pre-wrap;text-align:left;vertical-align:top;overflow-wrap:anywhere"
@@ -27,11 +31,20 @@ class Html:
         return self.text
 
     def _repr_html_(self) -> str:
-        return self.markup
+        return without_mathematics(self.markup)
+
+
+def frame(table: "pd.DataFrame") -> str | None:
+    """A DataFrame as pandas shows it, its words letter by letter; None where pandas shows plain text."""
+    import pandas as pd
+
+    with pd.option_context("display.html.use_mathjax", False):
+        markup = table._repr_html_()
+    return None if markup is None else visible(markup)
 
 
 def marked(text: str) -> str:
-    """The text escaped, with every run of words that lie in a repeated 4-gram inside one `<mark>`."""
+    """The text letter by letter, with every run of words that lie in a repeated 4-gram inside one `<mark>`."""
     pieces = re.findall(r"\s+|\S+", text)
     repeated = iter(repeated_spans([piece for piece in pieces if not piece.isspace()]))
     flags = [None if piece.isspace() else bool(next(repeated)) for piece in pieces]
@@ -43,7 +56,7 @@ def marked(text: str) -> str:
         if flag != inside:
             out.append("<mark>" if flag else "</mark>")
             inside = flag
-        out.append(_escape(piece))
+        out.append(in_html(piece))
     return "".join(out) + ("</mark>" if inside else "")
 
 
@@ -58,7 +71,7 @@ def chips(sample: Mapping[str, object]) -> str:
         labels.append(f"{sample['correct_steps']} correct steps")
     if sample.get("stop") is not None:
         labels.append(_STOPS.get(str(sample["stop"]), str(sample["stop"])))
-    return "".join(f"<span style='{_CHIP}'>{_escape(label)}</span>" for label in labels)
+    return "".join(f"<span style='{_CHIP}'>{in_html(label)}</span>" for label in labels)
 
 
 def sample_browser(samples: Iterable[Mapping[str, object]], limit: int = 8) -> Html:
@@ -74,7 +87,7 @@ def sample_browser(samples: Iterable[Mapping[str, object]], limit: int = 8) -> H
     for number, (prompt, answers) in enumerate(list(by_prompt.items())[:limit]):
         columns = [(_heading(sample), sample) for sample in answers]
         folds.append(
-            f"<details{' open' if number == 0 else ''}><summary>{_escape(_short(prompt))}</summary>"
+            f"<details{' open' if number == 0 else ''}><summary>{in_html(_short(prompt))}</summary>"
             f"{_prompt(prompt)}{_columns(columns)}</details>"
         )
     return Html("".join(folds) or "<p>No samples.</p>")
@@ -102,14 +115,14 @@ def side_by_side(
         block = _prompt(prompt) + _columns([(name, answers[model][prompt]) for name, model in named])
         if blind:
             key = ", ".join(f"{name} = {model}" for name, model in named)
-            block += f"<details><summary>Which is which?</summary>{_escape(key)}</details>"
+            block += f"<details><summary>Which is which?</summary>{in_html(key)}</details>"
         blocks.append(block)
     return Html("<hr>".join(blocks) or "<p>No prompt was answered by every model.</p>")
 
 
 def _columns(columns: Sequence[tuple[str, Mapping[str, object]]]) -> str:
     width = f"width:{100 / len(columns):.2f}%"
-    heads = "".join(f"<th style='{width};text-align:left{_rule(name)}'>{_escape(name)}</th>" for name, _ in columns)
+    heads = "".join(f"<th style='{width};text-align:left{_rule(name)}'>{in_html(name)}</th>" for name, _ in columns)
     labels = "".join(f"<td style='text-align:left;vertical-align:top'>{chips(sample)}</td>" for _, sample in columns)
     texts = "".join(f"<td style='{_TEXT}'>{marked(str(sample['text']))}</td>" for _, sample in columns)
     return f"<table style='table-layout:fixed;width:100%'><tr>{heads}</tr><tr>{labels}</tr><tr>{texts}</tr></table>"
@@ -123,7 +136,7 @@ def _rule(name: str) -> str:
 
 
 def _prompt(prompt: str) -> str:
-    return f"<p style='white-space:pre-wrap'><b>{_escape(prompt)}</b></p>"
+    return f"<p style='white-space:pre-wrap'><b>{in_html(prompt)}</b></p>"
 
 
 def _heading(sample: Mapping[str, object]) -> str:
@@ -133,7 +146,3 @@ def _heading(sample: Mapping[str, object]) -> str:
 def _short(text: str, length: int = 90) -> str:
     line = " ".join(text.split())
     return line if len(line) <= length else line[: length - 1] + "…"
-
-
-def _escape(value: object) -> str:
-    return html.escape(str(value))

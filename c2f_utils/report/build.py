@@ -14,8 +14,9 @@ from matplotlib.figure import Figure
 
 from c2f_utils.errors import C2FError, CannotWrite
 from c2f_utils.files import read_json, read_jsonl, sha256, write_json, write_text
-from c2f_utils.report import figures, sources, tables, verdicts
+from c2f_utils.report import compare, figures, sources, tables, verdicts
 from c2f_utils.report.document import Document, to_html, to_markdown
+from c2f_utils.report.letters import in_markdown
 from c2f_utils.report.results import DECODINGS, MAIN, PARENTS_OF_06
 
 _DRAWING_ERRORS = (C2FError, KeyError, IndexError, TypeError, ValueError, AttributeError)
@@ -38,13 +39,11 @@ def overview(run_dir: object) -> str:
     if "07_evaluation" in stages:
         results = read_json(stages["07_evaluation"] / "results.json")
         decoding = sources.decodings(results)[0]
-        parts += [f"Models of run {tables.escape_markdown(run.name)}, {DECODINGS[decoding]}"]
+        parts += [f"Models of run {in_markdown(run.name)}, {DECODINGS[decoding]}"]
         parts += [tables.markdown(sources.short(tables.model_table(results, decoding)))]
     for name, path in stages.items():
         if words := verdicts.everything({name: read_json(path / "results.json")}).get(name):
-            parts.append(
-                f"**{sources.STAGES[name][0]}**\n\n" + "\n".join(f"- {tables.escape_markdown(line)}" for line in words)
-            )
+            parts.append(f"**{sources.STAGES[name][0]}**\n\n" + "\n".join(f"- {in_markdown(line)}" for line in words))
     if missing := [name for name in sources.STAGES if name not in stages]:
         parts.append("Not run yet: " + ", ".join(f"notebooks/{name}.ipynb" for name in missing) + ".")
     return "\n\n".join(parts) + "\n"
@@ -54,15 +53,14 @@ class _Builder:
     """State of one report: the document so far, the files written, and what could not be made."""
 
     def __init__(self, run: Path, out: Path, runs: Iterable[object]) -> None:
-        others = [sources.run_path(run, other) for other in runs]
-        others = [path for path in dict.fromkeys(others) if path.resolve() != run.resolve()]
-        candidates = [path for path in [run, *others] if sources.find_stages(path)]
+        others = list(dict.fromkeys(sources.run_path(run, other) for other in runs))
+        candidates = sources.with_results(run, others)
         if not candidates:
             names = ", ".join(str(path) for path in [run, *others])
             raise C2FError(f"no results in {names}; run the notebooks first: {sources.command(run, 'all')}")
         self.run, self.out = candidates[0], out
         self.runs = candidates
-        self.empty = [path for path in others if path not in candidates]
+        self.empty = [path for path in others if not sources.find_stages(path)]
         self.stages = sources.find_stages(self.run)
         self.results = {name: read_json(path / "results.json") for name, path in self.stages.items()}
         self.missing: list[str] = []
@@ -295,11 +293,28 @@ class _Builder:
         doc.text("Runs: " + ", ".join(f"{run} (seed {seed})" for run, seed in zip(names, seeds, strict=True)) + ".")
         if len(set(seeds)) < len(seeds):
             doc.text("Attention: some runs share a seed; they are not independent, and the intervals are too narrow.")
+        experiments = compare.arms([run for run in self.runs if run.name in names])
+        if len(experiments) == 1:
+            self._repetitions("runs", found, names)
+            return
+        doc.text(
+            f"Attention: these are {len(experiments)} experiments, not seeds of one. Their settings differ as the "
+            "table says; nothing is averaged over them."
+        )
+        runs = [run for run in self.runs if run.name in names]
+        self._table("runs_settings", lambda: compare.settings(runs), "Settings, the seed aside, that differ.")
+        for number, arm in enumerate(experiments, start=1):
+            mine = [run.name for run in arm]
+            doc.heading(f"Experiment {number}: {', '.join(mine)}", 3)
+            self._repetitions(f"runs_{number}", [found[names.index(name)] for name in mine], mine)
+
+    def _repetitions(self, name: str, found: list[dict], names: list[str]) -> None:
+        """Runs that differ in their seed alone, decoding by decoding."""
         decodings = [way for way in DECODINGS if any(way in m for r in found for m in (r.get("models") or {}).values())]
         for way in decodings:
             caption = f"Every run, the mean and its 95 % t-interval over runs, {DECODINGS[way]}."
-            self._figure(f"runs_{way}", lambda way=way: figures.seed_overview(found, names, way), caption)
-            self._table(f"runs_{way}", lambda way=way: tables.seed_table(found, names, way), caption)
+            self._figure(f"{name}_{way}", lambda way=way: figures.seed_overview(found, names, way), caption)
+            self._table(f"{name}_{way}", lambda way=way: tables.seed_table(found, names, way), caption)
 
     def _timings(self) -> None:
         self.document.heading("Time and memory")

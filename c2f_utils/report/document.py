@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from c2f_utils.report import tables
+from c2f_utils.report.letters import in_html, in_markdown, visible
 
 _CSS = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
@@ -71,43 +72,42 @@ class Document:
 
 def to_markdown(document: Document) -> str:
     """The report as Markdown; pictures are relative links, answers are in fences that they cannot close."""
-    parts = [f"# {tables.escape_markdown(document.title)}", *(_markdown(block) for block in document.blocks)]
+    parts = [f"# {in_markdown(document.title)}", *(_markdown(block) for block in document.blocks)]
     return "\n\n".join(parts) + "\n"
 
 
 def _markdown(block: Block) -> str:
-    safe = tables.escape_markdown
     match block.kind:
         case "heading":
-            return f"{'#' * block.level} {safe(block.text)}"
+            return f"{'#' * block.level} {in_markdown(block.text)}"
         case "text":
             return _line(block.text)
         case "list":
-            return "\n".join(f"- {safe(item)}" for item in block.items)
+            return "\n".join(f"- {in_markdown(item)}" for item in block.items)
         case "code":
             return _fenced(block.text)
         case "figure":
             files = " · ".join(f"[{kind.upper()}](figures/{block.name}.{kind})" for kind in ("pdf", "png", "csv"))
-            return f"![{safe(block.text)}](figures/{block.name}.png)\n\n{safe(block.text)} ({files})"
+            return f"![{in_markdown(block.text)}](figures/{block.name}.png)\n\n{in_markdown(block.text)} ({files})"
         case "table":
             files = " · ".join(f"[{kind.upper()}](tables/{block.name}.{kind})" for kind in ("csv", "md", "tex"))
-            return f"{safe(block.text)} ({files})\n\n{tables.markdown(block.frame).rstrip()}"
+            return f"{in_markdown(block.text)} ({files})\n\n{tables.markdown(block.frame).rstrip()}"
         case "answers":
             shown = [f"Prompt:\n\n{_fenced(block.text)}"]
             for label, words in block.items:
-                shown.append(f"{safe(label)}:\n\n{_fenced(' '.join(word for word, _ in words))}")
+                shown.append(f"{in_markdown(label)}:\n\n{_fenced(' '.join(word for word, _ in words))}")
             return "\n\n".join(shown)
     raise ValueError(f"a block of kind {block.kind!r} is unknown")
 
 
 def _line(text: str) -> str:
     """A paragraph whose first character cannot start a list or a heading."""
-    text = tables.escape_markdown(text)
+    text = in_markdown(text)
     return "\\" + text if text[:1] in "-+=" else text
 
 
 def _fenced(text: str) -> str:
-    fence = "```"
+    fence, text = "```", visible(text)
     while fence in text:
         fence += "`"
     return f"{fence}text\n{text}\n{fence}"
@@ -116,37 +116,38 @@ def _fenced(text: str) -> str:
 def to_html(document: Document, directory: Path) -> str:
     """The report as one HTML file; pictures are read from `directory`/figures and embedded."""
     body = "\n".join(_html(block, Path(directory)) for block in document.blocks)
-    title = html.escape(document.title)
+    title = in_html(document.title)
+    plain = html.escape(visible(document.title))  # no element stands inside <title>
     return (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{plain}</title>\n'
         f"<style>\n{_CSS}\n</style>\n</head>\n<body>\n<h1>{title}</h1>\n{body}\n</body>\n</html>\n"
     )
 
 
 def _html(block: Block, directory: Path) -> str:
-    text = html.escape(block.text)
+    text = in_html(block.text)
     match block.kind:
         case "heading":
             return f"<h{block.level}>{text}</h{block.level}>"
         case "text":
             return f"<p>{text}</p>"
         case "list":
-            return "<ul>\n" + "\n".join(f"<li>{html.escape(item)}</li>" for item in block.items) + "\n</ul>"
+            return "<ul>\n" + "\n".join(f"<li>{in_html(item)}</li>" for item in block.items) + "\n</ul>"
         case "code":
             return f"<pre>{text}</pre>"
         case "figure":
             image = base64.b64encode((directory / "figures" / f"{block.name}.png").read_bytes()).decode()
             files = f"figures/{block.name}.pdf, .png, .csv"
             return (
-                f'<figure><img alt="{text}" src="data:image/png;base64,{image}">'
-                f"<figcaption>{text} <span>({html.escape(files)})</span></figcaption></figure>"
+                f'<figure><img alt="{html.escape(visible(block.text))}" src="data:image/png;base64,{image}">'
+                f"<figcaption>{text} <span>({in_html(files)})</span></figcaption></figure>"
             )
         case "table":
-            files = html.escape(f"tables/{block.name}.csv, .md, .tex")
+            files = in_html(f"tables/{block.name}.csv, .md, .tex")
             return f'<p class="files">{text} ({files})</p>\n<div class="scroll">{tables.html(block.frame)}</div>'
         case "answers":
             columns = "\n".join(
-                f"<div><strong>{html.escape(label)}</strong><pre>{_marked(words)}</pre></div>"
+                f"<div><strong>{in_html(label)}</strong><pre>{_marked(words)}</pre></div>"
                 for label, words in block.items
             )
             return f'<p>Prompt:</p><pre>{text}</pre>\n<div class="answers">\n{columns}\n</div>'
@@ -160,5 +161,5 @@ def _marked(words: list[tuple[str, bool]]) -> str:
         if repeated != inside:
             shown.append("<mark>" if repeated else "</mark>")
             inside = repeated
-        shown.append(html.escape(word) + " ")
+        shown.append(in_html(word) + " ")
     return "".join(shown) + ("</mark>" if inside else "")

@@ -16,7 +16,19 @@ from c2f_utils import stats
 from c2f_utils.files import read_json, read_jsonl
 from c2f_utils.report.labels import point_labels
 from c2f_utils.report.results import DECODINGS, LABELS, MAIN, column, known, load, model_rows, quality, seed_frame
-from c2f_utils.report.style import DOUBLE, INK, MUTED, ROLE_COLOURS, ROLE_MARKERS, new_figure, note, say, styled
+from c2f_utils.report.sources import find_stages
+from c2f_utils.report.style import (
+    DOUBLE,
+    INK,
+    MUTED,
+    ROLE_COLOURS,
+    ROLE_MARKERS,
+    law_colour,
+    new_figure,
+    note,
+    say,
+    styled,
+)
 
 STAGE = "07_evaluation"
 
@@ -54,7 +66,7 @@ def _frontier_axes(ax: Axes, rows: list[dict], metric: str, across: str, decodin
         say(ax, f"no model was evaluated with {DECODINGS.get(decoding, decoding)}")
         return
     both = metric == "accuracy_last" and known(column(rows, "accuracy_first"))
-    points, obstacles = [], []
+    points, obstacles, owners = [], [], []
     for row in rows:
         x, y, role = row[across], row[metric], row["role"]
         colour, marker = ROLE_COLOURS.get(role, INK), ROLE_MARKERS.get(role, "o")
@@ -63,6 +75,7 @@ def _frontier_axes(ax: Axes, rows: list[dict], metric: str, across: str, decodin
             ax.plot([x, x], [y, first], color=colour, linewidth=0.8, alpha=0.7, zorder=2)
             ax.scatter(x, first, 14, facecolors="white", edgecolors=colour, linewidths=0.8, zorder=3)
             obstacles += [(x, y + (first - y) * step / 5) for step in range(1, 6)]
+            owners += [len(points)] * 5
         ax.scatter(x, y, _SIZES.get(role, 18), color=colour, marker=marker, zorder=4, linewidths=0)
         points.append((x, y))
     ax.margins(0.12, 0.12)
@@ -71,7 +84,7 @@ def _frontier_axes(ax: Axes, rows: list[dict], metric: str, across: str, decodin
         ax.set_ylabel("accuracy (filled: last answer, hollow: first)")
     colours = [ROLE_COLOURS.get(row["role"], INK) for row in rows]
     bold = [row["role"] != "control" for row in rows]
-    point_labels(ax, points, [row["label"] for row in rows], colours, obstacles, size, bold)
+    point_labels(ax, points, [row["label"] for row in rows], colours, obstacles, size, bold, owners)
 
 
 _SIZES = {"fine": 90, "coarse": 45, "base": 32, "instruct": 40}
@@ -173,6 +186,37 @@ def hero(run_dir: object, decoding: str = "sampled_t1") -> Figure:
     return fig
 
 
+@styled
+def two_curves(runs: Sequence[Path]) -> Figure:
+    """The limit and the quality of several runs' 03 side by side: one colour per run."""
+    fig, axes = new_figure(1, 2, DOUBLE, 2.4, "Coarse RLHF: " + " and ".join(run.name for run in runs))
+    left, right = axes[0]
+    names, drawn = [run.name for run in runs], []
+    stages = [find_stages(run).get("03_coarse_rlhf", run / "03_coarse_rlhf") for run in runs]
+    curves = [_curve(stage) for stage in stages]
+    metric, _ = quality([row for rows in curves for row in rows], "accuracy_first")
+    for number, (name, stage, curve) in enumerate(zip(names, stages, curves, strict=True)):
+        look = {"color": law_colour(name, names), "linestyle": ("-", "--")[number % 2]}  # both are seen on one path
+        rows = read_jsonl(stage / "metrics.jsonl")
+        left.step(column(rows, "iteration"), column(rows, "limit"), where="post", **look)
+        right.plot(column(curve, "rollout_tokens"), column(curve, metric), marker="o", label=name, **look)
+        drawn += [{"run": name, **row} for row in curve]
+    fig.data = pd.DataFrame(drawn)
+    left.set(xlabel="iteration", ylabel="limit (tokens)", ylim=(0, None))
+    right.set(xlabel="rollout tokens", ylabel=LABELS[metric])
+    if drawn:
+        right.legend()
+    else:
+        say(right, "no run has a curve in notebooks/03_coarse_rlhf.ipynb")
+    return fig
+
+
+def _curve(stage: Path) -> list[dict]:
+    """Evaluations during training as 03 recorded them; none where it has not been run."""
+    path = stage / "results.json"
+    return (read_json(path).get("curve") or []) if path.is_file() else []
+
+
 def _story(ax: Axes, stage: Path) -> pd.DataFrame:
     """The limit and the mean length over training, with quality on the right axis."""
     ax.set_title("1  RLHF on the base: limit and length")
@@ -185,7 +229,7 @@ def _story(ax: Axes, stage: Path) -> pd.DataFrame:
     ax.plot(x, column(rows, "mean_tokens"), color=colour)
     ax.set(xlabel="iteration", ylabel="tokens per answer", ylim=(0, None))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    curve = (read_json(stage / "results.json").get("curve") or []) if (stage / "results.json").is_file() else []
+    curve = _curve(stage)
     metric, _ = quality(curve, "accuracy_first")
     values = column(curve, metric)
     names = f"black: limit\norange: mean length\nviolet: {LABELS[metric]} (right)" if known(values) else (

@@ -13,24 +13,26 @@ from c2f_utils.files import read_json, read_jsonl, root
 
 
 class Metric(NamedTuple):
-    """What a metric is called on an axis, as a column and in a sentence, and its digits in a table."""
+    """What a metric is called on an axis, as a column and in a sentence, its digits in a table, and the difference
+    that nobody would care about."""
 
     label: str
     column: str
     words: str = ""
     digits: int = 3
+    margin: float = 0.0
 
 
 METRICS = {
-    "accuracy_last": Metric("accuracy, last answer", "accuracy, last", "last-answer accuracy"),
-    "accuracy_first": Metric("accuracy, first answer", "accuracy, first", "first-answer accuracy"),
+    "accuracy_last": Metric("accuracy, last answer", "accuracy, last", "last-answer accuracy", margin=0.02),
+    "accuracy_first": Metric("accuracy, first answer", "accuracy, first", "first-answer accuracy", margin=0.02),
     "correct_steps": Metric("correct steps per answer", "correct steps", "correct steps", 2),
     "mean_tokens": Metric("mean length (tokens)", "tokens", "mean length", 1),
     "rep4": Metric("repeated 4-grams (share)", "rep-4", "repeated 4-grams"),
     "duplicate_sentences": Metric("duplicate sentences (share)", "dup. sentences", "duplicate sentences"),
     "eos_rate": Metric("answers that end by themselves (share)", "ends itself", "answers that end by themselves"),
     "utility": Metric("utility (points)", "utility", "utility", 2),
-    "reward": Metric("reward (z-score)", "reward", "reward", 2),
+    "reward": Metric("reward (z-score)", "reward", "reward", 2, margin=0.1),
     "score": Metric("selection score", "score", "selection score"),
     "n": Metric("answers", "n", "answers"),
     "rollout_tokens": Metric("rollout tokens", "rollout tokens", "rollout tokens", 0),

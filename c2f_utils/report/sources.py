@@ -83,6 +83,12 @@ def runs_table(stages: Iterable[Path]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def with_results(run: Path, others: Iterable[object]) -> list[Path]:
+    """The run and the further ones, each once, as far as they hold results."""
+    paths = [run, *(path for other in others if (path := run_path(run, other)).resolve() != run.resolve())]
+    return [path for path in dict.fromkeys(paths) if find_stages(path)]
+
+
 def run_path(run: Path, other: object) -> Path:
     """A further run: a directory, something with `dir`, or the id of a run beside the first."""
     path = Path(getattr(other, "dir", other))

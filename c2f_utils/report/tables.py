@@ -4,9 +4,7 @@ A table keeps the keys of the results as its columns; the readable headings and 
 Nulls are shown as a dash. Nothing but pandas is needed.
 """
 
-import html as html_module
 import math
-import re
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -15,6 +13,7 @@ import pandas as pd
 
 from c2f_utils import stats
 from c2f_utils.files import read_json, write_text
+from c2f_utils.report.letters import in_html, in_markdown
 from c2f_utils.report.results import METRICS, laws_of, load, model_rows, operator_name, rows_of, seed_frame
 
 # Columns of every table of models.
@@ -62,15 +61,9 @@ def markdown(frame: pd.DataFrame) -> str:
 
     names = list(frame.columns)
     rule = ["---:" if _numeric(frame, name) else "---" for name in names]
-    lines = [row([escape_markdown(heading(name)) for name in names]), row(rule)]
-    lines += [row([escape_markdown(text) for text in cells]) for cells in _cells(frame)]
+    lines = [row([in_markdown(heading(name)) for name in names]), row(rule)]
+    lines += [row([in_markdown(text) for text in cells]) for cells in _cells(frame)]
     return "\n".join(lines) + "\n"
-
-
-def escape_markdown(text: str) -> str:
-    """Text that Markdown shows as it is, on one line: no emphasis, no HTML, no mathematics, no table borders."""
-    text = re.sub(r"([\\`*\[\]<>|$#~])", r"\\\1", " ".join(str(text).split()))
-    return re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", text)
 
 
 _LATEX = {
@@ -103,7 +96,7 @@ def html(frame: pd.DataFrame) -> str:
 
     def row(tag: str, cells: Sequence[str]) -> str:
         marks = [' class="number"' if _numeric(frame, name) else "" for name in frame.columns]
-        inner = (f"<{tag}{mark}>{html_module.escape(text)}</{tag}>" for mark, text in zip(marks, cells, strict=True))
+        inner = (f"<{tag}{mark}>{in_html(text)}</{tag}>" for mark, text in zip(marks, cells, strict=True))
         return "<tr>" + "".join(inner) + "</tr>"
 
     head = row("th", [heading(name) for name in frame.columns])

@@ -1,8 +1,9 @@
 """What the numbers say, in words computed from them; no outcome is written down beforehand.
 
-Inputs: results of stages 02, 04, 06 and 07 as read from disk. Outputs: sentences. A difference with a paired interval
-is judged by the interval; without one the plain difference is stated and said to be without interval. With one seed no
-law is called better than another. Nulls are named, never guessed.
+Inputs: results of stages 02, 04, 06 and 07 as read from disk. Outputs: sentences. A difference is judged by its
+interval, after correction where several are listed; without an interval it is stated and not judged. An interval that
+contains zero says that two cannot be told apart; that they are equivalent is said only where it lies within a stated
+margin. With one seed no law is called better than another. Nulls are named, never guessed.
 """
 
 from collections.abc import Iterable
@@ -28,41 +29,50 @@ def paired_row(paired: Iterable[dict], a: str, b: str, metric: str, decoding: st
 
 
 def parent_sentence(
-    fine: str, parent: str, quantity: str, values: tuple[float, float], interval: tuple = (None, None), after: str = ""
+    fine: str, parent: str, metric: str, values: tuple[float, float], interval: tuple = (None, None), lost: str = ""
 ) -> str:
-    """Is the merged model better than a model it was made from? `values` are (fine, parent)."""
+    """Is the merged model better than a model it was made from? `values` are (fine, parent).
+
+    `lost` says why a difference whose interval excludes zero is none after correction; the verdict is then a tie.
+    """
+    both = f"{capital(fine)} and {parent}"
     relation = {
         "better": f"{capital(fine)} is better than {parent}",
         "worse": f"{capital(fine)} is worse than {parent}",
-        "tie": f"{capital(fine)} and {parent} cannot be told apart",
     }
-    return _sentence(relation, quantity, values, interval, after)
+    return _sentence(relation, both, metric, values, interval, lost)
 
 
 def control_sentence(
-    control: str, quantity: str, values: tuple[float, float], interval: tuple = (None, None), after: str = ""
+    control: str, metric: str, values: tuple[float, float], interval: tuple = (None, None), lost: str = ""
 ) -> str:
-    """Does the method beat a control? `values` are (method, control)."""
+    """Does the method beat a control? `values` are (method, control); `lost` as in `parent_sentence`."""
     relation = {
         "better": f"The method beats the control “{control}”",
         "worse": f"The control “{control}” is better than the method",
-        "tie": f"The method and the control “{control}” cannot be told apart",
     }
-    return _sentence(relation, quantity, values, interval, after)
+    return _sentence(relation, f"The method and the control “{control}”", metric, values, interval, lost)
 
 
-def _sentence(relation: dict[str, str], quantity: str, values: tuple, interval: tuple, after: str) -> str:
-    """The relation that the outcome of `values` (a, b) asks for, with its numbers."""
-    difference = values[0] - values[1]
-    numbers = f"{values[0]:.3f} against {values[1]:.3f}, {difference_words(difference, *interval)}{after}"
-    return f"{relation[outcome(difference, *interval)]} on {quantity}: {numbers}."
+def _sentence(relation: dict[str, str], both: str, metric: str, values: tuple, interval: tuple, lost: str) -> str:
+    """The relation that the interval of a - b asks for, with the numbers; `values` are (a, b)."""
+    margin = METRICS[metric].margin
+    relation |= {
+        "tie": f"{both} cannot be told apart",
+        "equivalent": f"{both} are equivalent within {margin:g}",
+        "unknown": f"{both} are not compared",
+    }
+    verdict = outcome(*interval, margin)
+    lost = lost if verdict in ("better", "worse") else ""
+    numbers = f"{values[0]:.3f} against {values[1]:.3f}, {difference_words(values[0] - values[1], *interval)}{lost}"
+    return f"{relation['tie' if lost else verdict]} on {METRICS[metric].words}: {numbers}."
 
 
 def fine_against_all(results: dict, decoding: str = "sampled_t1") -> list[str]:
     """The merged model against its parents, the base and every control, on last- and first-answer accuracy.
 
-    Falls back to the reward, with a sentence that says so, where the checker scored nothing. An interval that excludes
-    zero but does not survive Holm's correction over all comparisons listed is marked.
+    Falls back to the reward, with a sentence that says so, where the checker scored nothing. What does not survive
+    Holm's correction over all comparisons listed is a tie.
     """
     models, paired = results.get("models") or {}, results.get("paired") or []
     fine = (models.get("fine") or {}).get(decoding)
@@ -82,20 +92,18 @@ def fine_against_all(results: dict, decoding: str = "sampled_t1") -> list[str]:
     for other, metric in pairs:
         model, name = models[other], models[other].get("label") or other
         mine, theirs = fine.get(metric), (model.get(decoding) or {}).get(metric)
-        quantity = METRICS[metric].words
         if mine is None or theirs is None:
-            words.append(f"{capital(name)}: {quantity} was not measured, so it is not compared.")
+            words.append(f"{capital(name)}: {METRICS[metric].words} was not measured, so it is not compared.")
             continue
         row = rows[other, metric] or {}
-        interval, after = (row.get("low"), row.get("high")), ""
-        p = adjusted.get((other, metric))
-        if p is not None and p > 0.05 and outcome(mine - theirs, *interval) != "tie":
-            after = f"; not after Holm's correction over {len(adjusted)} comparisons (p = {p:.3f})"
+        p, lost = adjusted.get((other, metric)), ""
+        if p is not None and p > 0.05:
+            lost = f", which Holm's correction over {len(adjusted)} comparisons takes back (p = {p:.3f})"
+        given = metric, (mine, theirs), (row.get("low"), row.get("high")), lost
         if model.get("role") == "control":
-            words.append(control_sentence(name, quantity, (mine, theirs), interval, after))
+            words.append(control_sentence(name, *given))
         else:
-            label = models["fine"].get("label") or "fine"
-            words.append(parent_sentence(label, name, quantity, (mine, theirs), interval, after))
+            words.append(parent_sentence(models["fine"].get("label") or "fine", name, *given))
     return words
 
 
@@ -126,9 +134,11 @@ def rambling(coarse: dict, instruct: dict, base: dict | None = None, reference: 
     steps, before = coarse.get("correct_steps"), (base or {}).get("correct_steps")
     if steps is not None and before is not None:
         more = "more analytical than" if steps > before + 0.1 else "less analytical than" if steps < before - 0.1 else (
-            "as analytical as"
+            "within 0.1 of"
         )  # fmt: skip
-        words.append(f"It is {more} the base: {steps:.2f} correct steps per answer against {before:.2f}.")
+        words.append(
+            f"It is {more} the base: {steps:.2f} correct steps per answer against {before:.2f}, no interval recorded."
+        )
     return words
 
 
@@ -157,24 +167,22 @@ def conciseness(fine: dict, coarse: dict) -> list[str]:
     return words
 
 
-def reward_against_accuracy(fine: dict, coarse: dict) -> list[str]:
+def reward_against_accuracy(results: dict, decoding: str = "sampled_t1") -> list[str]:
     """Do reward and accuracy choose the same actor? If not, the reward model is no guide to the merge."""
-    rewards, accuracies = (
-        (fine.get("reward"), coarse.get("reward")),
-        (fine.get("accuracy_last"), coarse.get("accuracy_last")),
-    )
-    if None in rewards or None in accuracies:
-        return []
-    numbers = (
-        f"reward {rewards[0]:.2f} against {rewards[1]:.2f}, accuracy {accuracies[0]:.3f} against {accuracies[1]:.3f}"
-    )
-    by_reward, by_accuracy = outcome(rewards[0] - rewards[1]), outcome(accuracies[0] - accuracies[1])
+    said = []
+    for metric in ("reward", "accuracy_last"):
+        row = paired_row(results.get("paired") or [], "fine", "coarse", metric, decoding)
+        if row is None:
+            return []
+        said.append(
+            (outcome(row.get("low"), row.get("high")), difference_words(row["difference"], row["low"], row["high"]))
+        )
+    (by_reward, reward), (by_accuracy, accuracy) = said
+    numbers = f"fine against coarse, reward: {reward}; last-answer accuracy: {accuracy}"
     if {by_reward, by_accuracy} == {"better", "worse"}:
         liked = "Coarse" if by_reward == "worse" else "Fine"
-        return [
-            f"Reward and accuracy disagree: the reward model prefers the {liked} Actor; fine against coarse: {numbers}."
-        ]
-    return [f"Reward and accuracy do not disagree on fine against coarse: {numbers}."]
+        return [f"Reward and accuracy disagree: the reward model prefers the {liked} Actor; {numbers}."]
+    return [f"Reward and accuracy are not shown to disagree; {numbers}."]
 
 
 def at_fixed_prefixes(results: dict, least: int = 50) -> list[str]:
@@ -190,9 +198,10 @@ def at_fixed_prefixes(results: dict, least: int = 50) -> list[str]:
     fine, coarse = (rows[name][shared[-1]] for name in ("fine", "coarse"))
     word = {True: "less redundant", False: "more redundant"}[fine["rep4"] < coarse["rep4"]]
     if abs(fine["rep4"] - coarse["rep4"]) <= 0.02:
-        word = "about as redundant (within 0.02)"
+        word = "within 0.02 of the Coarse Actor"
     numbers = f"{fine['rep4']:.3f} (n {fine['n']}) against {coarse['rep4']:.3f} (n {coarse['n']}) repeated 4-grams"
-    return [f"Over the first {shared[-1]} tokens of answers that long, the Fine Actor is {word}: {numbers}."]
+    start = f"Over the first {shared[-1]} tokens of answers that long, the Fine Actor is {word}"
+    return [f"{start}: {numbers}, no interval recorded."]
 
 
 def evaluation(results: dict, decoding: str = "sampled_t1") -> list[str]:
@@ -203,7 +212,7 @@ def evaluation(results: dict, decoding: str = "sampled_t1") -> list[str]:
         words += rambling(rows["coarse"], rows["instruct"], rows.get("base"))
     if "coarse" in rows and "fine" in rows:
         words += conciseness(rows["fine"], rows["coarse"]) + at_fixed_prefixes(results)
-        words += reward_against_accuracy(rows["fine"], rows["coarse"])
+        words += reward_against_accuracy(results, decoding)
     return words
 
 
@@ -223,7 +232,7 @@ def reward_model(results: dict) -> list[str]:
             "worse": "ranks worse than chance",
             "tie": "does not rank better than chance",
         }
-        words.append(f"The reward model {word[outcome(accuracy - 0.5, found.low - 0.5, found.high - 0.5)]}: {numbers}.")
+        words.append(f"The reward model {word[outcome(found.low - 0.5, found.high - 0.5)]}: {numbers}.")
     bias = results.get("length_bias") or {}
     if bias.get("pearson") is not None:
         direction = "longer" if bias["pearson"] > 0.1 else "shorter" if bias["pearson"] < -0.1 else ""
@@ -288,7 +297,7 @@ def _carriers(results: dict) -> list[str]:
 
 
 def _variants(results: dict) -> list[str]:
-    """Which variants beat one coefficient for all tensors on validation problems, interval included."""
+    """Which variants have an interval above one coefficient for all tensors on validation problems."""
     keys = ("layers", "depths", "operators", "averages", "proxies")
     rows = [row for key in keys for row in results.get(key) or [] if row.get("difference") is not None]
     if not rows:
@@ -300,7 +309,7 @@ def _variants(results: dict) -> list[str]:
         f"{row.get('name') or row.get('operator')} {difference_words(row['difference'], row['low'], row['high'])}"
         for row in better
     )
-    return [f"Of {len(rows)} variants these score better than one coefficient, before any correction: {listed}."]
+    return [f"Not corrected for their number, of {len(rows)} variants these lie above one coefficient: {listed}."]
 
 
 def everything(results: dict[str, dict | None], decoding: str = "sampled_t1") -> dict[str, list[str]]:

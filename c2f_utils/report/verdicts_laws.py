@@ -46,7 +46,7 @@ def law_against_law(results: dict, a: str, b: str) -> list[str]:
         bounds = "" if ratio.low is None else f" (95 % interval {ratio.low:.2f} to {ratio.high:.2f})"
         cost = f" It generated {ratio.value:.2f} times the tokens{bounds}."
     if gap.low is None:
-        relation = {"better": "above", "worse": "below", "tie": "from"}[outcome(gap.value)]
+        relation = "above" if gap.value > 0 else "below" if gap.value < 0 else "from"
         said = f"On one seed the {metric} of {names[0]} is {abs(gap.value):.3f} {relation} that of {names[1]}"
         return [f"{prefix}{said}; one seed allows no verdict.{cost}"]
     numbers = f"{difference_words(*gap[:3])} over {seeds} seeds"
@@ -54,7 +54,7 @@ def law_against_law(results: dict, a: str, b: str) -> list[str]:
         "better": f"{capital(names[0])} is better than {names[1]} on {metric}: {numbers}.",
         "worse": f"{capital(names[0])} is worse than {names[1]} on {metric}: {numbers}.",
         "tie": f"{capital(names[0])} and {names[1]} cannot be told apart on {metric}: {numbers}.",
-    }[outcome(gap.value, gap.low, gap.high)]
+    }[outcome(gap.low, gap.high)]
     return [prefix + verdict + cost]
 
 
@@ -72,7 +72,7 @@ def linear_against_logistic(results: dict) -> list[str]:
             "better": f"The signals of {law} buy quality here that a linear ramp does not.",
             "worse": f"A plain linear ramp, which reads no signal, does better here than {law}.",
             "tie": "No advantage of the signals over a plain linear ramp can be measured here.",
-        }[outcome(gap.value, gap.low, gap.high)]
+        }[outcome(gap.low, gap.high)]
     ]
 
 

@@ -3,11 +3,18 @@
 UNCHECKED = "the exact checker knows only the embedded domain"
 
 
-def outcome(difference: float, low: float | None = None, high: float | None = None) -> str:
-    """better, worse or tie for a - b by its interval; without interval by sign (a tie only when exactly equal)."""
-    if low is not None and high is not None:
-        return "better" if low > 0 else "worse" if high < 0 else "tie"
-    return "better" if difference > 1e-12 else "worse" if difference < -1e-12 else "tie"
+def outcome(low: float | None, high: float | None, margin: float = 0.0) -> str:
+    """What the interval of a - b says: better, worse, a tie (it contains zero), or, where it lies within `margin` on
+    both sides, equivalent. Unknown without an interval: a sign is no verdict.
+
+    Answers that never differed have a bootstrap interval without width, which says nothing of those not asked for: a
+    tie.
+    """
+    if low is None or high is None:
+        return "unknown"
+    if -margin < low < high < margin:
+        return "equivalent"
+    return "better" if low > 0 else "worse" if high < 0 else "tie"
 
 
 def difference_words(difference: float, low: float | None, high: float | None, digits: int = 3) -> str:

@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from c2f_utils.files import flat
+
 PACKAGES = (
     "torch", "transformers", "trl", "peft", "datasets", "accelerate", "safetensors", "numpy", "scipy", "pandas",
     "pydantic", "matplotlib", "papermill", "jupyterlab", "lm-eval",
@@ -20,14 +22,6 @@ def fingerprint(value: object) -> str:
     """16 hex digits of the SHA-256 of a JSON-able value; the order of dictionary keys does not matter."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def flat(settings: dict, prefix: str = "") -> dict[str, object]:
-    """Nested settings as dotted keys, e.g. `coarse.law.start`."""
-    pairs: dict[str, object] = {}
-    for key, value in settings.items():
-        pairs |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
-    return pairs
 
 
 def differences(there: dict, here: dict) -> list[str]:

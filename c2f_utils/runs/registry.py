@@ -5,7 +5,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING
 
 from c2f_utils.errors import C2FError
-from c2f_utils.files import outputs, read_jsonl
+from c2f_utils.files import flat, outputs, read_jsonl
 from c2f_utils.runs import provenance
 from c2f_utils.runs.locks import age
 from c2f_utils.runs.stage import WEIGHTS, Stage
@@ -115,5 +115,5 @@ def _changed(name: str, settings: dict) -> list[str]:
         usual = load_settings(settings["profile"], settings["seed"], study=settings.get("study", False)).for_stage(name)
     except C2FError as error:  # a profile of an older version
         return [str(error)]
-    theirs, ours = provenance.flat(settings), provenance.flat(usual)
+    theirs, ours = flat(settings), flat(usual)
     return [f"{key}={value!r}" for key, value in theirs.items() if ours.get(key, ...) != value]

@@ -374,9 +374,12 @@ class Settings(Section):
         study = {"study": self.study} if stage == "04_length_schedules" else {}
         return {"profile": self.profile, "seed": self.seed, **study, **sections}
 
-    def recorded(self, there: dict[str, object]) -> dict[str, object]:
+    @classmethod
+    def recorded(cls, there: dict[str, object]) -> dict[str, object]:
         """Settings as an earlier version recorded them, with the defaults of those that it did not have."""
-        usual = {name: type(getattr(self, name))().model_dump(mode="json") for name in there if name in _SECTIONS}
+        usual = {
+            name: cls.model_fields[name].annotation().model_dump(mode="json") for name in there if name in _SECTIONS
+        }
         return {name: usual[name] | value if name in usual else value for name, value in there.items()}
 
 

@@ -9,6 +9,7 @@ tagged `parameters`.
 import ast
 import difflib
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,7 +125,7 @@ def check(known: dict[str, Parameter], values: dict[str, object]) -> list[str]:
         if name in known:
             found += filter(None, [known[name].problem(value)])
         else:
-            near = difflib.get_close_matches(name, known, n=1)
+            near = _near(name, known)
             hint = f"did you mean {near[0]!r}? " if near else ""
             if settings := places(Settings, name):
                 written = " or ".join(f"{place}={value}" for place in settings)
@@ -137,20 +138,44 @@ def of_session(namespace: dict[str, object]) -> tuple[dict[str, object], list[st
     """Values of a running notebook's parameters, and what is wrong with them.
 
     Read from IPython's record of executed cells, `In`: the parameters cell run last, and papermill's `# Parameters`
-    cell if it came after. Variables of other cells do not matter, so the first cell may be run again at any time.
+    cell if it came after. Variables of other cells do not matter, so the first cell may be run again at any time; but a
+    name annotated as parameters are is refused where it seems to be meant as one: nearly a parameter's or a setting's
+    and typed before the run was first opened, or a parameter's but for underscores and capitals.
     Outside IPython the standard parameters are taken from the namespace.
     """
-    known, injected = STANDARD, set()
+    known, injected, typed, opened = STANDARD, set(), {}, False  # typed: name -> whether the run was open by then
     for source in namespace.get("In", []):
         tree = _parsed(source)
-        annotated = {ast.unparse(line.target) for line in tree if isinstance(line, ast.AnnAssign)}
-        if {"profile", "run_id"} <= annotated:
-            known, injected = declared(source), set()
+        here = {ast.unparse(line.target) for line in tree if isinstance(line, ast.AnnAssign)}
+        if len(here & set(STANDARD)) >= 3:
+            known, injected, typed = declared(source), set(), {}
         elif source.startswith("# Parameters"):
             injected = {target.id for line in tree if isinstance(line, ast.Assign) for target in line.targets}
+        else:
+            typed = {
+                name: late for name, late in typed.items() if not here & set(_near(name, known))
+            }  # the uncorrected
+            typed |= dict.fromkeys(here, opened)
+        opened |= "notebook.start(" in source
+    absent = set(STANDARD) - set(known)
+    misspelt = {name for name in set(known) - set(STANDARD) if _near(name, absent) or _same_letters(name, STANDARD)}
+    known = {name: item for name, item in known.items() if name not in misspelt}
+    every = STANDARD | known
+    for name in set(typed) & set(namespace):
+        meant = _near(name, every) or places(Settings, name)
+        if _same_letters(name, every) or (meant and not typed[name]):
+            misspelt.add(name)
     values = {name: namespace.get(name, item.default) for name, item in known.items()}
-    unknown = {name: namespace.get(name) for name in sorted(injected - set(known))}
-    return {**{name: item.default for name, item in STANDARD.items()}, **values}, check(known, values | unknown)
+    unknown = {name: namespace.get(name) for name in sorted((injected | misspelt) - set(every))}
+    return {**{name: item.default for name, item in STANDARD.items()}, **values}, check(every, values | unknown)
+
+
+def _same_letters(name: str, known: Collection[str]) -> bool:
+    return name.replace("_", "").lower() in {each.replace("_", "") for each in known}
+
+
+def _near(name: str, known: Collection[str]) -> list[str]:
+    return difflib.get_close_matches(name.lower(), known, n=1)
 
 
 def _parsed(source: str) -> list[ast.stmt]:

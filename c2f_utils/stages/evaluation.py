@@ -29,7 +29,7 @@ LABELS = {
     "one_coefficient": "one coefficient for all",
 }
 ROLES = ("base", "instruct", "coarse", "fine")
-PAIRED = ("accuracy_last", "accuracy_first", "utility", "tokens", "rep4")
+PAIRED = ("accuracy_last", "accuracy_first", "utility", "tokens", "rep4", "reward")
 
 
 def make(run: Run) -> dict:
@@ -50,8 +50,9 @@ def make(run: Run) -> dict:
             single[name] = {}
             for decoding in settings.evaluation.decodings:
                 samples = inputs.answers(model, prompts, decoding, form=form)
-                found[name][decoding] = answers.measure(samples, inputs.reward)
-                single[name][decoding] = answers.per_answer(samples)
+                rewards = inputs.reward(samples)
+                found[name][decoding] = answers.measure(samples, lambda _, known=rewards: known)
+                single[name][decoding] = answers.per_answer(samples) | {"reward": rewards.tolist()}
                 table += answers.rows(samples[: settings.evaluation.samples_kept], name, decoding, inputs.reward)
                 if decoding == settings.evaluation.decodings[0]:
                     prefixes[name] = redundancy.prefix_table([s.answer for s in samples], settings.evaluation.prefixes)

@@ -2,6 +2,7 @@
 method."""
 
 from collections.abc import Iterator
+from typing import Protocol
 
 from torch import nn
 
@@ -32,9 +33,26 @@ ROLES = ("base", "instruct", "coarse", "fine")
 PAIRED = ("accuracy_last", "accuracy_first", "utility", "tokens", "rep4", "reward")
 
 
+class Part(Protocol):
+    """A further look at every model while it is loaded; what it finds stands in results.json under `key`."""
+
+    key: str
+
+    def add(self, name: str, model: nn.Module, form: Form) -> None:
+        """Look at one model, which is prompted in this form; the next one comes when this has returned."""
+
+    def results(self) -> dict | list:
+        """What was found, for JSON; called once, after the last model."""
+
+
+def parts(run: Run, inputs: Inputs) -> list[Part]:
+    """Everything that the settings ask for beside answers to test problems."""
+    return []
+
+
 def make(run: Run) -> dict:
     """Results of 07: metrics of every model under every decoding, redundancy at fixed prefixes, paired differences
-    to the fine actor."""
+    to the fine actor, and what its further parts find."""
     here, settings = run.here, run.settings
     if here.loaded:
         return here.results()
@@ -44,6 +62,7 @@ def make(run: Run) -> dict:
     single: dict[str, dict[str, dict[str, list[float]]]] = {}
     prefixes: dict[str, list[dict]] = {}
     table: list[dict] = []
+    further = parts(run, inputs)
     with here.timer("generation and scoring"):
         for name, model, prompts, form in _models(run, inputs, test):
             found[name] = {"label": _label(name, form or settings.models.base_form, inputs), "role": _role(name, form)}
@@ -56,11 +75,14 @@ def make(run: Run) -> dict:
                 table += answers.rows(samples[: settings.evaluation.samples_kept], name, decoding, inputs.reward)
                 if decoding == settings.evaluation.decodings[0]:
                     prefixes[name] = redundancy.prefix_table([s.answer for s in samples], settings.evaluation.prefixes)
+            for part in further:
+                part.add(name, model, form or settings.models.base_form)
             del model  # before the next one is loaded
     keep_samples(here, table, settings)
     here.save_results({
         "models": found, "prefix_redundancy": prefixes, "decoding_of_prefixes": settings.evaluation.decodings[0],
         "paired": _paired(single, settings.seed), "limit": settings.evaluation.max_tokens,
+        **{part.key: part.results() for part in further},
     })  # fmt: skip
     return here.results()
 

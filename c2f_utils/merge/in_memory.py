@@ -30,6 +30,7 @@ StateDict = Mapping[str, Tensor]
 _CODES = {dtype: code for code, dtype in TORCH.items()}
 _READ_AT_ONCE = 8  # blocks
 _ON_DEVICE = 1 << 24  # elements of a piece on a GPU: enough to keep it busy, 64 MiB in float32
+_AT_ONCE = 4  # pieces at most that are on a GPU: reading them from the disk takes longest
 
 
 def merge_state_dicts(
@@ -74,7 +75,8 @@ class Merger:
         """
         plan = Plan(recipe, *resolve(recipe.operator))
         placements = self._placed(plan)
-        with Workers(torch.get_num_threads()) as workers:
+        threads = torch.get_num_threads()
+        with Workers(threads if self.device.type == "cpu" else min(threads, _AT_ONCE)) as workers:
             statistics = self._statistics(plan, placements, workers)
             filling: deque[tuple[Placement, Tensor, bool]] = deque()
 

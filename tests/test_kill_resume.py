@@ -189,6 +189,30 @@ def test_a_stop_file_ends_03_with_a_model_and_the_same_notebook_continues(smoke_
     same_outcome(run.here.dir, smoke_run / STAGE)
 
 
+def test_an_interrupt_ends_03_after_the_iteration_and_a_second_one_at_once(smoke_run, tmp_path, monkeypatch, capsys):
+    parents(smoke_run, tmp_path)
+    monkeypatch.setenv("C2F_OUTPUTS", str(tmp_path))
+    usual = signal.getsignal(signal.SIGINT)
+    run = begin(STAGE)
+    for row in coarse_rlhf.train(run):
+        if row["iteration"] == 1:
+            signal.raise_signal(signal.SIGINT)
+    printed = capsys.readouterr().out
+    assert "interrupt again to stop at once" in printed and "stopped after iteration 1 of 3; run again" in printed
+    assert run.here.finish() == "stopped" and signal.getsignal(signal.SIGINT) is usual
+    run = begin(STAGE)
+    with pytest.raises(KeyboardInterrupt):
+        for _ in coarse_rlhf.train(run):
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+    run.here.release()
+    assert signal.getsignal(signal.SIGINT) is usual
+    run = begin(STAGE)
+    list(coarse_rlhf.train(run))
+    run.here.finish()
+    same_outcome(run.here.dir, smoke_run / STAGE)
+
+
 @pytest.mark.parametrize(
     "name, make, says",
     (

@@ -21,6 +21,7 @@ from c2f_utils.measure import answers
 from c2f_utils.models import loading
 from c2f_utils.models.rewards import RewardFunction
 from c2f_utils.notebook import seed_everything
+from c2f_utils.notebook.interrupt import stopping
 from c2f_utils.rollout.anatomy import output_weight, trunk_of
 from c2f_utils.runs.run import Run
 from c2f_utils.settings.config import Coarse, Lora
@@ -137,11 +138,13 @@ def train(
     process = trainer(inputs, rule, here.path("checkpoints"), reward=reward, ranks=ranks)
     restore_rows(run, process)
     _snapshot(run, process)  # a kill may have fallen between the checkpoint continued from and its snapshot
-    with here.timer("training"):
+    with here.timer("training"), stopping(here):
         for row in process:
             here.log(row)
             _snapshot(run, process)
             yield row
+    if process.iteration < process.config.iterations:
+        print(f"stopped after iteration {process.iteration} of {process.config.iterations}; run again to continue")
     with here.timer("evaluation"):
         finish(run, inputs, process)
 

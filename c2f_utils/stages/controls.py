@@ -10,6 +10,7 @@ from torch import nn
 
 from c2f_utils import merge
 from c2f_utils.models import loading
+from c2f_utils.notebook.interrupt import stopping
 from c2f_utils.runs.run import Run
 from c2f_utils.settings.laws import make_law
 from c2f_utils.stages import coarse_rlhf
@@ -76,7 +77,7 @@ def _ppo(run: Run, bench: Bench, coefficient: float) -> tuple[nn.Module, dict]:
         evaluated=False,
     )
     coarse_rlhf.restore_rows(run, process, control="ppo_instruct")
-    with run.here.timer("ppo_instruct"):
+    with run.here.timer("ppo_instruct"), stopping(run.here):
         for row in process:
             run.here.log({"control": "ppo_instruct", **row})
     note = "the same RLHF started from the instruction model, which is also its reference"

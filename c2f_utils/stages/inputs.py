@@ -20,6 +20,7 @@ from c2f_utils.measure.answers import answers
 from c2f_utils.models import loading, rewards
 from c2f_utils.models.loading import refuse_other_tokenizer
 from c2f_utils.models.packing import collate
+from c2f_utils.notebook.interrupt import stopping
 from c2f_utils.rollout.check import Agreement, agree
 from c2f_utils.rollout.choice import choose
 from c2f_utils.rollout.sampler import Sampler
@@ -177,9 +178,10 @@ class Inputs:
 
 @contextmanager
 def stopped_here(stage: Stage) -> Iterator[None]:
-    """Let a stop on request end the stage as `stopped`, from which it continues."""
+    """Let a stop on request, an interrupt among them, end the stage as `stopped`, from which it continues."""
     try:
-        yield
+        with stopping(stage):
+            yield
     except Stopped:
         stage.stop()
         raise

@@ -1,12 +1,12 @@
 """One line that says how far a cell is and how long it will still take, redrawn in place where there is a display."""
 
-import html
 import math
 import os
 import time
 
 from c2f_utils.notebook.panel import LINE, REDRAW, display_here
 from c2f_utils.notebook.show import Html
+from c2f_utils.report.letters import in_html
 
 
 class Progress:
@@ -29,9 +29,9 @@ class Progress:
         if not self._display:
             print(text, flush=True)
         elif self._handle is None:
-            self._handle = self._display(Html(html.escape(text), text), display_id=True)
+            self._handle = self._display(Html(in_html(text), text), display_id=True)
         else:
-            self._handle.update(Html(html.escape(text), text))
+            self._handle.update(Html(in_html(text), text))
 
     def _left(self, now: float, done: int, total: int) -> str:
         began, first = self._began

@@ -14,6 +14,9 @@ import yaml
 
 from c2f_utils.errors import C2FError, CannotWrite
 
+UNPARSABLE = (ValueError, RecursionError)  # what parsing text may raise: broken, not UTF-8, too long a number, too deep
+DEEPEST = 64  # levels of nesting; nothing here needs more, and code that walks a value may rely on it
+
 
 def root() -> Path:
     """The project folder: the nearest above the working directory that holds `c2f_utils/`, else the installed one."""
@@ -60,12 +63,14 @@ def write_json(path: Path, value: object) -> None:
 
 
 def read_json(path: Path) -> object:
-    """Read one JSON file; raises C2FError that names the file when it is missing or damaged."""
+    """Read one JSON file; raises C2FError that names the file when it is missing, unreadable or damaged."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise C2FError(f"{path} does not exist") from None
-    except json.JSONDecodeError as error:
+    except OSError as error:
+        raise C2FError(f"{path} cannot be read: {error.strerror}") from None
+    except UNPARSABLE as error:
         raise C2FError(f"{path} is not valid JSON ({error}); delete it and run its stage again") from None
 
 
@@ -90,6 +95,15 @@ def or_null(value: object) -> object:
         return None
 
 
+def too_deep(value: object) -> bool:
+    """Whether lists and dictionaries lie in each other more than `DEEPEST` levels deep (or in themselves)."""
+    level = [value]
+    for _ in range(DEEPEST):
+        inner = (item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list))
+        level = list({id(item): item for items in inner for item in items}.values())  # YAML may name one item often
+    return bool(level)
+
+
 def append_jsonl(path: Path, row: object) -> None:
     """Append one JSON line with a single write, so that readers see whole lines."""
     line = json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n"
@@ -107,13 +121,13 @@ def read_jsonl(path: Path) -> list:
 def _lines(path: Path) -> Iterator[object]:
     if not path.exists():
         return
-    rows = path.read_text(encoding="utf-8").split("\n")
+    rows = path.read_bytes().split(b"\n")
     for number, row in enumerate(rows, start=1):
         if not row.strip():
             continue
         try:
-            yield json.loads(row)
-        except json.JSONDecodeError as error:
+            yield json.loads(row.decode("utf-8"))
+        except UNPARSABLE as error:
             if number == len(rows):
                 return
             raise C2FError(f"{path}, line {number}: not valid JSON ({error})") from None

@@ -231,13 +231,14 @@ def _execute(job: Job, folder: Path, count: int) -> Outcome:
     outcome.seconds = time.perf_counter() - start
     stage = Stage(folder / job.stage)
     ours = outcome.state == "done" or registry.began_since(stage, began)
+    status = {} if stage.damage() else stage.status()
     if ours and outcome.state != "done":
         stage.fail(outcome.error)
-    elif stage.status().get("status") == "stopped":
+    elif status.get("status") == "stopped":
         outcome.state = "stopped"
-    elif outcome.state == "done" and not stage.status().get("status") == "done":
+    elif outcome.state == "done" and status.get("status") != "done":
         outcome.state, outcome.error = "failed", f"{job.stage} ended without finish(): its status is {stage.state()}"
-    outcome.peak_mb = seen.get("peak_mb") or (stage.status().get("peak_mb") if ours else None)
+    outcome.peak_mb = seen.get("peak_mb") or (status.get("peak_mb") if ours else None)
     _keep(live, log, stage.dir if ours and stage.dir.is_dir() else None)
     return outcome
 

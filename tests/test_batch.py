@@ -12,6 +12,7 @@ import pytest
 from notebooks_for_tests import PARAMETERS, RESULT, write
 
 from c2f_utils.__main__ import main
+from c2f_utils.errors import C2FError
 from c2f_utils.files import read_json
 from c2f_utils.headless import jobs
 from c2f_utils.runs.stage import Stage, run_folder
@@ -228,6 +229,64 @@ def test_killing_the_command_leaves_the_stage_to_be_continued(project, command):
     time.sleep(0.3)
     assert stage().state() == "lost"
     write(project, BASE, "assert run.here.path('checkpoints', '2').exists()", RESULT)
+    assert main(["run", "01", "--run-id", "r"]) == jobs.DONE
+
+
+def test_of_two_commands_for_one_run_one_ends_well_and_the_other_touches_nothing(project, command, capsys):
+    write(project, BASE, LOOP, RESULT)
+    late = jobs.prepare(["01"], {"run_id": "r"})  # checked while nobody was at work yet
+    process = command("run", "01", "--run-id", "r", wait_for=stage().dir / "checkpoints" / "2")
+    with pytest.raises(C2FError, match=f"run 'r' is being worked on by the command of process {process.pid} "):
+        jobs.run(late)
+    assert main(["run", "01", "--run-id", "r"]) == jobs.BAD_INPUT
+    assert "is being worked on by process" in capsys.readouterr().err
+    assert stage().state() == "running" and stage().dir.with_suffix(".running.log").exists()
+    (stage().dir / "STOP").touch()
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == jobs.STOPPED and stage().state() == "stopped", (out, err)
+    assert {"log.txt", "notebook.ipynb"} <= {path.name for path in stage().dir.iterdir()}
+    assert not list(stage().dir.parent.glob("*.refused.*"))
+
+
+def test_a_stage_that_another_process_began_meanwhile_is_not_ended_by_the_command(project, capsys):
+    write(project, BASE, RESULT)
+    path = project / f"{BASE}.ipynb"
+    other = (
+        "import subprocess, sys\n"
+        'code = \'from c2f_utils import notebook; notebook.start({"run_id": "r", "profile": "smoke"}, '
+        '"01_base_model"); print("begun", flush=True); import time; time.sleep(600)\'\n'
+        "job = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True, "
+        "start_new_session=True)\n"
+        "while job.stdout.readline() != 'begun\\n': pass\n"
+    )
+    cells = json.loads(path.read_text())
+    cells["cells"][2]["source"] = other + cells["cells"][2]["source"]
+    path.write_text(json.dumps(cells))
+    try:
+        assert main(["run", "01", "--run-id", "r"]) == jobs.FAILED
+        message = capsys.readouterr().err
+        assert "is being worked on by process" in message and "refused.ipynb" in message
+        assert stage().state() == "running"
+    finally:
+        os.kill(stage().status()["pid"], signal.SIGKILL)
+
+
+def test_a_kernel_killed_while_it_starts_is_said_and_the_same_command_tries_again(
+    project, tmp_path, monkeypatch, capsys
+):
+    write(project, BASE, RESULT)
+    (tmp_path / "path").mkdir()
+    (tmp_path / "path" / "sitecustomize.py").write_text(
+        "import os, signal, sys\n"
+        "if any('ipykernel' in word for word in sys.orig_argv): os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    with monkeypatch.context() as patched:
+        patched.setenv("PYTHONPATH", str(tmp_path / "path"), prepend=os.pathsep)
+        assert main(["run", "01", "--run-id", "r"]) == jobs.KILLED
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[-1].split()[:2] == [BASE, "killed"]
+    assert "the notebook's kernel was killed while it started" in printed.err and "Traceback" not in printed.err
+    assert stage().state() is None and not list(stage().dir.parent.glob("*.running.*"))
     assert main(["run", "01", "--run-id", "r"]) == jobs.DONE
 
 

@@ -23,7 +23,7 @@ from typing import IO
 from c2f_utils import threads
 from c2f_utils.errors import C2FError, problems
 from c2f_utils.files import outputs, root
-from c2f_utils.runs import disk, registry
+from c2f_utils.runs import disk, locks, registry
 from c2f_utils.runs.run import PARENTS, Run
 from c2f_utils.runs.stage import Stage, run_folder
 from c2f_utils.settings import parameters
@@ -104,8 +104,16 @@ def prepare(targets: Sequence[str], values: dict[str, object], assignments: Sequ
 
 
 def run(jobs: Sequence[Job], thread_count: int | None = None) -> int:
-    """Run the jobs one after another, printing a line for each, up to the first that fails; returns the exit code."""
+    """Run the jobs one after another, printing a line for each, up to the first that fails; returns the exit code.
+
+    Raises C2FError, and touches nothing, while another command is at work in the same run.
+    """
     run_id = jobs[0].values["run_id"]
+    with _alone(run_id):
+        return _one_by_one(jobs, run_id, thread_count)
+
+
+def _one_by_one(jobs: Sequence[Job], run_id: str, thread_count: int | None) -> int:
     folder = run_folder(run_id)
     count = thread_count or threads.requested() or registry.threads_of(run_id) or _probe()
     print(f"run {run_id!r} in {folder}, {count} CPU thread{'s' if count > 1 else ''}", flush=True)
@@ -197,6 +205,21 @@ def _check_stages(jobs: Sequence[Job], run: Run, overwrite: bool) -> None:
         planned.append(job.stage)
 
 
+@contextlib.contextmanager
+def _alone(run_id: str) -> Iterator[None]:
+    """Claim the run, whose STOP file and logs two commands would share."""
+    claim = run_folder(run_id) / ".run.claim"
+    if other := locks.take(claim, registry.heartbeat_age(run_id)):
+        raise C2FError(
+            f"run {run_id!r} is being worked on by the command of process {other['pid']} on {other['host']}; wait for "
+            "it, stop it, or choose another run_id (--run-id)"
+        )
+    try:
+        yield
+    finally:
+        locks.release(claim)
+
+
 def _execute(job: Job, folder: Path, count: int) -> Outcome:
     import papermill
     from nbclient.exceptions import DeadKernelError
@@ -226,12 +249,18 @@ def _execute(job: Job, folder: Path, count: int) -> Outcome:
             outcome = Outcome("failed", error=f"cell {error.exec_count} failed: {what}")
         except DeadKernelError:
             outcome = Outcome("failed", error="kernel died (out of memory?)")
+        except RuntimeError as error:
+            if not str(error).startswith("Kernel "):  # what the client says of one that never answered
+                raise
+            why = "killed while it started (out of memory?); the same command tries again"
+            outcome = Outcome("killed", error=f"the notebook's kernel was {why}. {error}")
         except KeyboardInterrupt:
             outcome = Outcome("killed", error="killed on request")
     outcome.seconds = time.perf_counter() - start
     stage = Stage(folder / job.stage)
-    ours = outcome.state == "done" or registry.began_since(stage, began)
     status = {} if stage.damage() else stage.status()
+    # A stage that another process began meanwhile is not this kernel's to end, nor is its notebook.
+    ours = outcome.state == "done" or registry.began_since(stage, began) and status["pid"] == seen.get("pid")
     if ours and outcome.state != "done":
         stage.fail(outcome.error)
     elif status.get("status") == "stopped":
@@ -276,12 +305,14 @@ def _environment(count: int) -> dict[str, str]:
 
 
 def _kernel_manager(environment: dict[str, str], log: IO[str], seen: dict[str, float]) -> type:
-    """A kernel manager class that gives the kernel its environment, keeps its messages, and notes its peak memory."""
+    """A kernel manager class that gives the kernel its environment, keeps its messages, and notes its process and peak
+    memory."""
     from jupyter_client import AsyncKernelManager
 
     class Manager(AsyncKernelManager):
         async def start_kernel(self, **kwargs: object) -> None:
             await super().start_kernel(**kwargs | {"env": environment, "stdout": log, "stderr": log})
+            seen["pid"] = getattr(self.provisioner, "pid", None)
 
         async def shutdown_kernel(self, **kwargs: object) -> None:
             process = getattr(self.provisioner, "process", None)

@@ -62,6 +62,11 @@ def began_since(stage: Stage, moment: datetime) -> bool:
     return bool(started) and datetime.fromisoformat(started) >= moment
 
 
+def heartbeat_age(run_id: str) -> float | None:
+    """Seconds since any stage of a run last showed that it is alive, or None for a new run."""
+    return min((age(stage.status()["heartbeat"]) for stage in stages(run_id=run_id)), default=None)
+
+
 def threads_of(run_id: str) -> int | None:
     """The thread count that the stages of a run were begun with (the last one's), or None for a new run."""
     counts = [stage.config()["threads"] for stage in stages(run_id=run_id)]

@@ -7,14 +7,16 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
 
-from c2f_utils.errors import C2FError, CannotWrite
+from c2f_utils.errors import C2FError, CannotWrite, short
 
 UNPARSABLE = (ValueError, RecursionError)  # what parsing text may raise: broken, not UTF-8, too long a number, too deep
+_LONGEST_MAPPING, _MOST_VALUES = 2**18, 10_000  # bytes of a file of settings or a recipe, values in it
 DEEPEST = 64  # levels of nesting; nothing here needs more, and code that walks a value may rely on it
 
 
@@ -143,7 +145,41 @@ def sha256(path: Path) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `1e-6` as text; people who write learning rates mean a number."""
+    """YAML 1.1 reads `1e-6` as text; people who write learning rates mean a number. A key given twice is refused, and
+    so are aliases that stand for far more than is written."""
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._values: dict[yaml.Node, int] = {}
+        self._depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node:
+        self._depth += 1
+        if self._depth > DEEPEST:
+            raise yaml.YAMLError(f"it is nested more than {DEEPEST} levels deep")
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        parts = node.value if isinstance(node, yaml.CollectionNode) else ()
+        parts = [part for pair in parts for part in pair] if isinstance(node, yaml.MappingNode) else parts
+        self._values[node] = 1 + sum(self._values.get(part, 1) for part in parts)
+        if self._values[node] > _MOST_VALUES:
+            raise yaml.YAMLError(f"it stands for more than {_MOST_VALUES} values")
+        return node
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        _refuse_twice([key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
+        return node
+
+
+def _refuse_twice(keys: list[str]) -> None:
+    if twice := [key for key, count in Counter(keys).items() if count > 1]:
+        raise ValueError(f"{short(twice[0])} is given twice; keep one")
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    _refuse_twice([key for key, _ in pairs])
+    return dict(pairs)
 
 
 _Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
@@ -159,14 +195,20 @@ def read_mapping(path: str | Path, what: str = "overrides file", example: str = 
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if path.suffix == ".json" else yaml.load(text, Loader=_Loader)
+        with open(path, "rb") as handle:
+            text = handle.read(_LONGEST_MAPPING + 1).decode("utf-8-sig")
+        if len(text) > _LONGEST_MAPPING:
+            raise C2FError(f"{what} {path} is longer than {_LONGEST_MAPPING} bytes; expected a YAML or JSON file")
+        json_like = path.suffix == ".json"
+        content = json.loads(text, object_pairs_hook=_unique) if json_like else yaml.load(text, Loader=_Loader)
     except OSError as error:
         raise C2FError(f"{what} {path}: {error.strerror}; expected a readable YAML or JSON file") from None
     except UnicodeDecodeError:
         raise C2FError(f"{what} {path} is not UTF-8 text; expected a YAML or JSON file") from None
-    except (yaml.YAMLError, json.JSONDecodeError) as error:
-        raise C2FError(f"{what} {path} cannot be parsed: {error}") from None
+    except (yaml.YAMLError, OverflowError, *UNPARSABLE) as error:
+        raise C2FError(f"{what} {path} cannot be parsed: {' '.join(str(error).split())}") from None
+    if too_deep(content):
+        raise C2FError(f"{what} {path} is nested more than {DEEPEST} levels deep; expected '{example}' or the like")
     if not isinstance(content, dict | None):
         raise C2FError(f"{what} {path} holds a {type(content).__name__}; expected a mapping such as '{example}'")
     return content or {}

@@ -109,11 +109,12 @@ def test_a_stage_with_another_configuration_is_refused_or_set_aside(project, cap
 
 def test_overrides_from_a_file_and_by_dotted_name_reach_the_notebook(project, tmp_path):
     write(project, BASE, "run.here.save_results({'rate': run.settings.reward.learning_rate})")
-    (tmp_path / "o.yaml").write_text("reward: {learning_rate: 1e-6}\npretrain: {tokens: 5}\n")
+    (tmp_path / "o.yaml").write_text("reward: {learning_rate: 1e-6}\npretrain: {layers: 1}\n")
     arguments = ["--overrides", str(tmp_path / "o.yaml"), "-p", "pretrain.tokens=7"]
     assert main(["run", "01", "--run-id", "r", *arguments]) == jobs.DONE
     assert stage().results() == {"rate": 1e-6}
-    assert stage().config()["settings"]["pretrain"]["tokens"] == 7, "-p comes after the file"
+    made = stage().config()["settings"]["pretrain"]
+    assert (made["tokens"], made["layers"]) == (7, 1), "both count; for one setting only one of them may be given"
 
 
 def test_a_failing_cell_ends_the_sequence_with_its_error(project, capsys):

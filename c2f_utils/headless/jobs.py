@@ -21,14 +21,15 @@ from pathlib import Path
 from typing import IO
 
 from c2f_utils import threads
-from c2f_utils.errors import C2FError, problems
+from c2f_utils.errors import C2FError, problems, short
 from c2f_utils.files import outputs, root
 from c2f_utils.runs import disk, locks, registry
 from c2f_utils.runs.run import PARENTS, Run
 from c2f_utils.runs.stage import Stage, run_folder
-from c2f_utils.settings import parameters
-from c2f_utils.settings.config import STAGES
-from c2f_utils.settings.load import load_settings
+from c2f_utils.settings import parameters, preflight
+from c2f_utils.settings.config import STAGES, Settings
+from c2f_utils.settings.load import dotted, load_settings
+from c2f_utils.settings.merge_options import OPTIONS
 
 DONE, FAILED, BAD_INPUT, STOPPED, KILLED = 0, 1, 2, 3, 130  # exit codes
 _NOISE = re.compile(
@@ -86,6 +87,7 @@ def prepare(targets: Sequence[str], values: dict[str, object], assignments: Sequ
     notebooks = [path for target in targets for path in _notebooks(target)]
     declared = {path: parameters.of_notebook(path) for path in notebooks}
     anywhere = {name: item for found in declared.values() for name, item in found.items()}
+    _refuse_twice(values.get("overrides", {}), assignments)
     given = _assigned(assignments, anywhere)
     overrides = {**values.get("overrides", {}), **given.pop("overrides", {})}
     standard = {name: item.default for name, item in parameters.STANDARD.items()}
@@ -99,6 +101,8 @@ def prepare(targets: Sequence[str], values: dict[str, object], assignments: Sequ
         raise problems("the parameters cannot be used:", wrong)
     overwrite = chosen["overwrite"]
     settings = load_settings(**{name: chosen[name] for name in standard if name != "overwrite"})
+    registry.refuse_unknown(chosen.get("runs", ()), besides=settings.run_id)
+    _check_operators(jobs, settings)
     _check_stages(jobs, Run(settings), overwrite)
     return jobs
 
@@ -174,20 +178,44 @@ def _notebooks(target: str) -> list[Path]:
     return found
 
 
+def _refuse_twice(of_file: dict[str, object], assignments: Sequence[str]) -> None:
+    """Raise C2FError if two `-p`, or one and the overrides file, set the same thing or a part of it."""
+    seen = dict.fromkeys(dotted(of_file), "--overrides")
+    for text in assignments:
+        name, _, value = text.partition("=")
+        found = parameters.literal(value) if name == "overrides" else None
+        for mine in dotted(found) if isinstance(found, dict) else [name]:
+            for other, where in seen.items():
+                if f"{mine}.".startswith(f"{other}.") or f"{other}.".startswith(f"{mine}."):
+                    raise C2FError(f"-p {short(text)}: {other} is given by {where}, too; keep one")
+        seen |= dict.fromkeys(dotted(found) if isinstance(found, dict) else [name], "another -p")
+
+
 def _assigned(assignments: Sequence[str], known: dict[str, parameters.Parameter]) -> dict[str, object]:
     values: dict[str, object] = {}
     for text in assignments:
         name, equals, value = text.partition("=")
         if not equals:
-            raise C2FError(f"-p {text}: expected name=value, e.g. -p seed=1 or -p coarse.iterations=5")
+            raise C2FError(f"-p {short(text)}: expected name=value, e.g. -p seed=1 or -p coarse.iterations=5")
         if "." in name or name == "overrides":
             found = parameters.literal(value)
             if name == "overrides" and not isinstance(found, dict):
-                raise C2FError(f"-p {text}: expected a dict, e.g. -p \"overrides={{'coarse.iterations': 5}}\"")
+                raise C2FError(f"-p {short(text)}: expected a dict, e.g. -p \"overrides={{'coarse.iterations': 5}}\"")
             values.setdefault("overrides", {}).update(found if name == "overrides" else {name: found})
         else:
             values[name] = known[name].parse(value) if name in known else value
     return values
+
+
+def _check_operators(jobs: Sequence[Job], settings: Settings) -> None:
+    """An operator that is none of ours must at least be spoken of where it would be registered."""
+    for job in jobs:
+        text = job.notebook.read_text(encoding="utf-8") if job.stage == "06_residue_merging" else ""
+        if text and (strange := [name for name in preflight.strange_operators(settings) if name not in text]):
+            raise C2FError(
+                f"there is no merge operator {short(strange[0])}, and {job.notebook} registers none of that name; "
+                f"known: {', '.join(OPTIONS)}"
+            )
 
 
 def _check_stages(jobs: Sequence[Job], run: Run, overwrite: bool) -> None:

@@ -45,6 +45,7 @@ def start(namespace: dict[str, object], stage: str) -> Run:
     here = run.stage(stage)
     if _here and _here.dir != here.dir:
         _here.stop()  # the first cell was run again with another run_id
+    registry.refuse_unknown(values.get("runs", ()), besides=run.id)
     if not values["overwrite"]:
         run.refuse_mixture(stage)
     inputs, origins = run.inputs(stage)

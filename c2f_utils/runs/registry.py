@@ -1,10 +1,10 @@
 """Everything that has been run: stages on disk, the latest that fits, and the table of all of them. Needs no torch."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from datetime import datetime
 from typing import TYPE_CHECKING
 
-from c2f_utils.errors import C2FError
+from c2f_utils.errors import C2FError, short
 from c2f_utils.files import outputs, read_jsonl
 from c2f_utils.runs import provenance
 from c2f_utils.runs.locks import age
@@ -60,6 +60,18 @@ def began_since(stage: Stage, moment: datetime) -> bool:
     """Whether the stage was begun (or continued) after a time, and so by whoever started then."""
     started = None if stage.damage() else stage.status().get("started")
     return bool(started) and datetime.fromisoformat(started) >= moment
+
+
+def refuse_unknown(run_ids: Collection[object], besides: str | None = None) -> None:
+    """Raise C2FError for what is not the id of a run on disk; the run `besides` may be about to be made."""
+    if not run_ids:
+        return
+    known = sorted({stage.run_id for stage in stages()})
+    if wrong := [item for item in run_ids if item not in (*known, besides)]:
+        raise C2FError(
+            f"runs = {short(list(run_ids))}: there is no run {short(wrong[0])} in {outputs()}; there are: "
+            f"{', '.join(known) or 'none'}"
+        )
 
 
 def heartbeat_age(run_id: str) -> float | None:

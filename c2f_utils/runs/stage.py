@@ -210,9 +210,9 @@ class Stage:
         if not changed or overwrite:
             disk.refuse_full(self.dir.parent, self.disk_needed(), 0 if changed else disk.used(self.dir))
             return "replace" if changed else "continue"
-        said = "is damaged" if damage else f"exists ({self.state()}) with another configuration"
         choices = "next step: choose another run_id, or set overwrite=True (--overwrite), which keeps the old one as "
-        title = f"{self.name} in run {self.run_id!r} {said}:"
+        title = f"{self.name} exists in run {self.run_id!r} ({self.state()}) with another configuration:"
+        title = f"{self.name} in run {self.run_id!r} is damaged:" if damage else title
         raise problems(title, [*changed, f"{choices}{self._archive().name}"])
 
     def begin(

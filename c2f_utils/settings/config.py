@@ -10,8 +10,9 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from c2f_utils.domain.forms import Form
-from c2f_utils.settings.kinds import Count, NonNegative, Positive, Rate, Section, Share
+from c2f_utils.settings.kinds import Count, Few, Items, NonNegative, Positive, Rate, Section, Share
 from c2f_utils.settings.laws import Law
+from c2f_utils.weights import count_of
 
 PROFILES = ("smoke", "tiny", "small_gpu", "mistral_7b")
 
@@ -84,13 +85,15 @@ class Data(Section):
     preference_subsets: list[str] = Field(
         [], description="folders of a hub set or of a local copy of one, e.g. [harmless-base]; none = the whole set"
     )
-    stop_strings: list[str] = Field([], description="texts that end an answer, e.g. the next turn's header")
+    stop_strings: list[Annotated[str, Field(min_length=1)]] = Field(
+        [], description="texts that end an answer, e.g. the next turn's header"
+    )
     operations: tuple[Positive, Positive] = Field(
         (3, 5), description="fewest and most steps of an embedded problem", strict=False
     )
     max_prompt_tokens: Positive = Field(64, description="longer prompts are left out and counted, tokens")
-    validation_prompts: Positive = Field(256, description="problems for choices such as the merge coefficient")
-    test_prompts: Positive = Field(256, description="problems for reported figures; disjoint from all others")
+    validation_prompts: Items = Field(256, description="problems for choices such as the merge coefficient")
+    test_prompts: Items = Field(256, description="problems for reported figures; disjoint from all others")
 
 
 class Pretrain(Section):
@@ -101,7 +104,7 @@ class Pretrain(Section):
     heads: Positive = 4
     key_value_heads: Positive = 2
     intermediate_size: Positive = 160
-    max_positions: Positive = Field(1024, description="positions of the model, tokens")
+    max_positions: Annotated[int, Field(gt=0, le=2**17)] = Field(1024, description="positions of the model, tokens")
     tokens: Positive = Field(4_400_000, description="training tokens")
     tokens_per_step: Positive = Field(2048, description="tokens of one optimiser step")
     learning_rate_matrices: Rate = Field(6e-3, description="Muon, layer matrices")
@@ -109,12 +112,21 @@ class Pretrain(Section):
     warmup_steps: Count = 40
     weight_decay: NonNegative = 0.02
 
+    @property
+    def weights(self) -> int:
+        """How many weights the model has, without its embeddings."""
+        return count_of({
+            "hidden_size": self.hidden_size, "num_attention_heads": self.heads, "intermediate_size":
+            self.intermediate_size, "num_key_value_heads": self.key_value_heads, "num_hidden_layers": self.layers,
+            "vocab_size": 0,
+        })  # fmt: skip
+
 
 class Reward(Section):
     """Reward model training (TRL `RewardTrainer`, Bradley-Terry loss)."""
 
-    pairs: Positive = Field(7000, description="preference pairs for training")
-    held_out_pairs: Positive = Field(500, description="pairs for calibration, never trained on")
+    pairs: Items = Field(7000, description="preference pairs for training")
+    held_out_pairs: Annotated[Items, Field(ge=2)] = Field(500, description="pairs for calibration, never trained on")
     base_share: Share = Field(0.4, description="embedded: share of pairs made of base samples, the rest is synthetic")
     cut_share: Share = Field(0.42, description="embedded: share of answers cut at a random token")
     label_noise: NonNegative = Field(
@@ -128,7 +140,7 @@ class Reward(Section):
     epochs: Positive = 1
     max_steps: Count = Field(0, description="optimiser steps at most; 0 = no limit")
     max_tokens: Positive = Field(512, description="longer pairs are left out and counted, tokens")
-    members: Positive = Field(1, description="models averaged in weight space (WARM)")
+    members: Few = Field(1, description="models averaged in weight space (WARM)")
 
 
 class Coarse(Section):
@@ -136,8 +148,10 @@ class Coarse(Section):
 
     law: Law = Law(name="logistic", start=24, maximum=144, step=8)
     iterations: Positive = Field(17, description="rounds of rollout and update")
-    prompts: Positive = Field(64, description="prompts (and answers) per iteration, all processes together")
-    temperature: Annotated[float, Field(gt=0)] = Field(1.0, description="divides policy and reference logits alike")
+    prompts: Items = Field(64, description="prompts (and answers) per iteration, all processes together")
+    temperature: Annotated[float, Field(ge=0.01, le=100)] = Field(
+        1.0, description="divides policy and reference logits alike"
+    )
     epochs: Positive = Field(2, description="passes over each rollout batch")
     minibatches: Positive = Field(2, description="optimiser steps per pass")
     tokens_per_micro_batch: Positive = Field(16_384, description="padded tokens of one forward/backward pass")
@@ -152,7 +166,7 @@ class Coarse(Section):
     old_logps: Literal["auto", "recorded", "recomputed"] = Field(
         "auto", description="old log-probabilities: the sampler's or the training forward's; auto: recorded if float32"
     )
-    processes: Positive = Field(1, description="training processes; more than 1 starts `accelerate launch`")
+    processes: Few = Field(1, description="training processes; more than 1 starts `accelerate launch`")
     spread: Literal["ddp", "fsdp2"] = Field(
         "ddp", description="processes > 1: weights replicated (LoRA), or split (full fine-tuning)"
     )
@@ -188,7 +202,7 @@ class Coarse(Section):
     token_price: NonNegative = Field(0.0, description="subtracted from the reward per answer token")
     gradient_clip: Annotated[float, Field(gt=0)] = 1.0
     evaluate_every: Positive = Field(4, description="iterations between evaluations on validation problems")
-    evaluation_prompts: Positive = Field(128, description="validation problems of the curve")
+    evaluation_prompts: Items = Field(128, description="validation problems of the curve")
     evaluation_tokens: Positive = Field(144, description="answer limit of the curve, fixed while l(t) moves, tokens")
     checkpoint_every: Positive = Field(2, description="iterations between checkpoints")
     probes: Count = Field(4, description="prompts followed through training")
@@ -198,6 +212,12 @@ class Coarse(Section):
     def _head_fits_critic(self) -> "Coarse":
         if self.critic == "shared" and self.critic_head == "reward":
             raise ValueError("critic 'shared' has a head on the actor's trunk: set critic_head to 'zero'")
+        return self
+
+    @model_validator(mode="after")
+    def _minibatches_have_prompts(self) -> "Coarse":
+        if self.minibatches > self.prompts:
+            raise ValueError(f"minibatches {self.minibatches} is above prompts {self.prompts}: a step needs a prompt")
         return self
 
 
@@ -234,7 +254,7 @@ class Schedules(Section):
     critic_free: dict[str, CriticFree] = Field(
         {}, description="baselines without a critic, only with study=True; not for laws that read the critic"
     )
-    study_seeds: list[int] = Field([0, 1, 2], description="seeds of the study")
+    study_seeds: list[Count] = Field([0, 1, 2], min_length=1, description="seeds of the study")
 
 
 class Instruct(Section):
@@ -271,7 +291,9 @@ class Evaluation(Section):
     """Generation and scoring of the finished models."""
 
     max_tokens: Positive = Field(160, description="answer limit, tokens")
-    decodings: list[Literal["sampled_t1", "sampled_t07", "greedy"]] = ["sampled_t1", "sampled_t07", "greedy"]
+    decodings: list[Literal["sampled_t1", "sampled_t07", "greedy"]] = Field(
+        ["sampled_t1", "sampled_t07", "greedy"], min_length=1
+    )
     prefixes: list[Positive] = Field([32, 64, 128], description="prefixes at which redundancy is compared, tokens")
     samples_kept: Count = Field(12, description="answers per model kept in samples.jsonl")
 

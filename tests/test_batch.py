@@ -308,9 +308,9 @@ def test_the_thread_count_is_recorded_and_kept_when_continued(project, monkeypat
 
 def test_a_stage_with_another_parameter_takes_it_and_others_do_not(project):
     write(project, BASE, RESULT, parameters=PARAMETERS)
-    write(project, REPORT, "run.here.save_results({'runs': runs})", parameters=PARAMETERS + "runs: list = []\n")
-    assert main(["run", "01", "08", "--run-id", "r", "-p", "runs=['a', 'b']"]) == jobs.DONE
-    assert stage(REPORT).results() == {"runs": ["a", "b"]}
+    write(project, REPORT, "run.here.save_results({'names': names})", parameters=PARAMETERS + "names: list = []\n")
+    assert main(["run", "01", "08", "--run-id", "r", "-p", "names=['a', 'b']"]) == jobs.DONE
+    assert stage(REPORT).results() == {"names": ["a", "b"]}
 
 
 def test_the_summary_shows_every_model_and_the_report(project, outputs):

@@ -37,6 +37,12 @@ def at_once(capsys, monkeypatch, *arguments: str) -> str:
 # Values
 
 
+def test_overrides_are_left_as_they_were():
+    overrides = {"pretrain": {"layers": 1}, "pretrain.tokens": 7}
+    assert load_settings("tiny", overrides=overrides).pretrain.tokens == 7
+    assert overrides == {"pretrain": {"layers": 1}, "pretrain.tokens": 7}
+
+
 @pytest.mark.parametrize(
     ("assignment", "said"),
     [
@@ -73,6 +79,15 @@ def at_once(capsys, monkeypatch, *arguments: str) -> str:
 )  # fmt: skip
 def test_a_value_that_no_run_could_end_well_with(outputs, capsys, monkeypatch, assignment, said):
     assert said in at_once(capsys, monkeypatch, "all", "-p", assignment)
+
+
+@pytest.mark.parametrize("name", ["../../../x", "a/b", "..", "", ".hidden", "a" * 65, "a b", "x\n"])
+@pytest.mark.parametrize("where", ["laws", "study_laws", "critic_free"])
+def test_a_name_of_a_law_that_is_no_safe_folder_name(outputs, capsys, monkeypatch, where, name):
+    law = {"name": "fixed", "limit": 8}
+    entry = {"trainer": "grpo", "law": law} if where == "critic_free" else law
+    message = at_once(capsys, monkeypatch, "all", "-p", f"schedules.{where}={ {name: entry} }")
+    assert f"a name in schedules.{where} is {name!r}: expected 1 to 64 letters" in message
 
 
 @pytest.mark.parametrize("hidden", [None, ""])
@@ -140,8 +155,6 @@ def test_a_setting_given_twice(outputs, capsys, monkeypatch, tmp_path, first, se
         (tmp_path / "o.yaml").write_text("coarse: {iterations: 6, law: {start: 5}}\n")
         message = at_once(capsys, monkeypatch, "01", "-p", second, "--overrides", str(tmp_path / "o.yaml"))
         assert "is given by --overrides, too; keep one" in message
-    with pytest.raises(C2FError, match="coarse.iterations is set twice in the overrides"):
-        load_settings("smoke", overrides={"coarse": {"iterations": 5}, "coarse.iterations": 6})
 
 
 # Files

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from c2f_utils.domain.forms import Form
-from c2f_utils.settings.kinds import Count, Few, Items, NonNegative, Positive, Rate, Section, Share
+from c2f_utils.settings.kinds import Count, Few, Items, Name, NonNegative, Positive, Rate, Section, Share
 from c2f_utils.settings.laws import Law
 from c2f_utils.weights import count_of
 
@@ -246,12 +246,12 @@ class CriticFree(Section):
 class Schedules(Section):
     """Laws compared in notebook 04; the law of `coarse.law` is reused from 03 and stands for `logistic`."""
 
-    laws: dict[str, Law] = {}
-    study_laws: dict[str, Law] = Field({}, description="further laws, only with study=True")
-    credit: dict[str, Credit] = Field(
+    laws: dict[Name, Law] = {}
+    study_laws: dict[Name, Law] = Field({}, description="further laws, only with study=True")
+    credit: dict[Name, Credit] = Field(
         {}, description="by name of the law: another way to credit cut answers, and for how long"
     )
-    critic_free: dict[str, CriticFree] = Field(
+    critic_free: dict[Name, CriticFree] = Field(
         {}, description="baselines without a critic, only with study=True; not for laws that read the critic"
     )
     study_seeds: list[Count] = Field([0, 1, 2], min_length=1, description="seeds of the study")
@@ -303,7 +303,7 @@ class Settings(Section):
 
     profile: Literal["smoke", "tiny", "small_gpu", "mistral_7b"]
     seed: Count = 0
-    run_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = "lab"
+    run_id: Name = "lab"
     study: bool = False
     models: Models = Models()
     data: Data = Data()

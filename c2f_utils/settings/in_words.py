@@ -36,10 +36,9 @@ def _explain(root: type[BaseModel], loc: tuple, item: dict) -> list[str]:
         return [f"{where} = {short(value)}: there is no such setting; {_neighbours(root, loc, value)}"]
     if kind == "missing":
         return [f"{where} is missing; give it a value"]
-    if kind == "string_pattern_mismatch":  # `run_id` is the only one that has a pattern
-        return [
-            f"{where} = {short(value)}: expected 1 to 64 letters, digits, '.', '_', '-', the first a letter or digit"
-        ]
+    if kind == "string_pattern_mismatch":  # run_id, or the name of a law
+        what = f"a name in {'.'.join(map(str, loc[:-2]))} is" if loc[-1] == "[key]" else f"{where} ="
+        return [f"{what} {short(value)}: expected 1 to 64 letters, digits, '.', '_', '-', the first a letter or digit"]
     if kind in {"model_type", "dict_type"}:
         model = _model(_place(root, loc)[1])
         keys = f" with keys among {', '.join(model.model_fields)}" if model else ""

@@ -1,6 +1,6 @@
 """From a profile and overrides to checked settings: read, merged, validated, and opened (`preflight.py`)."""
 
-from collections import Counter
+import copy
 from pathlib import Path
 from typing import get_origin
 
@@ -24,9 +24,9 @@ def load_settings(
         raise C2FError(f"unknown profile {short(profile)}; expected one of {', '.join(PROFILES)}")
     values = read_mapping(Path(__file__).parent / "profiles" / f"{profile}.yaml")
     overrides = overrides or {}
-    _refuse_ambiguous(overrides)
+    _refuse_parameters(overrides)
     priced = set(values.get("schedules", {}).get("credit", {}))
-    for key, value in overrides.items():
+    for key, value in copy.deepcopy(overrides).items():  # merged in place, and the caller's stay as they are
         _merge(values, _nested(str(key), value))
     _forget_credit(values.get("schedules"), priced)
     values |= {"profile": profile, "seed": seed, "run_id": run_id, "study": study}
@@ -52,13 +52,11 @@ def dotted(overrides: dict[str, object], prefix: str = "") -> list[str]:
     return found
 
 
-def _refuse_ambiguous(overrides: dict[str, object]) -> None:
-    """Raise C2FError for what overrides name twice, for parameters of a run among them, and for endless nesting."""
+def _refuse_parameters(overrides: dict[str, object]) -> None:
+    """Raise C2FError for parameters of a run among the overrides, which would have no effect, and endless nesting."""
     if too_deep(overrides):
         raise C2FError(f"the overrides are nested more than {DEEPEST} levels deep; expected coarse.iterations=5 ...")
-    names = Counter(dotted(overrides))
-    found = [f"{name} is set twice in the overrides; keep one" for name, count in names.items() if count > 1]
-    found += [
+    found = [
         f"{name} is no setting but a parameter: give it as --{name.replace('_', '-')}, or in a notebook's first cell"
         for name in ("profile", "seed", "run_id", "study")
         if name in overrides

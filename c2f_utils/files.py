@@ -43,7 +43,8 @@ def write_bytes(path: Path, content: bytes) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as handle:
+        partial.unlink(missing_ok=True)
+        with open(partial, "xb") as handle:  # never through a link that somebody left there
             handle.write(content)
             handle.flush()
             os.fsync(handle.fileno())

@@ -13,7 +13,7 @@ from pathlib import Path
 from c2f_utils import weights
 from c2f_utils.domain import forms, preferences
 from c2f_utils.errors import C2FError, short
-from c2f_utils.files import root
+from c2f_utils.files import UNPARSABLE, root
 from c2f_utils.positions import positions_of
 from c2f_utils.settings.config import PAIR_ANSWER_TOKENS, CriticFree, Settings
 from c2f_utils.settings.merge_options import OPTIONS, option_problems
@@ -88,7 +88,7 @@ def not_found(source: str | Path) -> str:
 def _config(folder: Path) -> object:
     try:
         return json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, *UNPARSABLE):
         return None
 
 
@@ -154,7 +154,7 @@ def _has_template(folder: Path) -> bool:
         return True
     try:
         tokenizer = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, *UNPARSABLE):
         return False
     return bool(isinstance(tokenizer, dict) and tokenizer.get("chat_template"))
 

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ import yaml
 from c2f_utils.errors import C2FError, CannotWrite, short
 
 UNPARSABLE = (ValueError, RecursionError)  # what parsing text may raise: broken, not UTF-8, too long a number, too deep
+_FULL = re.compile(r"No space left on device|File too large|Disk quota exceeded")
 _LONGEST_MAPPING, _MOST_VALUES = 2**18, 10_000  # bytes of a file of settings or a recipe, values in it
 DEEPEST = 64  # levels of nesting; nothing here needs more, and code that walks a value may rely on it
 
@@ -34,25 +36,61 @@ def outputs() -> Path:
     return Path(os.environ.get("C2F_OUTPUTS") or root() / "outputs").absolute()
 
 
+@contextlib.contextmanager
+def room(path: Path) -> Iterator[None]:
+    """Turn what Python and libraries raise where a disk is full, or a folder cannot be written, into CannotWrite."""
+    try:
+        yield
+    except C2FError:
+        raise
+    except Exception as error:
+        full = _FULL.search(str(error))  # safetensors has an error class of its own
+        if not (full or isinstance(error, OSError)):
+            raise
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else full and full[0] or error
+        advice = "free space or choose another C2F_OUTPUTS; the same command then continues"
+        raise CannotWrite(f"cannot write {path}: {reason}; {advice}") from error
+
+
+@contextlib.contextmanager
+def replacing(path: Path, mark: str = "") -> Iterator[Path]:
+    """A place beside `path` for a new file or folder, which takes its place in one step when the block ends well.
+
+    Otherwise nothing of it is left, and `path` is as it was. `mark` tells writers apart that do not know of each
+    other. Raises CannotWrite as `room` does.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}{mark}.partial")
+    try:
+        with room(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _remove(partial)
+            yield partial
+            if path.is_dir() and partial.is_dir():
+                _remove(path)
+            os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):  # the folder itself may be what is wrong
+            _remove(partial)
+        raise
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Replace the file atomically: written beside it, flushed to the disk, then renamed.
 
     Raises CannotWrite when the disk is full or the folder cannot be written; the old content is then still there.
     """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.unlink(missing_ok=True)
-        with open(partial, "xb") as handle:  # never through a link that somebody left there
-            handle.write(content)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):  # the folder itself may be what is wrong
-            partial.unlink()
-        raise CannotWrite(f"cannot write {path}: {error.strerror}; free space or choose another C2F_OUTPUTS") from error
+    with replacing(path, f".{os.getpid()}") as partial, open(partial, "xb") as handle:  # through no link left there
+        handle.write(content)
+        handle.flush()
+        os.fsync(handle.fileno())
 
 
 def write_text(path: Path, text: str) -> None:
@@ -108,12 +146,21 @@ def too_deep(value: object) -> bool:
 
 
 def append_jsonl(path: Path, row: object) -> None:
-    """Append one JSON line with a single write, so that readers see whole lines."""
+    """Append one JSON line with a single write, so that readers see whole lines; raises CannotWrite, and then the file
+    is as it was."""
     line = json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n"
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as handle:
-        handle.write(line)
+    with room(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab", buffering=0) as handle:
+            before = handle.tell()
+            try:
+                left = memoryview(line.encode("utf-8"))
+                while left:
+                    left = left[handle.write(left) :]
+            except OSError:
+                os.truncate(path, before)
+                raise
 
 
 def read_jsonl(path: Path) -> list:

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import IO
 
 from c2f_utils import threads
-from c2f_utils.errors import C2FError, problems, short
-from c2f_utils.files import outputs, root
+from c2f_utils.errors import C2FError, CannotWrite, problems, short
+from c2f_utils.files import outputs, room, root
 from c2f_utils.runs import disk, locks, registry
 from c2f_utils.runs.run import PARENTS, Run
 from c2f_utils.runs.stage import Stage, run_folder
@@ -125,7 +125,8 @@ def _one_by_one(jobs: Sequence[Job], run_id: str, thread_count: int | None) -> i
     with _signals(folder / "STOP") as stop:
         for job in jobs:
             print(f"{job.stage:28}", end="", flush=True)
-            outcome = _execute(job, folder, count)
+            with room(folder):  # the log and the executed notebook are written here; the stage is then continued
+                outcome = _execute(job, folder, count)
             print(outcome, flush=True)
             if outcome.state in ("failed", "killed"):
                 print(f"{outcome.error}\nlog and notebook: {_where(job, folder)}", file=sys.stderr, flush=True)
@@ -273,7 +274,8 @@ def _execute(job: Job, folder: Path, count: int) -> Outcome:
                 kernel_manager_class=_kernel_manager(_environment(count), handle, seen),
             )
         except PapermillExecutionError as error:
-            what = str(error.evalue) if error.ename == "C2FError" else f"{error.ename}: {error.evalue}"
+            sentence = error.ename in (C2FError.__name__, CannotWrite.__name__)
+            what = str(error.evalue) if sentence else f"{error.ename}: {error.evalue}"
             outcome = Outcome("failed", error=f"cell {error.exec_count} failed: {what}")
         except DeadKernelError:
             outcome = Outcome("failed", error="kernel died (out of memory?)")
@@ -354,8 +356,9 @@ def _kernel_manager(environment: dict[str, str], log: IO[str], seen: dict[str, f
 
 @contextlib.contextmanager
 def _papermill_log(handle: IO[str]) -> Iterator[None]:
-    logger = logging.getLogger("papermill")
-    before, logger.handlers, logger.propagate = logger.handlers, [logging.StreamHandler(handle)], False
+    logger, handler = logging.getLogger("papermill"), logging.StreamHandler(handle)
+    handler.handleError = lambda record: None  # a full disk is said once, by the notebook that cannot be written
+    before, logger.handlers, logger.propagate = logger.handlers, [handler], False
     try:
         yield
     finally:

@@ -18,7 +18,7 @@ from c2f_utils import limits
 from c2f_utils.coarse import trl_limit
 from c2f_utils.domain.samples import Prompt, Sample
 from c2f_utils.errors import problems
-from c2f_utils.files import read_json, write_json
+from c2f_utils.files import read_json, room, write_json
 from c2f_utils.models import loading, rewards
 from c2f_utils.models.library_trainers import arguments, fit, quiet
 from c2f_utils.positions import beyond, positions_of
@@ -77,7 +77,7 @@ class Baseline:
             self.actor = loading.load_actor(self.resume, self.inputs.settings.models)
             return
         trainer = self._trainer(log)
-        with quiet():
+        with quiet(), room(self.folder):
             fit(trainer, lambda row: None, str(self.resume) if self.resume else None)
         self.actor = trainer.model.eval()
 

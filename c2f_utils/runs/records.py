@@ -45,12 +45,17 @@ class _Model(_Record):
     bytes: int
 
 
+class _Session(_Record):
+    code: dict = {}
+    versions: dict = {}
+
+
 class _Provenance(_Record):
     inputs: dict[str, str]
     parents: dict[str, str]
     words: dict[str, str] = {}
     models: dict[str, _Model] = {}
-    sessions: list[dict]
+    sessions: list[_Session]
 
 
 _RECORDS = {"config.json": _Config, "status.json": _Status, "provenance.json": _Provenance}

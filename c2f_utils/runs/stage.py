@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 OF_NO_RUN = ("00_environment_and_data", "09_studies")  # about this machine, and about what the project comes with
 ALWAYS_REDONE = (*OF_NO_RUN, "08_report")  # cheap, and about the present: never loaded, never in the way
 
+CONTINUE = "C2F_CONTINUE_ANYWAY"  # environment: continue a stage although code or packages have changed since
+
 HEARTBEAT = 15.0  # seconds
 
 _AT_WORK: dict[Path, "Stage"] = {}  # stages that this process has begun and not ended
@@ -192,7 +194,7 @@ class Stage:
 
         `inputs` maps an input's name to its fingerprint; None leaves inputs out of the comparison. Raises C2FError
         when the folder cannot be written, space is short, another process is at work here, or settings or inputs
-        have changed.
+        have changed, or, for a stage that is not done, code or packages (unless `CONTINUE` is set).
         """
         disk.refuse_full(self.dir.parent)
         if other := locks.holder(self._claim, self._heartbeat_age()):
@@ -205,15 +207,19 @@ class Stage:
             disk.refuse_full(self.dir.parent, self.disk_needed())
             return "fresh"
         changed = [damage] if damage else self._changed_settings(config) + self._changed_inputs(inputs)
-        if not changed and self.status()["status"] == "done":
-            return "load"
+        advice = ""
+        if not changed:
+            if self.status()["status"] == "done":
+                return "load"
+            changed = [] if CONTINUE in os.environ else provenance.code_changes(self.provenance()) or []
+            advice = f"; {CONTINUE}=1 in the environment continues it all the same"
         if not changed or overwrite:
             disk.refuse_full(self.dir.parent, self.disk_needed(), 0 if changed else disk.used(self.dir))
             return "replace" if changed else "continue"
         choices = "next step: choose another run_id, or set overwrite=True (--overwrite), which keeps the old one as "
         title = f"{self.name} exists in run {self.run_id!r} ({self.state()}) with another configuration:"
         title = f"{self.name} in run {self.run_id!r} is damaged:" if damage else title
-        raise problems(title, [*changed, f"{choices}{self._archive().name}"])
+        raise problems(title, [*changed, f"{choices}{self._archive().name}{advice}"])
 
     def begin(
         self,

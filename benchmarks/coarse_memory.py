@@ -56,7 +56,8 @@ def measure(options: argparse.Namespace) -> dict:
     from c2f_utils.domain import samples
     from c2f_utils.models import rewards
     from c2f_utils.rollout.decoder import KVDecoder
-    from c2f_utils.settings.config import Coarse, Law
+    from c2f_utils.settings.config import Coarse
+    from c2f_utils.settings.laws import Law
 
     torch.manual_seed(0)
     shape = MistralConfig(

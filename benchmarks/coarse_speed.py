@@ -56,7 +56,8 @@ def ours(iterations: int, threads: int, budget: int, length: int = LENGTH) -> di
     from c2f_utils.domain import samples
     from c2f_utils.models import rewards
     from c2f_utils.rollout.decoder import KVDecoder
-    from c2f_utils.settings.config import Coarse, Law
+    from c2f_utils.settings.config import Coarse
+    from c2f_utils.settings.laws import Law
 
     torch.set_num_threads(threads)
     actor, scored, tokenizer, problems = parts()

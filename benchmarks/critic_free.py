@@ -24,9 +24,9 @@ from c2f_utils.errors import C2FError
 from c2f_utils.files import read_json, write_json
 from c2f_utils.runs.run import Run
 from c2f_utils.runs.stage import Stage, run_folder
-from c2f_utils.settings.config import CriticFree, Law
-from c2f_utils.settings.laws import make_law
+from c2f_utils.settings.laws import Law, make_law
 from c2f_utils.settings.load import load_settings
+from c2f_utils.settings.rlhf import CriticFree
 from c2f_utils.stages import coarse_rlhf
 from c2f_utils.stages.baselines import Baseline, Verifiable
 from c2f_utils.stages.inputs import Inputs

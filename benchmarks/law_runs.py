@@ -15,7 +15,7 @@ from c2f_utils.measure import answers
 from c2f_utils.models import pretrain
 from c2f_utils.models.rewards import RewardModel
 from c2f_utils.report.law_study import BUDGET, EVALUATED, EVALUATION_LIMIT, MARKS, UTILITY_PRICE, Condition
-from c2f_utils.settings.config import Cut
+from c2f_utils.settings.rlhf import Cut
 from c2f_utils.stages import coarse_rlhf
 from c2f_utils.stages.inputs import TRAIN_PROMPTS, Inputs
 

@@ -30,8 +30,10 @@ from c2f_utils.files import read_json, write_json  # noqa: E402
 from c2f_utils.report import law_study  # noqa: E402
 from c2f_utils.runs.run import Run  # noqa: E402
 from c2f_utils.runs.stage import Stage, run_folder  # noqa: E402
-from c2f_utils.settings.config import Law  # noqa: E402
-from c2f_utils.settings.laws import make_law
+from c2f_utils.settings.laws import (
+    Law,  # noqa: E402
+    make_law,
+)
 from c2f_utils.settings.load import load_settings  # noqa: E402
 from c2f_utils.stages.inputs import Inputs  # noqa: E402
 

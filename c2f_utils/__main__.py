@@ -22,6 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from c2f_utils import threads
     from c2f_utils.files import read_mapping
     from c2f_utils.headless import jobs as batch
 
@@ -31,8 +32,8 @@ def _run(options: argparse.Namespace) -> int:
     twice = {text.partition("=")[0] for text in options.parameter} & set(given)
     if twice:
         raise C2FError(f"given twice, as an option and with -p: {', '.join(sorted(twice))}; keep one")
-    if options.threads is not None and options.threads < 1:
-        raise C2FError(f"--threads {options.threads}; expected a positive whole number")
+    if options.threads is not None:
+        threads.checked(options.threads, "--threads")
     jobs = batch.prepare(options.notebook, {"overrides": overrides, **given}, options.parameter)
     return batch.run(jobs, options.threads)
 

@@ -6,12 +6,23 @@ class C2FError(Exception):
 
 
 def problems(title: str, found: list[str]) -> C2FError:
-    """Build one error out of several problems so that a user mends them in a single round."""
+    """Build one error out of several problems so that a user mends them in a single round; a single one is one line."""
+    if len(found) == 1:
+        return C2FError(f"{title} {found[0]}")
     return C2FError(title + "\n" + "\n".join(f"  - {line}" for line in found))
 
 
 class Stopped(C2FError):
     """Work ended on request before there was a result; what is finished is kept, and the same call continues."""
+
+
+def short(value: object) -> str:
+    """A value as it is written, cut to what fits into a message."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of thousands of digits, a list in itself
+        text = f"(of type {type(value).__name__}, too long to show)"
+    return text if len(text) <= 200 else f"{text[:200]} ..."
 
 
 class CannotWrite(C2FError):

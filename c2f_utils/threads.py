@@ -10,8 +10,9 @@ import os
 import statistics
 import time
 
-from c2f_utils.errors import C2FError
+from c2f_utils.errors import C2FError, short
 
+MOST = 1024
 GAIN = 1.15  # more threads must be at least this much faster than one: they also take the machine from others
 
 
@@ -25,9 +26,16 @@ def requested() -> int | None:
     text = os.environ.get("C2F_THREADS", "").strip()
     if not text:
         return None
-    if not text.isdecimal() or int(text) < 1:
-        raise C2FError(f"C2F_THREADS is {text!r}; expected a positive whole number; unset it to measure")
-    return int(text)
+    if not text.isdecimal() or len(text) > 9:
+        raise C2FError(f"C2F_THREADS is {short(text)}; expected a positive whole number; unset it to measure")
+    return checked(int(text), "C2F_THREADS =")
+
+
+def checked(count: int, what: str) -> int:
+    """The count, if a machine may have as many threads; else C2FError that begins with `what`."""
+    if not 1 <= count <= MOST:
+        raise C2FError(f"{what} {short(count)}; expected a whole number from 1 to {MOST}")
+    return count
 
 
 def choose(seconds: dict[int, float]) -> int:

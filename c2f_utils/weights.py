@@ -14,10 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from c2f_utils.errors import C2FError
-from c2f_utils.files import sha256
+from c2f_utils.files import UNPARSABLE, sha256
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+HEADER_LIMIT = 100_000_000  # bytes; as in the reference implementation: no lying length exhausts the memory
 WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 _PLACES = ("_name_or_path", "base_model_name_or_path")  # where a model once lay says nothing about what it is
 
@@ -47,13 +48,20 @@ def files(folder: Path) -> list[Path]:
             raise C2FError(f"{folder} holds both {SINGLE} and {INDEX}; one is stale: remove it")
         try:
             shards = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        except (OSError, LookupError, AttributeError, TypeError, *UNPARSABLE) as error:
             raise C2FError(f"{folder / INDEX} is damaged ({error}); copy it again from the model's source") from None
-        if missing := [name for name in shards if not (folder / str(name)).is_file()]:
+        if strange := [name for name in shards if not is_shard(name)]:
+            raise C2FError(f"{folder / INDEX} names {strange[0]!r} as a shard; expected plain *.safetensors names")
+        if missing := [name for name in shards if not (folder / name).is_file()]:
             raise C2FError(f"{folder} lacks {len(missing)} of {len(shards)} shards, first {missing[0]}; copy it again")
         return [folder / name for name in shards]
     whole = [folder / name for name in (SINGLE, ADAPTER) if (folder / name).is_file()]
     return whole[:1] or sorted(folder.glob("*.safetensors"))
+
+
+def is_shard(name: object) -> bool:
+    """Whether an index may name this file: weights in the folder itself, nothing elsewhere and nothing else."""
+    return isinstance(name, str) and Path(name).name == name and name.endswith(".safetensors")
 
 
 def digest(folder: Path) -> str:
@@ -109,7 +117,7 @@ def _sorted(config: object) -> object:
 def _read(path: Path) -> object:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, *UNPARSABLE) as error:
         raise C2FError(f"{path} is damaged ({error}); copy it again from the model's source") from None
 
 
@@ -232,13 +240,13 @@ def count(source: str) -> int | None:
         return None
     try:
         return sum(map(_in_header, files(folder))) or count_of(_read(folder / "config.json"))
-    except (C2FError, OSError, ValueError):  # loading says what is wrong
+    except (C2FError, OSError, LookupError, TypeError, AttributeError, *UNPARSABLE):  # loading says what is wrong
         return None
 
 
 def _in_header(path: Path) -> int:
     with open(path, "rb") as handle:
-        header = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
+        header = json.loads(handle.read(min(int.from_bytes(handle.read(8), "little"), HEADER_LIMIT)))
     return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
 
 

@@ -32,6 +32,16 @@ def real_data() -> Path:
 
 
 @pytest.fixture(scope="session")
+def offline(tmp_path_factory) -> Path:
+    """Folder with small local models and pairs, and the overrides that name them."""
+    import offline_mistral
+
+    folder = tmp_path_factory.mktemp("offline")
+    offline_mistral.build(folder, folder / "overrides.yaml")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def smoke_run(tmp_path_factory) -> Path:
     """Folder of one finished run of all notebooks on `smoke`, seed 0; tests may read it, not change it."""
     from finished_runs import finished

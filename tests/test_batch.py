@@ -12,6 +12,7 @@ import pytest
 from notebooks_for_tests import PARAMETERS, RESULT, write
 
 from c2f_utils.__main__ import main
+from c2f_utils.errors import C2FError
 from c2f_utils.files import read_json
 from c2f_utils.headless import jobs
 from c2f_utils.runs.stage import Stage, run_folder
@@ -108,11 +109,12 @@ def test_a_stage_with_another_configuration_is_refused_or_set_aside(project, cap
 
 def test_overrides_from_a_file_and_by_dotted_name_reach_the_notebook(project, tmp_path):
     write(project, BASE, "run.here.save_results({'rate': run.settings.reward.learning_rate})")
-    (tmp_path / "o.yaml").write_text("reward: {learning_rate: 1e-6}\npretrain: {tokens: 5}\n")
+    (tmp_path / "o.yaml").write_text("reward: {learning_rate: 1e-6}\npretrain: {layers: 1}\n")
     arguments = ["--overrides", str(tmp_path / "o.yaml"), "-p", "pretrain.tokens=7"]
     assert main(["run", "01", "--run-id", "r", *arguments]) == jobs.DONE
     assert stage().results() == {"rate": 1e-6}
-    assert stage().config()["settings"]["pretrain"]["tokens"] == 7, "-p comes after the file"
+    made = stage().config()["settings"]["pretrain"]
+    assert (made["tokens"], made["layers"]) == (7, 1), "both count; for one setting only one of them may be given"
 
 
 def test_a_failing_cell_ends_the_sequence_with_its_error(project, capsys):
@@ -241,6 +243,64 @@ def test_killing_the_command_leaves_the_stage_to_be_continued(project, command):
     assert main(["run", "01", "--run-id", "r"]) == jobs.DONE
 
 
+def test_of_two_commands_for_one_run_one_ends_well_and_the_other_touches_nothing(project, command, capsys):
+    write(project, BASE, LOOP, RESULT)
+    late = jobs.prepare(["01"], {"run_id": "r"})  # checked while nobody was at work yet
+    process = command("run", "01", "--run-id", "r", wait_for=stage().dir / "checkpoints" / "2")
+    with pytest.raises(C2FError, match=f"run 'r' is being worked on by the command of process {process.pid} "):
+        jobs.run(late)
+    assert main(["run", "01", "--run-id", "r"]) == jobs.BAD_INPUT
+    assert "is being worked on by process" in capsys.readouterr().err
+    assert stage().state() == "running" and stage().dir.with_suffix(".running.log").exists()
+    (stage().dir / "STOP").touch()
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == jobs.STOPPED and stage().state() == "stopped", (out, err)
+    assert {"log.txt", "notebook.ipynb"} <= {path.name for path in stage().dir.iterdir()}
+    assert not list(stage().dir.parent.glob("*.refused.*"))
+
+
+def test_a_stage_that_another_process_began_meanwhile_is_not_ended_by_the_command(project, capsys):
+    write(project, BASE, RESULT)
+    path = project / f"{BASE}.ipynb"
+    other = (
+        "import subprocess, sys\n"
+        'code = \'from c2f_utils import notebook; notebook.start({"run_id": "r", "profile": "smoke"}, '
+        '"01_base_model"); print("begun", flush=True); import time; time.sleep(600)\'\n'
+        "job = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True, "
+        "start_new_session=True)\n"
+        "while job.stdout.readline() != 'begun\\n': pass\n"
+    )
+    cells = json.loads(path.read_text())
+    cells["cells"][2]["source"] = other + cells["cells"][2]["source"]
+    path.write_text(json.dumps(cells))
+    try:
+        assert main(["run", "01", "--run-id", "r"]) == jobs.FAILED
+        message = capsys.readouterr().err
+        assert "is being worked on by process" in message and "refused.ipynb" in message
+        assert stage().state() == "running"
+    finally:
+        os.kill(stage().status()["pid"], signal.SIGKILL)
+
+
+def test_a_kernel_killed_while_it_starts_is_said_and_the_same_command_tries_again(
+    project, tmp_path, monkeypatch, capsys
+):
+    write(project, BASE, RESULT)
+    (tmp_path / "path").mkdir()
+    (tmp_path / "path" / "sitecustomize.py").write_text(
+        "import os, signal, sys\n"
+        "if any('ipykernel' in word for word in sys.orig_argv): os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    with monkeypatch.context() as patched:
+        patched.setenv("PYTHONPATH", str(tmp_path / "path"), prepend=os.pathsep)
+        assert main(["run", "01", "--run-id", "r"]) == jobs.KILLED
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[-1].split()[:2] == [BASE, "killed"]
+    assert "the notebook's kernel was killed while it started" in printed.err and "Traceback" not in printed.err
+    assert stage().state() is None and not list(stage().dir.parent.glob("*.running.*"))
+    assert main(["run", "01", "--run-id", "r"]) == jobs.DONE
+
+
 def test_the_thread_count_is_recorded_and_kept_when_continued(project, monkeypatch):
     monkeypatch.delenv("C2F_THREADS")
     write(
@@ -258,9 +318,9 @@ def test_the_thread_count_is_recorded_and_kept_when_continued(project, monkeypat
 
 def test_a_stage_with_another_parameter_takes_it_and_others_do_not(project):
     write(project, BASE, RESULT, parameters=PARAMETERS)
-    write(project, REPORT, "run.here.save_results({'runs': runs})", parameters=PARAMETERS + "runs: list = []\n")
-    assert main(["run", "01", "08", "--run-id", "r", "-p", "runs=['a', 'b']"]) == jobs.DONE
-    assert stage(REPORT).results() == {"runs": ["a", "b"]}
+    write(project, REPORT, "run.here.save_results({'names': names})", parameters=PARAMETERS + "names: list = []\n")
+    assert main(["run", "01", "08", "--run-id", "r", "-p", "names=['a', 'b']"]) == jobs.DONE
+    assert stage(REPORT).results() == {"names": ["a", "b"]}
 
 
 def test_the_summary_shows_every_model_and_the_report(project, outputs):

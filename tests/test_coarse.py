@@ -13,8 +13,7 @@ from c2f_utils.coarse.heads import token_logps
 from c2f_utils.domain import stories
 from c2f_utils.errors import C2FError
 from c2f_utils.models import packing
-from c2f_utils.settings.config import Law
-from c2f_utils.settings.laws import make_law
+from c2f_utils.settings.laws import Law, make_law
 
 
 def run(process, steps: int) -> list[dict]:

@@ -23,7 +23,8 @@ from c2f_utils.rollout.check import agree
 from c2f_utils.rollout.continuous import ContinuousBatching
 from c2f_utils.rollout.proxy import ProxyDecoder
 from c2f_utils.rollout.vllm import VLLMSampler, engine
-from c2f_utils.settings.config import Coarse, Law, Lora, Pretrain
+from c2f_utils.settings.config import Coarse, Lora, Pretrain
+from c2f_utils.settings.laws import Law
 from c2f_utils.settings.load import load_settings
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch can use")

@@ -11,8 +11,7 @@ from c2f_utils import limits
 from c2f_utils.domain import stories
 from c2f_utils.domain.samples import Sample, make_prompts
 from c2f_utils.report import law_study
-from c2f_utils.settings.config import Law
-from c2f_utils.settings.laws import make_law
+from c2f_utils.settings.laws import Law, make_law
 from c2f_utils.settings.load import load_settings
 from c2f_utils.stages.inputs import Inputs
 

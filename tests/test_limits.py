@@ -10,7 +10,7 @@ from reference_ppo import Logistic
 
 from c2f_utils import limits
 from c2f_utils.errors import C2FError
-from c2f_utils.settings.config import Law as LawSettings
+from c2f_utils.settings.laws import Law as LawSettings
 from c2f_utils.settings.laws import make_law
 
 ALL = {

@@ -98,6 +98,10 @@ def tokenizers(coarse: dict, instruct: dict) -> Callable[[Path], None]:
     return apply
 
 
+def renamed(index: dict, old: str, new: str) -> None:
+    index["weight_map"] = {name: new if file == old else file for name, file in index["weight_map"].items()}
+
+
 FILE = "coarse/model.safetensors"
 SHARD = "model-00002-of-00002.safetensors"
 
@@ -119,6 +123,16 @@ MALFORMED = {
     "cut in the data": (raw(lambda f: f.write_bytes(f.read_bytes()[:-1])), (FILE, "truncated", "again")),
     "bytes at the end": (raw(lambda f: f.write_bytes(f.read_bytes() + b"x")), (FILE, "belong to no tensor")),
     "not JSON": (raw(lambda f: put(f, b"{'a': 1}", b"")), (FILE, "not JSON")),
+    "a long number": (raw(lambda f: put(f, b'{"a": ' + b"9" * 5000 + b"}", b"")), (FILE, "not JSON")),
+    "a name a million times": (
+        raw(lambda f: put(f, b"{" + b",".join([b'"a":1'] * 1_000_000) + b"}", b"")),
+        (FILE, "'a' twice"),
+    ),
+    "a name of a megabyte": (raw(lambda f: put(f, {"x" * 2**20: 3}, b"")), (FILE, "expected dtype")),
+    "metadata that is nested": (
+        header(lambda t: {**t, "__metadata__": {"format": json.loads("[" * 500 + "]" * 500)}}),
+        (FILE, "__metadata__"),
+    ),
     "not UTF-8": (raw(lambda f: put(f, b'{"\xff": 1}', b"")), (FILE, "not JSON")),
     "deep nesting": (raw(lambda f: put(f, b"[" * 100_000, b"")), (FILE, "not JSON")),
     "a list": (raw(lambda f: put(f, [], b"")), (FILE, "expected an object")),
@@ -136,6 +150,7 @@ MALFORMED = {
     "negative size": (entry(UP, shape=[-24, -16]), (FILE, UP, "natural numbers")),
     "fractional size": (entry(UP, shape=[24.0, 16]), (FILE, UP, "natural numbers")),
     "boolean size": (entry(UP, shape=[True, 384]), (FILE, UP, "natural numbers")),
+    "a hundred thousand sizes": (entry(UP, shape=[2**62] * 100_000), (FILE, UP, "natural numbers")),
     "sizes beyond any file": (entry(UP, shape=[2**62, 2**62]), (FILE, UP, "expected")),
     "shape and bytes differ": (entry(UP, shape=[24, 17]), (FILE, UP, "bytes for shape")),
     "dtype and bytes differ": (entry(UP, dtype="BF16"), (FILE, UP, "bytes for shape")),
@@ -187,6 +202,14 @@ MALFORMED = {
         sharded(lambda d, i: i["weight_map"].update({EMBED: 3})),
         (EMBED, "plain file name"),
     ),
+    "a shard that is a card": (
+        sharded(lambda d, i: [(d / SHARD).rename(d / "README.md"), renamed(i, SHARD, "README.md")] and None),
+        ("README.md", "ends in .safetensors"),
+    ),
+    "an index that is nested": (
+        sharded(lambda d, i: (d / "model.safetensors.index.json").write_text("[" * 100_000)),
+        ("index.json", "damaged"),
+    ),
     "a tensor in two shards": (
         sharded(lambda d, i: save_file({**safe(d / SHARD), HEAD: torch.ones(VOCAB, 16)}, d / SHARD)),
         (HEAD, "in both"),
@@ -194,6 +217,14 @@ MALFORMED = {
     # configs
     "no config": (lambda d: (d / "coarse/config.json").unlink(), ("coarse/config.json", "does not exist")),
     "config cut off": (lambda d: (d / "coarse/config.json").write_text('{"a'), ("coarse/config.json", "damaged")),
+    "config that is nested": (
+        lambda d: (d / "coarse/config.json").write_text('{"a": ' + "[" * 100_000),
+        ("coarse/config.json", "damaged"),
+    ),
+    "config that is nested and whole": (
+        config(rope_parameters=json.loads("[" * 400 + "]" * 400)),
+        ("coarse/config.json", "damaged"),
+    ),
     "config that is a list": (lambda d: (d / "coarse/config.json").write_text("[]"), ("coarse/config.json", "damaged")),
     "another rope base": (config(rope_theta=1e6), ("rope_theta", "10000.0", "1000000.0", "allow: [rope_theta]")),
     "another rope base, new spelling": (

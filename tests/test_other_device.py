@@ -19,7 +19,8 @@ from c2f_utils.rollout import check
 from c2f_utils.rollout.decoder import KVDecoder
 from c2f_utils.rollout.proxy import ProxyDecoder
 from c2f_utils.runs.run import Run
-from c2f_utils.settings.config import Coarse, Law, Lora
+from c2f_utils.settings.config import Coarse, Lora
+from c2f_utils.settings.laws import Law
 from c2f_utils.settings.load import load_settings
 from c2f_utils.stages import (
     base_model,

@@ -16,7 +16,8 @@ from c2f_utils.models import loading
 from c2f_utils.models.packing import collate
 from c2f_utils.rollout import decoder
 from c2f_utils.rollout.anatomy import trunk_of
-from c2f_utils.settings.config import Coarse, Law, Lora
+from c2f_utils.settings.config import Coarse, Lora
+from c2f_utils.settings.laws import Law
 
 
 def half(folder=None, lora: bool = False, **changes) -> CoarseTrainer:

@@ -19,14 +19,6 @@ from c2f_utils.__main__ import main
 from c2f_utils.headless import jobs
 
 
-@pytest.fixture(scope="session")
-def offline(tmp_path_factory) -> Path:
-    """Folder with small local models and pairs, and the overrides that name them."""
-    folder = tmp_path_factory.mktemp("offline")
-    offline_mistral.build(folder, folder / "overrides.yaml")
-    return folder
-
-
 def refuse(capsys, monkeypatch, *arguments: str) -> str:
     """The message of a refused command; no kernel was started and no stage exists."""
     monkeypatch.setattr("papermill.execute_notebook", lambda *_, **__: pytest.fail("a kernel was started"))
@@ -162,7 +154,7 @@ def test_a_stage_whose_inputs_have_changed(smoke_run, tmp_path, monkeypatch, cap
 # Models
 
 
-def _overrides(offline: Path, tmp_path: Path, **changes: str) -> list[str]:
+def overrides_for(offline: Path, tmp_path: Path, **changes: str) -> list[str]:
     settings = offline_mistral.settings(offline, "float32")
     for dotted, value in changes.items():
         section, key = dotted.split("__")
@@ -208,19 +200,19 @@ def _folder(offline: Path, tmp_path: Path, kind: str) -> str:
 @pytest.mark.parametrize("key", ["base", "instruct"])
 def test_a_path_that_is_not_a_model(outputs, offline, tmp_path, capsys, monkeypatch, key, kind, said):
     source = _folder(offline, tmp_path, kind)
-    message = refuse(capsys, monkeypatch, *_overrides(offline, tmp_path, **{f"models__{key}": source}))
+    message = refuse(capsys, monkeypatch, *overrides_for(offline, tmp_path, **{f"models__{key}": source}))
     assert said in message and f"models.{key} = {source!r}" in message, message
 
 
 def test_an_instruction_model_of_another_shape(outputs, offline, tmp_path, capsys, monkeypatch):
     offline_mistral.model(410, num_hidden_layers=3).save_pretrained(tmp_path / "other")
-    message = refuse(capsys, monkeypatch, *_overrides(offline, tmp_path, models__instruct=str(tmp_path / "other")))
+    message = refuse(capsys, monkeypatch, *overrides_for(offline, tmp_path, models__instruct=str(tmp_path / "other")))
     assert "num_hidden_layers 3, models.base has 2" in message and "fine-tuned from the same base" in message
 
 
 def test_a_limit_beyond_a_local_models_positions(outputs, offline, tmp_path, capsys, monkeypatch):
     message = refuse(
-        capsys, monkeypatch, *_overrides(offline, tmp_path, evaluation__max_tokens=200, reward__max_tokens=999)
+        capsys, monkeypatch, *overrides_for(offline, tmp_path, evaluation__max_tokens=200, reward__max_tokens=999)
     )
     assert (
         "evaluation.max_tokens = 200 tokens: with a prompt of up to 96 tokens" in message and "256 positions" in message
@@ -248,7 +240,7 @@ PAIR = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nA
 def test_a_preference_file_that_cannot_be_used(outputs, offline, tmp_path, capsys, monkeypatch, rows, said):
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    message = refuse(capsys, monkeypatch, *_overrides(offline, tmp_path, data__preferences=str(path)))
+    message = refuse(capsys, monkeypatch, *overrides_for(offline, tmp_path, data__preferences=str(path)))
     for part in [*said, str(path)]:
         assert part in message, message
 
@@ -264,7 +256,7 @@ def test_a_preference_file_that_cannot_be_read(outputs, offline, tmp_path, capsy
         path.write_bytes(gzip.compress(json.dumps(PAIR).encode() * 500)[:-40])
     elif kind == "a folder":
         path.mkdir()
-    message = refuse(capsys, monkeypatch, *_overrides(offline, tmp_path, data__preferences=str(path)))
+    message = refuse(capsys, monkeypatch, *overrides_for(offline, tmp_path, data__preferences=str(path)))
     assert str(path) in message and "expected" in message
 
 

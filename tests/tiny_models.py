@@ -12,8 +12,8 @@ from c2f_utils.domain.samples import Prompt, Sample, make_prompts
 from c2f_utils.models import loading
 from c2f_utils.models.pretrain import new_model
 from c2f_utils.rollout.decoder import KVDecoder
-from c2f_utils.settings.config import Coarse, Law, Lora, Pretrain
-from c2f_utils.settings.laws import make_law
+from c2f_utils.settings.config import Coarse, Lora, Pretrain
+from c2f_utils.settings.laws import Law, make_law
 
 SHAPE = Pretrain(hidden_size=32, layers=2, heads=4, key_value_heads=2, intermediate_size=48, max_positions=128)
 TOKENIZER = stories.make_tokenizer()

@@ -76,7 +76,7 @@ class CoarseTrainer:
         self.ranks.start_equal(policy)
         self.budget = TokenBudget(config.tokens_per_micro_batch, self.ranks)
         self.updates = Updates(policy, config, self.ranks)
-        if folder is not None and (found := checkpoints.latest(folder)):
+        if folder is not None and (found := checkpoints.whole(folder)):
             self.load_state_dict(checkpoints.load(found), found)
         longest = max(len(p.ids) for p in self.prompts) + law.largest
         preflight(policy, self.budget, longest, config.temperature, self.device)

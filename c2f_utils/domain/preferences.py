@@ -11,15 +11,18 @@ without any usable row is refused.
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 from c2f_utils.errors import C2FError
+from c2f_utils.files import UNPARSABLE
 
 HUMAN = "\n\nHuman:"
 ASSISTANT = "\n\nAssistant:"
+_LONGEST, _BLANK = 2**24, 10_000  # characters of a line, empty lines in a row
 _FORMAT = "expected one JSON object per line, {'chosen': dialogue, 'rejected': dialogue}"
 
 
@@ -113,10 +116,15 @@ def _file_rows(source: str, path: Path) -> Iterator[dict]:
         with (
             gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as handle
         ):
-            for number, line in enumerate(handle, start=1):
-                if line.strip():
+            blank = 0
+            for number, line in enumerate(iter(lambda: handle.readline(_LONGEST), ""), start=1):
+                blank = 0 if line.strip() else blank + 1
+                if len(line) == _LONGEST or blank > _BLANK:  # a small .gz may hold a disk full of nothing
+                    what = f"more than {_BLANK} empty lines" if blank > _BLANK else f"over {_LONGEST} characters"
+                    raise C2FError(f"data.preferences: {path}, line {number}: {what}; {_FORMAT}")
+                if not blank:
                     yield _row(path, number, line)
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise C2FError(
             f"data.preferences = {source!r} cannot be read ({error}); {_FORMAT}, as UTF-8 text or gzip"
         ) from None
@@ -125,7 +133,7 @@ def _file_rows(source: str, path: Path) -> Iterator[dict]:
 def _row(path: Path, number: int, line: str) -> dict:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
+    except UNPARSABLE as error:
         raise C2FError(f"data.preferences: {path}, line {number}: not valid JSON ({error}); {_FORMAT}") from None
     missing = [key for key in ("chosen", "rejected") if not isinstance(row, dict) or not isinstance(row.get(key), str)]
     if missing:

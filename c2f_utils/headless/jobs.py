@@ -21,14 +21,15 @@ from pathlib import Path
 from typing import IO
 
 from c2f_utils import threads
-from c2f_utils.errors import C2FError, problems
-from c2f_utils.files import outputs, root
-from c2f_utils.runs import disk, registry
+from c2f_utils.errors import C2FError, CannotWrite, Stopped, problems, short
+from c2f_utils.files import outputs, room, root
+from c2f_utils.runs import disk, locks, registry
 from c2f_utils.runs.run import PARENTS, Run
 from c2f_utils.runs.stage import Stage, run_folder
-from c2f_utils.settings import parameters
-from c2f_utils.settings.config import STAGES
-from c2f_utils.settings.load import load_settings
+from c2f_utils.settings import parameters, preflight
+from c2f_utils.settings.config import STAGES, Settings
+from c2f_utils.settings.load import dotted, load_settings
+from c2f_utils.settings.merge_options import OPTIONS
 
 DONE, FAILED, BAD_INPUT, STOPPED, KILLED = 0, 1, 2, 3, 130  # exit codes
 _NOISE = re.compile(
@@ -86,6 +87,7 @@ def prepare(targets: Sequence[str], values: dict[str, object], assignments: Sequ
     notebooks = [path for target in targets for path in _notebooks(target)]
     declared = {path: parameters.of_notebook(path) for path in notebooks}
     anywhere = {name: item for found in declared.values() for name, item in found.items()}
+    _refuse_twice(values.get("overrides", {}), assignments)
     given = _assigned(assignments, anywhere)
     overrides = {**values.get("overrides", {}), **given.pop("overrides", {})}
     standard = {name: item.default for name, item in parameters.STANDARD.items()}
@@ -99,13 +101,23 @@ def prepare(targets: Sequence[str], values: dict[str, object], assignments: Sequ
         raise problems("the parameters cannot be used:", wrong)
     overwrite = chosen["overwrite"]
     settings = load_settings(**{name: chosen[name] for name in standard if name != "overwrite"})
+    registry.refuse_unknown(chosen.get("runs", ()), besides=settings.run_id)
+    _check_operators(jobs, settings)
     _check_stages(jobs, Run(settings), overwrite)
     return jobs
 
 
 def run(jobs: Sequence[Job], thread_count: int | None = None) -> int:
-    """Run the jobs one after another, printing a line for each, up to the first that fails; returns the exit code."""
+    """Run the jobs one after another, printing a line for each, up to the first that fails; returns the exit code.
+
+    Raises C2FError, and touches nothing, while another command is at work in the same run.
+    """
     run_id = jobs[0].values["run_id"]
+    with _alone(run_id):
+        return _one_by_one(jobs, run_id, thread_count)
+
+
+def _one_by_one(jobs: Sequence[Job], run_id: str, thread_count: int | None) -> int:
     folder = run_folder(run_id)
     count = thread_count or threads.requested() or registry.threads_of(run_id) or _probe()
     print(f"run {run_id!r} in {folder}, {count} CPU thread{'s' if count > 1 else ''}", flush=True)
@@ -113,7 +125,8 @@ def run(jobs: Sequence[Job], thread_count: int | None = None) -> int:
     with _signals(folder / "STOP") as stop:
         for job in jobs:
             print(f"{job.stage:28}", end="", flush=True)
-            outcome = _execute(job, folder, count)
+            with room(folder):  # the log and the executed notebook are written here; the stage is then continued
+                outcome = _execute(job, folder, count)
             print(outcome, flush=True)
             if outcome.state in ("failed", "killed"):
                 print(f"{outcome.error}\nlog and notebook: {_where(job, folder)}", file=sys.stderr, flush=True)
@@ -166,20 +179,44 @@ def _notebooks(target: str) -> list[Path]:
     return found
 
 
+def _refuse_twice(of_file: dict[str, object], assignments: Sequence[str]) -> None:
+    """Raise C2FError if two `-p`, or one and the overrides file, set the same thing or a part of it."""
+    seen = dict.fromkeys(dotted(of_file), "--overrides")
+    for text in assignments:
+        name, _, value = text.partition("=")
+        found = parameters.literal(value) if name == "overrides" else None
+        for mine in dotted(found) if isinstance(found, dict) else [name]:
+            for other, where in seen.items():
+                if f"{mine}.".startswith(f"{other}.") or f"{other}.".startswith(f"{mine}."):
+                    raise C2FError(f"-p {short(text)}: {other} is given by {where}, too; keep one")
+        seen |= dict.fromkeys(dotted(found) if isinstance(found, dict) else [name], "another -p")
+
+
 def _assigned(assignments: Sequence[str], known: dict[str, parameters.Parameter]) -> dict[str, object]:
     values: dict[str, object] = {}
     for text in assignments:
         name, equals, value = text.partition("=")
         if not equals:
-            raise C2FError(f"-p {text}: expected name=value, e.g. -p seed=1 or -p coarse.iterations=5")
+            raise C2FError(f"-p {short(text)}: expected name=value, e.g. -p seed=1 or -p coarse.iterations=5")
         if "." in name or name == "overrides":
             found = parameters.literal(value)
             if name == "overrides" and not isinstance(found, dict):
-                raise C2FError(f"-p {text}: expected a dict, e.g. -p \"overrides={{'coarse.iterations': 5}}\"")
+                raise C2FError(f"-p {short(text)}: expected a dict, e.g. -p \"overrides={{'coarse.iterations': 5}}\"")
             values.setdefault("overrides", {}).update(found if name == "overrides" else {name: found})
         else:
             values[name] = known[name].parse(value) if name in known else value
     return values
+
+
+def _check_operators(jobs: Sequence[Job], settings: Settings) -> None:
+    """An operator that is none of ours must at least be spoken of where it would be registered."""
+    for job in jobs:
+        text = job.notebook.read_text(encoding="utf-8") if job.stage == "06_residue_merging" else ""
+        if text and (strange := [name for name in preflight.strange_operators(settings) if name not in text]):
+            raise C2FError(
+                f"there is no merge operator {short(strange[0])}, and {job.notebook} registers none of that name; "
+                f"known: {', '.join(OPTIONS)}"
+            )
 
 
 def _check_stages(jobs: Sequence[Job], run: Run, overwrite: bool) -> None:
@@ -195,6 +232,21 @@ def _check_stages(jobs: Sequence[Job], run: Run, overwrite: bool) -> None:
         if action != "load" and (needed := run.stage(job.stage).disk_needed()) >= 1e9:
             print(f"{job.stage} will write about {needed / 1e9:.0f} GB; {disk.free(run.dir) / 1e9:.0f} GB are free")
         planned.append(job.stage)
+
+
+@contextlib.contextmanager
+def _alone(run_id: str) -> Iterator[None]:
+    """Claim the run, whose STOP file and logs two commands would share."""
+    claim = run_folder(run_id) / ".run.claim"
+    if other := locks.take(claim, registry.heartbeat_age(run_id)):
+        raise C2FError(
+            f"run {run_id!r} is being worked on by the command of process {other['pid']} on {other['host']}; wait for "
+            "it, stop it, or choose another run_id (--run-id)"
+        )
+    try:
+        yield
+    finally:
+        locks.release(claim)
 
 
 def _execute(job: Job, folder: Path, count: int) -> Outcome:
@@ -222,23 +274,31 @@ def _execute(job: Job, folder: Path, count: int) -> Outcome:
                 kernel_manager_class=_kernel_manager(_environment(count), handle, seen),
             )
         except PapermillExecutionError as error:
-            outcome = Outcome("stopped" if error.ename == "Stopped" else "failed")
-            what = str(error.evalue) if error.ename == "C2FError" else f"{error.ename}: {error.evalue}"
-            outcome.error = f"cell {error.exec_count} failed: {what}"
+            sentence = error.ename in (C2FError.__name__, CannotWrite.__name__)
+            what = str(error.evalue) if sentence else f"{error.ename}: {error.evalue}"
+            state = "stopped" if error.ename == Stopped.__name__ else "failed"
+            outcome = Outcome(state, error=f"cell {error.exec_count} failed: {what}")
         except DeadKernelError:
             outcome = Outcome("failed", error="kernel died (out of memory?)")
+        except RuntimeError as error:
+            if not str(error).startswith("Kernel "):  # what the client says of one that never answered
+                raise
+            why = "killed while it started (out of memory?); the same command tries again"
+            outcome = Outcome("killed", error=f"the notebook's kernel was {why}. {error}")
         except KeyboardInterrupt:
             outcome = Outcome("killed", error="killed on request")
     outcome.seconds = time.perf_counter() - start
     stage = Stage(folder / job.stage)
-    ours = outcome.state == "done" or registry.began_since(stage, began)
+    status = {} if stage.damage() else stage.status()
+    # A stage that another process began meanwhile is not this kernel's to end, nor is its notebook.
+    ours = outcome.state == "done" or registry.began_since(stage, began) and status["pid"] == seen.get("pid")
     if ours and outcome.state != "done":
         stage.fail(outcome.error)
-    elif stage.status().get("status") == "stopped":
+    elif status.get("status") == "stopped":
         outcome.state = "stopped"
-    elif outcome.state == "done" and not stage.status().get("status") == "done":
+    elif outcome.state == "done" and status.get("status") != "done":
         outcome.state, outcome.error = "failed", f"{job.stage} ended without finish(): its status is {stage.state()}"
-    outcome.peak_mb = seen.get("peak_mb") or (stage.status().get("peak_mb") if ours else None)
+    outcome.peak_mb = seen.get("peak_mb") or (status.get("peak_mb") if ours else None)
     _keep(live, log, stage.dir if ours and stage.dir.is_dir() else None)
     return outcome
 
@@ -276,12 +336,14 @@ def _environment(count: int) -> dict[str, str]:
 
 
 def _kernel_manager(environment: dict[str, str], log: IO[str], seen: dict[str, float]) -> type:
-    """A kernel manager class that gives the kernel its environment, keeps its messages, and notes its peak memory."""
+    """A kernel manager class that gives the kernel its environment, keeps its messages, and notes its process and peak
+    memory."""
     from jupyter_client import AsyncKernelManager
 
     class Manager(AsyncKernelManager):
         async def start_kernel(self, **kwargs: object) -> None:
             await super().start_kernel(**kwargs | {"env": environment, "stdout": log, "stderr": log})
+            seen["pid"] = getattr(self.provisioner, "pid", None)
 
         async def shutdown_kernel(self, **kwargs: object) -> None:
             process = getattr(self.provisioner, "process", None)
@@ -295,8 +357,9 @@ def _kernel_manager(environment: dict[str, str], log: IO[str], seen: dict[str, f
 
 @contextlib.contextmanager
 def _papermill_log(handle: IO[str]) -> Iterator[None]:
-    logger = logging.getLogger("papermill")
-    before, logger.handlers, logger.propagate = logger.handlers, [logging.StreamHandler(handle)], False
+    logger, handler = logging.getLogger("papermill"), logging.StreamHandler(handle)
+    handler.handleError = lambda record: None  # a full disk is said once, by the notebook that cannot be written
+    before, logger.handlers, logger.propagate = logger.handlers, [handler], False
     try:
         yield
     finally:

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from c2f_utils.errors import C2FError
+from c2f_utils.files import UNPARSABLE, too_deep
 from c2f_utils.merge.headers import TensorInfo, read_header
-from c2f_utils.weights import INDEX, SINGLE
+from c2f_utils.weights import INDEX, SINGLE, is_shard
 
 _UNSAFE = ("pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin", "consolidated.00.pth")
 
@@ -69,15 +70,15 @@ def read_config(label: str, path: Path, model: Checkpoint, problems: list[str]) 
     try:
         raw = path.read_bytes()
         config = json.loads(raw)
-        if not isinstance(config, dict):
-            raise ValueError("not a JSON object")
+        if not isinstance(config, dict) or too_deep(config):
+            raise ValueError("not a JSON object of reasonable depth")
     except FileNotFoundError:
         problems.append(f"{label}: {path} does not exist; copy it from the model's source")
         return {}
     except OSError as error:
         problems.append(f"{label}: {path} cannot be read ({error.strerror})")
         return {}
-    except ValueError as error:
+    except UNPARSABLE as error:
         problems.append(f"{label}: {path} is damaged ({error}); copy it again from the model's source")
         return {}
     model.stamps[f"{label}/{path.name}"] = hashlib.sha256(raw).hexdigest()
@@ -117,16 +118,16 @@ def _add_shards(model: Checkpoint, index: Path, problems: list[str]) -> None:
         weight_map = json.loads(raw)["weight_map"]
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError("weight_map is not a filled object")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, KeyError, TypeError, *UNPARSABLE) as error:
         problems.append(f"{where} is damaged ({type(error).__name__}: {error}); copy it again from the model's source")
         return
     model.stamps[f"{model.label}/{index.name}"] = hashlib.sha256(raw).hexdigest()
     shards: dict[str, set[str]] = {}
     for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
+        if not is_shard(file):
             problems.append(
                 f"{where}: tensor {name!r} is said to be in {file!r}, expected a plain file name in the "
-                f"same folder; save it again"
+                f"same folder that ends in .safetensors; save it again"
             )
             continue
         shards.setdefault(file, set()).add(name)
@@ -160,5 +161,5 @@ def token_ids(folder: Path) -> dict[str, int] | None:
         ids = dict(vocab) if isinstance(vocab, dict) else {entry[0]: position for position, entry in enumerate(vocab)}
         ids.update({token["content"]: token["id"] for token in content.get("added_tokens", [])})
         return ids
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
+    except (OSError, LookupError, TypeError, AttributeError, *UNPARSABLE):
         return None

@@ -10,21 +10,22 @@ import hashlib
 import json
 import os
 import struct
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from c2f_utils.errors import C2FError
+from c2f_utils.errors import C2FError, short
+from c2f_utils.files import UNPARSABLE
+from c2f_utils.weights import HEADER_LIMIT
 
 ITEM_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2,
     "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
 }  # fmt: skip
+_DIMENSIONS = 64  # as many as torch knows
 FLOATS = ("F64", "F32", "F16", "BF16")
-HEADER_LIMIT = (
-    100_000_000  # bytes; the limit of the reference implementation, so that a lying length cannot exhaust memory
-)
 
 
 @dataclass(frozen=True)
@@ -120,15 +121,15 @@ def build_header(entries: Iterable[tuple[str, str, tuple[int, ...], int]], metad
 
 def _parse_json(path: Path, blob: bytes) -> dict:
     def unique(pairs: list) -> dict:
-        names = [name for name, _ in pairs]
-        twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
-        if twice:
-            raise C2FError(f"{path}: the header names {twice[0]!r} twice; save the file again")
-        return dict(pairs)
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+            raise C2FError(f"{path}: the header names {short(twice)} twice; save the file again")
+        return found
 
     try:
         table = json.loads(blob.decode("utf-8"), object_pairs_hook=unique)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except UNPARSABLE as error:
         raise C2FError(
             f"{path}: the header is not JSON ({type(error).__name__}); the file is damaged: copy or save it again"
         ) from None
@@ -138,19 +139,19 @@ def _parse_json(path: Path, blob: bytes) -> dict:
 
 
 def _entry(path: Path, name: str, entry: object, data_start: int) -> TensorInfo:
-    where = f"{path}: tensor {name!r}"
+    where = f"{path}: tensor {short(name)}"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise C2FError(f"{where}: expected dtype, shape and data_offsets, got {entry!r:.120}; save the file again")
+        raise C2FError(f"{where}: expected dtype, shape and data_offsets, got {short(entry)}; save the file again")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise C2FError(
-            f"{where}: dtype {dtype!r} is not supported; expected one of {', '.join(ITEM_BYTES)}: save the "
+            f"{where}: dtype {short(dtype)} is not supported; expected one of {', '.join(ITEM_BYTES)}: save the "
             f"model in one of these"
         )
     if not _naturals(shape):
-        raise C2FError(f"{where}: shape {shape!r} is not a list of natural numbers; save the file again")
+        raise C2FError(f"{where}: shape {short(shape)} is not a list of natural numbers; save the file again")
     if not _naturals(offsets) or len(offsets) != 2 or offsets[1] < offsets[0]:
-        raise C2FError(f"{where}: data_offsets {offsets!r} is not [begin, end]; save the file again")
+        raise C2FError(f"{where}: data_offsets {short(offsets)} is not [begin, end]; save the file again")
     nbytes = prod(shape) * ITEM_BYTES[dtype]
     if offsets[1] - offsets[0] != nbytes:
         raise C2FError(
@@ -161,7 +162,9 @@ def _entry(path: Path, name: str, entry: object, data_start: int) -> TensorInfo:
 
 
 def _naturals(value: object) -> bool:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+    return (
+        isinstance(value, list) and len(value) <= _DIMENSIONS and all(type(n) is int and 0 <= n < 2**63 for n in value)
+    )
 
 
 def _check_layout(path: Path, tensors: dict[str, TensorInfo], data_start: int, size: int) -> None:

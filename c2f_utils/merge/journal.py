@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 
 from c2f_utils.errors import C2FError
+from c2f_utils.files import UNPARSABLE
 
 
 class Journal:
@@ -18,7 +19,7 @@ class Journal:
 
     def __init__(self, path: Path, key: str, fresh: bool) -> None:
         self.path = path
-        self._handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         try:
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -50,7 +51,7 @@ class Journal:
         for raw in content.splitlines(keepends=True):
             try:
                 line = json.loads(raw) if raw.endswith(b"\n") else None
-            except ValueError:
+            except UNPARSABLE:
                 line = None
             if not isinstance(line, dict):
                 break  # cut by a kill, or damaged by power loss: what follows cannot be trusted either

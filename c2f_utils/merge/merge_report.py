@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from c2f_utils.errors import C2FError
-from c2f_utils.files import read_json
+from c2f_utils.files import outputs, read_json
 from c2f_utils.merge import names
 from c2f_utils.merge.kernels import Statistics, Threshold
 from c2f_utils.merge.plan import Placement, Plan
 from c2f_utils.merge.rounding import Tally
+from c2f_utils.weights import is_hub
 
 if TYPE_CHECKING:
     import pandas
@@ -200,9 +201,24 @@ def _versions() -> dict[str, str]:
     return found
 
 
+def _without_places(recipe: dict) -> dict:
+    """The recipe with the last parts of its paths only: a card is for others, who have other folders."""
+    coarse = recipe["coarse"]
+    named = [{**item, "path": _name(item["path"])} for item in coarse] if not isinstance(coarse, str) else _name(coarse)
+    return recipe | {"base": _name(recipe["base"]), "instruct": _name(recipe["instruct"]), "coarse": named}
+
+
+def _name(source: str) -> str:
+    """A hub id as it is; of a folder where it lies among the runs, else its own name."""
+    if is_hub(source):
+        return source
+    place = Path(source).absolute()
+    return str(place.relative_to(outputs())) if place.is_relative_to(outputs()) else place.name
+
+
 def model_card(report: Report) -> str:
     """Write the README.md of the merged model from the report alone; nothing is looked up on a network."""
-    recipe = report.recipe
+    recipe = _without_places(report.recipe)
     coarse = (
         recipe["coarse"] if isinstance(recipe["coarse"], str) else ", ".join(item["path"] for item in recipe["coarse"])
     )

@@ -17,19 +17,17 @@ from c2f_utils.errors import problems as error_of
 from c2f_utils.merge import names
 from c2f_utils.merge.aligned import Input, align_all, open_inputs
 from c2f_utils.merge.checkpoint import Checkpoint
+from c2f_utils.merge.companions import CODE, companions
 from c2f_utils.merge.headers import ITEM_BYTES, Same, TensorInfo, build_header
 from c2f_utils.merge.kernels import BLOCK
 from c2f_utils.merge.operators import Operator, fingerprint, resolve
 from c2f_utils.merge.readers import FACTORS_KEPT, Source
 from c2f_utils.merge.recipe import Recipe
-from c2f_utils.weights import SINGLE
 
 if TYPE_CHECKING:
     import pandas
 
 FORMAT = 1  # of journal and partial folder; part of the key, so that versions never mix
-_SMALL = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*")
-_NOT_COPIED = re.compile(r"^(config|adapter_config|merge_report|trainer_state|.*\.index)\.json$|^README|^training_args")
 
 
 @dataclass(frozen=True)
@@ -213,13 +211,14 @@ def _place(plan: Plan, models: dict[str, Input], found: list[str], notes: list[s
     if recipe.out_dtype != "same":
         dtype = "float32" if recipe.out_dtype == "float32" else "bfloat16"
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
-    copies = _small_files(instruct)
+    if config.pop(CODE, None):
+        notes.append(f"instruct's config names code of its own ({CODE}), which is not copied and no longer named")
     return replace(
         plan,
         placements=tuple(placements),
         files=files,
         config=config,
-        copies=copies,
+        copies=companions((instruct.checkpoint.folder, instruct.folder)),
         equal=tuple(equal),
         sharded=instruct.checkpoint.sharded,
     )
@@ -361,14 +360,3 @@ def _lay_out(checkpoint: Checkpoint, placements: list[Placement]) -> tuple[tuple
             position += placement.nbytes
         files.append(OutputFile(path.name, header, position))
     return tuple(files), placed
-
-
-def _small_files(instruct: Input) -> tuple[Path, ...]:
-    """Tokenizer and generation files: of an adapter folder where it has them, else of the model's own."""
-    chosen: dict[str, Path] = {}
-    for folder in dict.fromkeys((instruct.checkpoint.folder, instruct.folder)):
-        for pattern in _SMALL:
-            for path in sorted(folder.glob(pattern)):
-                if path.is_file() and not _NOT_COPIED.match(path.name) and path.name != SINGLE:
-                    chosen[path.name] = path
-    return tuple(chosen[name] for name in sorted(chosen))

@@ -25,6 +25,7 @@ from c2f_utils import threads as cores
 from c2f_utils.errors import C2FError, problems
 from c2f_utils.merge import gather, ranges
 from c2f_utils.merge.checkpoint import stamp
+from c2f_utils.merge.companions import content
 from c2f_utils.merge.compute import Done, Task, merge_chunk
 from c2f_utils.merge.headers import ITEM_BYTES, Same, read_header
 from c2f_utils.merge.journal import Journal
@@ -73,6 +74,8 @@ def run_merge(
         )
     _check_stamps(plan)
     partial = _partial(plan, out_dir)
+    if partial.is_symlink():
+        raise C2FError(f"{partial} is a link, and nothing is written through it; remove it")
     try:
         out_dir.parent.mkdir(parents=True, exist_ok=True)
         journal = Journal(Path(f"{partial}.jsonl"), plan.key, fresh=not resume or not partial.is_dir())
@@ -151,7 +154,7 @@ class _Merge:
         with Files() as inputs, Workers(self.threads) as workers:
             try:
                 for file in self.plan.files:
-                    self.outputs[file.name] = os.open(self.partial / file.name, os.O_RDWR)
+                    self.outputs[file.name] = os.open(self.partial / file.name, os.O_RDWR | os.O_NOFOLLOW)
                 self._recheck(workers)
                 self._check_equal(inputs, workers)
                 with Flusher() as flusher:
@@ -298,7 +301,7 @@ class _Merge:
             digest.update(json.dumps([placement.name, placement.dtype, placement.shape, checks]).encode())
         report = build_report(self.plan, self.out_dir, tallies, self.statistics, digest.hexdigest())
         for path in self.plan.copies:
-            shutil.copyfile(path, self.partial / path.name)
+            small_files.write_bytes(self.partial / path.name, content(path))
         small_files.write_json(self.partial / "config.json", self.plan.config)
         if self.plan.sharded:
             weight_map = {placement.name: placement.file for placement in self.plan.placements}

@@ -4,8 +4,6 @@ Inputs: local folders or hub ids in Hugging Face format, safetensors only, no re
 classes can be sampled and trained is measured on the loaded model (`rollout/check.py`).
 """
 
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 
 from c2f_utils import weights
 from c2f_utils.errors import C2FError
+from c2f_utils.files import replacing
 from c2f_utils.models.library_trainers import quiet
 from c2f_utils.settings.config import Lora, Models
 from c2f_utils.settings.preflight import check_folder, not_found
@@ -134,14 +133,10 @@ def add_lora(
 
 def save_model(model: nn.Module, tokenizer, folder: Path) -> None:
     """Save to `folder` atomically; adapters are saved as adapters (`adapter_model.safetensors`), full models as
-    models."""
-    folder = Path(folder)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial, safe_serialization=True)
-    tokenizer.save_pretrained(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
+    models. Raises CannotWrite when the disk is full."""
+    with replacing(folder) as partial:
+        model.save_pretrained(partial, safe_serialization=True)
+        tokenizer.save_pretrained(partial)
 
 
 def load_actor(folder: Path, models: Models, base: str | None = None) -> nn.Module:

@@ -46,6 +46,7 @@ def start(namespace: dict[str, object], stage: str) -> Run:
     here = run.stage(stage)
     if _here and _here.dir != here.dir:
         _here.stop()  # the first cell was run again with another run_id
+    registry.refuse_unknown(values.get("runs", ()), besides=run.id)
     if not values["overwrite"]:
         run.refuse_mixture(stage)
     inputs, origins = run.inputs(stage)
@@ -87,6 +88,9 @@ def _table(run: Run, state: str, origins: dict[str, str]) -> Html:
         "folder": _near(run.here.dir),
         "device": f"{run.device}; {run.threads} of {threads.available()} CPU threads",
     }
+    if run.here.loaded:
+        made = provenance.code_changes(run.here.provenance())
+        rows["made with"] = "code that was not recorded" if made is None else "; ".join(made) or "this code"
     if not run.here.loaded and (needed := run.here.disk_needed()) >= 1e9:
         rows["disk"] = f"about {needed / 1e9:.0f} GB will be written, {disk.free(run.dir) / 1e9:.0f} GB are free"
     if not run.here.loaded and (longest := _longest(run, origins)):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from c2f_utils import stats
-from c2f_utils.settings.config import Law
+from c2f_utils.settings.laws import Law
 
 START = 24  # tokens; where clocks and laws begin
 EVALUATED = 256  # validation problems of one evaluation

@@ -24,12 +24,7 @@ def needed(stage: str, settings: "Settings") -> float:
     if source:
         found = weights.count(f"{source}@{settings.models.base_revision}" if settings.models.base_revision else source)
     else:
-        made = settings.pretrain
-        found = weights.count_of({
-            "hidden_size": made.hidden_size, "num_attention_heads": made.heads, "intermediate_size":
-            made.intermediate_size, "num_key_value_heads": made.key_value_heads, "num_hidden_layers": made.layers,
-            "vocab_size": 0,
-        })  # fmt: skip
+        found = settings.pretrain.weights
     return _of_stage(stage, settings, float(found or 0))
 
 
@@ -72,12 +67,12 @@ def free(folder: Path) -> float:
 def refuse_full(folder: Path, wanted: float = 0.0, there: float = 0.0) -> None:
     """Refuse a run folder that cannot be written or has too little space left: for the bytes `wanted` without those
     that are `there`, and at least for `C2F_MIN_FREE_MB` (default 200)."""
-    probe = folder / f".write-test-{os.getpid()}"
+    there_is = next(path for path in (folder, *folder.parents) if path.exists())  # a refusal makes no folder
+    probe = there_is / f".write-test-{os.getpid()}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink()
-        left = free(folder) / 2**20
+        left = free(there_is) / 2**20
     except OSError as error:
         reason = error.strerror or error
         raise C2FError(

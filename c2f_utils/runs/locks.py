@@ -14,6 +14,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
 
+from c2f_utils.files import UNPARSABLE
+
 LOST = 300.0  # seconds without a heartbeat after which a process that cannot be looked up counts as gone
 
 
@@ -39,7 +41,7 @@ def alive(who: dict[str, object], heartbeat_age: float | None) -> bool:
     pid = int(who["pid"])
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         pass  # it exists and belongs to somebody else
@@ -88,9 +90,10 @@ def _exclusive(path: Path) -> Iterator[IO[str]]:
 def _read(handle: IO[str]) -> dict[str, object] | None:
     handle.seek(0)
     try:
-        return json.loads(handle.read() or "null")
-    except json.JSONDecodeError:
+        found = json.loads(handle.read() or "null")
+    except UNPARSABLE:
         return None  # cut by a kill: nobody's
+    return found if isinstance(found, dict) and type(found.get("pid")) is int else None
 
 
 def _write(handle: IO[str], text: str) -> None:

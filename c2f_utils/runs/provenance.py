@@ -10,12 +10,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-from c2f_utils.files import flat
+from c2f_utils.files import flat, sha256
 
 PACKAGES = (
     "torch", "transformers", "trl", "peft", "datasets", "accelerate", "safetensors", "numpy", "scipy", "pandas",
     "pydantic", "matplotlib", "papermill", "jupyterlab", "lm-eval",
 )  # fmt: skip
+DECIDING = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "numpy", "scipy")  # decide numbers
+PACKAGE = Path(__file__).parents[1]
 
 
 def fingerprint(value: object) -> str:
@@ -45,10 +47,30 @@ def versions() -> dict[str, str]:
 
 
 def code_version(root: Path) -> dict[str, object]:
-    """Git commit and whether the working tree differs from it; both None outside a repository."""
+    """Digest of the package; git commit and whether the working tree differs, both None outside a repository."""
     commit = _git(root, "rev-parse", "HEAD")
     changes = _git(root, "status", "--porcelain") if commit else None
-    return {"commit": commit, "dirty": None if changes is None else bool(changes)}
+    return {"commit": commit, "dirty": None if changes is None else bool(changes), "digest": code_digest()}
+
+
+@functools.cache
+def code_digest() -> str:
+    """16 hex digits over the package's Python files and profiles, as this process found them when it first asked."""
+    files = [path for kind in ("*.py", "*.yaml") for path in PACKAGE.rglob(kind)]
+    return fingerprint({str(path.relative_to(PACKAGE)): sha256(path) for path in files})
+
+
+def code_changes(record: dict) -> list[str] | None:
+    """How the code and the packages that a stage last ran differ from those of now, a line each; None where its
+    provenance does not say, as before there was a digest."""
+    session = (record.get("sessions") or [{}])[-1]
+    there = (session.get("code") or {}).get("digest")
+    if there is None:
+        return None
+    old, now = session.get("versions") or {}, versions()
+    found = [] if there == code_digest() else [f"code of c2f_utils: {there} there, {code_digest()} here"]
+    changed = [name for name in DECIDING if old.get(name) != now.get(name)]
+    return found + [f"{name}: {old.get(name)} there, {now.get(name)} here" for name in changed]
 
 
 def machine() -> dict[str, object]:

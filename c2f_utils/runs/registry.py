@@ -1,10 +1,10 @@
 """Everything that has been run: stages on disk, the latest that fits, and the table of all of them. Needs no torch."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from datetime import datetime
 from typing import TYPE_CHECKING
 
-from c2f_utils.errors import C2FError
+from c2f_utils.errors import C2FError, short
 from c2f_utils.files import flat, outputs, read_jsonl
 from c2f_utils.runs import provenance
 from c2f_utils.runs.locks import age
@@ -17,10 +17,16 @@ OF_SETTINGS = {"source": "the settings'"}  # what 03 records for a law or reward
 
 
 def stages(name: str = "*", run_id: str = "*") -> Iterator[Stage]:
-    """Every stage on disk that has begun, by run and stage name; set-aside ones (`.old-k`) are left out."""
-    for config in sorted(outputs().glob(f"{run_id}/{name}/config.json")):
-        if ".old-" not in config.parent.name:
-            yield Stage(config.parent)
+    """Every whole stage on disk that has begun, by run and stage name; set-aside ones (`.old-k`) are left out."""
+    return (stage for stage in _there(name, run_id) if not stage.damage())
+
+
+def _there(name: str, run_id: str) -> Iterator[Stage]:
+    """The stages of `stages`, and damaged ones."""
+    for folder in sorted(path for path in outputs().glob(f"{run_id}/{name}") if path.is_dir()):
+        stage = Stage(folder)
+        if ".old-" not in stage.name and (stage.damage() or stage.config()):
+            yield stage
 
 
 def latest(
@@ -52,8 +58,25 @@ def kind_of(stage: Stage) -> tuple[str, int]:
 
 def began_since(stage: Stage, moment: datetime) -> bool:
     """Whether the stage was begun (or continued) after a time, and so by whoever started then."""
-    started = stage.status().get("started")
+    started = None if stage.damage() else stage.status().get("started")
     return bool(started) and datetime.fromisoformat(started) >= moment
+
+
+def refuse_unknown(run_ids: Collection[object], besides: str | None = None) -> None:
+    """Raise C2FError for what is not the id of a run on disk; the run `besides` may be about to be made."""
+    if not run_ids:
+        return
+    known = sorted({stage.run_id for stage in stages()})
+    if wrong := [item for item in run_ids if item not in (*known, besides)]:
+        raise C2FError(
+            f"runs = {short(list(run_ids))}: there is no run {short(wrong[0])} in {outputs()}; there are: "
+            f"{', '.join(known) or 'none'}"
+        )
+
+
+def heartbeat_age(run_id: str) -> float | None:
+    """Seconds since any stage of a run last showed that it is alive, or None for a new run."""
+    return min((age(stage.status()["heartbeat"]) for stage in stages(run_id=run_id)), default=None)
 
 
 def threads_of(run_id: str) -> int | None:
@@ -65,12 +88,18 @@ def threads_of(run_id: str) -> int | None:
 def table(run_id: str = "*") -> "pd.DataFrame":
     """One row per stage on disk, the latest last: state, where training stands, time, memory, parents, alarms.
 
-    `changed` names the settings that differ from the profile's, and a law, reward or operator of the user's. Units:
-    `minutes` of wall time, `peak_mb` in MiB.
+    Of a damaged stage the alarm says what is wrong with it. `changed` names the settings that differ from the
+    profile's, and a law, reward or operator of the user's. Units: `minutes` of wall time, `peak_mb` in MiB.
     """
     import pandas as pd
 
-    rows = sorted((_row(item) for item in stages(run_id=run_id)), key=lambda row: row["started"])
+    rows = [
+        {"run": item.run_id, "stage": item.name, "status": "damaged", "started": "", "alarms": damage}
+        if (damage := item.damage())
+        else _row(item)
+        for item in _there("*", run_id)
+    ]
+    rows.sort(key=lambda row: row["started"])
     return pd.DataFrame(rows, columns=_COLUMNS)
 
 
@@ -84,7 +113,11 @@ _COLUMNS = [
 
 def _row(stage: Stage) -> dict[str, object]:
     settings, status = stage.config()["settings"], stage.status()
-    last = (read_jsonl(stage.dir / "metrics.jsonl") or [{}])[-1]
+    last, alarms = {}, list(status["alarms"])
+    try:
+        last = dict((read_jsonl(stage.dir / "metrics.jsonl") or [{}])[-1])
+    except (C2FError, TypeError, ValueError) as error:  # no row of ours
+        alarms.append(f"metrics.jsonl is damaged: {error}")
     end = status["finished"] or status["heartbeat"]
     return {
         "run": stage.run_id,
@@ -98,7 +131,7 @@ def _row(stage: Stage) -> dict[str, object]:
         "peak_mb": status["peak_mb"],
         "changed": "; ".join([*_changed(stage.name, settings), *_own(stage)]),
         "parents": ", ".join(f"{run}/{name[:2]}" for name, run in stage.provenance().get("parents", {}).items()),
-        "alarms": "; ".join(status["alarms"]),
+        "alarms": "; ".join(alarms),
     }
 
 

@@ -17,13 +17,15 @@ from typing import TYPE_CHECKING
 from c2f_utils import weights
 from c2f_utils.errors import C2FError, problems
 from c2f_utils.files import append_jsonl, or_null, outputs, plain, read_json, root, write_json
-from c2f_utils.runs import disk, locks, provenance
+from c2f_utils.runs import disk, locks, provenance, records
 
 if TYPE_CHECKING:
     from c2f_utils.settings.config import Settings
 
 OF_NO_RUN = ("00_environment_and_data", "09_studies")  # about this machine, and about what the project comes with
 ALWAYS_REDONE = (*OF_NO_RUN, "08_report")  # cheap, and about the present: never loaded, never in the way
+
+CONTINUE = "C2F_CONTINUE_ANYWAY"  # environment: continue a stage although code or packages have changed since
 
 HEARTBEAT = 15.0  # seconds
 
@@ -74,21 +76,24 @@ class Stage:
 
     def config(self) -> dict | None:
         """`{"stage", "settings", "threads"}` as recorded, or None before the stage has begun."""
-        path = self.dir / "config.json"
-        return read_json(path) if path.is_file() else None
+        return records.read(self.dir / "config.json") or None
 
     def provenance(self) -> dict:
         """What was recorded about the origin; empty before the stage has begun."""
-        path = self.dir / "provenance.json"
-        return read_json(path) if path.is_file() else {}
+        return records.read(self.dir / "provenance.json")
 
     def status(self) -> dict:
         """The last written status; empty before the stage has begun."""
-        path = self.dir / "status.json"
-        return read_json(path) if path.is_file() else {}
+        return records.read(self.dir / "status.json")
+
+    def damage(self) -> str | None:
+        """What makes this stage unusable, in words, or None: the other readers raise it as C2FError."""
+        return records.damage(self.dir)
 
     def state(self) -> str | None:
-        """running, done, stopped, failed; lost = it says running but its process is gone; None = not begun."""
+        """running, done, stopped, failed; lost = it says running but its process is gone; damaged; None = not begun."""
+        if self.damage():
+            return "damaged"
         status = self.status()
         if status.get("status") == "running" and not locks.alive(status, locks.age(status.get("heartbeat"))):
             return "lost"
@@ -97,7 +102,7 @@ class Stage:
     @property
     def done(self) -> bool:
         """Whether the stage finished with the settings asked for (any settings when opened without)."""
-        config = self.config()
+        config = None if self.damage() else self.config()
         return bool(config) and self.status().get("status") == "done" and not self._changed_settings(config)
 
     def results(self) -> dict:
@@ -189,28 +194,32 @@ class Stage:
 
         `inputs` maps an input's name to its fingerprint; None leaves inputs out of the comparison. Raises C2FError
         when the folder cannot be written, space is short, another process is at work here, or settings or inputs
-        have changed.
+        have changed, or, for a stage that is not done, code or packages (unless `CONTINUE` is set).
         """
         disk.refuse_full(self.dir.parent)
-        if other := locks.holder(self._claim, locks.age(self.status().get("heartbeat"))):
+        if other := locks.holder(self._claim, self._heartbeat_age()):
             raise _busy(self, other)
-        config = self.config()
-        if config is None:
+        damage = self.damage()
+        config = None if damage else self.config()
+        if self.name in ALWAYS_REDONE:
+            return "redo" if damage or config else "fresh"
+        if not (damage or config):
             disk.refuse_full(self.dir.parent, self.disk_needed())
             return "fresh"
-        state = self.status().get("status")
-        changed = self._changed_settings(config)
-        if self.name in ALWAYS_REDONE:
-            return "redo"
-        changed += self._changed_inputs(inputs)
-        if not changed and state == "done":
-            return "load"
+        changed = [damage] if damage else self._changed_settings(config) + self._changed_inputs(inputs)
+        advice = ""
+        if not changed:
+            if self.status()["status"] == "done":
+                return "load"
+            changed = [] if CONTINUE in os.environ else provenance.code_changes(self.provenance()) or []
+            advice = f"; {CONTINUE}=1 in the environment continues it all the same"
         if not changed or overwrite:
             disk.refuse_full(self.dir.parent, self.disk_needed(), 0 if changed else disk.used(self.dir))
             return "replace" if changed else "continue"
-        title = f"{self.name} exists in run {self.run_id!r} ({self.state()}) with another configuration:"
         choices = "next step: choose another run_id, or set overwrite=True (--overwrite), which keeps the old one as "
-        raise problems(title, [*changed, f"{choices}{self._archive().name}"])
+        title = f"{self.name} exists in run {self.run_id!r} ({self.state()}) with another configuration:"
+        title = f"{self.name} in run {self.run_id!r} is damaged:" if damage else title
+        raise problems(title, [*changed, f"{choices}{self._archive().name}{advice}"])
 
     def begin(
         self,
@@ -230,7 +239,7 @@ class Stage:
         if before := _AT_WORK.get(self.dir):  # this process begins the stage anew: a notebook's first cell, run again
             before.release()
         disk.refuse_full(self.dir.parent)
-        if other := locks.take(self._claim, locks.age(self.status().get("heartbeat"))):
+        if other := locks.take(self._claim, self._heartbeat_age()):
             raise _busy(self, other)
         self._asked = {"inputs": inputs or {}, "overwrite": overwrite, "threads": threads, "device": device}
         self._asked["parents"] = parents or {}
@@ -242,9 +251,9 @@ class Stage:
 
     def _begin(self, inputs: dict, overwrite: bool, threads: int, device: str, parents: dict) -> str:
         action = self.plan(inputs, overwrite)
-        config = None if action == "replace" else self.config()
+        config = self.config() if action in ("continue", "load") else None
         self.loaded = action == "load"
-        self.threads = config["threads"] if config and action != "redo" else threads
+        self.threads = config["threads"] if config else threads
         if self.loaded:
             locks.release(self._claim)
             return action
@@ -356,6 +365,9 @@ class Stage:
         if peak:
             self._status["peak_mb"] = round(provenance.peak_memory_mb())
         write_json(self.path("status.json"), self._status)
+
+    def _heartbeat_age(self) -> float | None:
+        return None if self.damage() else locks.age(self.status().get("heartbeat"))
 
     @property
     def _claim(self) -> Path:

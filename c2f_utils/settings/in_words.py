@@ -9,6 +9,8 @@ from typing import Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+from c2f_utils.errors import short
+
 
 def explained(root: type[BaseModel], error: ValidationError) -> list[str]:
     """One line per problem of settings that are made like `root`; what every type of a setting that takes several has
@@ -19,7 +21,7 @@ def explained(root: type[BaseModel], error: ValidationError) -> list[str]:
         if loc == item["loc"]:
             lines += _explain(root, loc, item)
         else:  # the rest names one of the types
-            choices.setdefault((loc, repr(item["input"])), []).append(item["msg"].removeprefix("Input should be "))
+            choices.setdefault((loc, short(item["input"])), []).append(item["msg"].removeprefix("Input should be "))
     return lines + [
         f"{'.'.join(map(str, loc))} = {value}: expected {' or '.join(said)}" for (loc, value), said in choices.items()
     ]
@@ -31,21 +33,22 @@ def _explain(root: type[BaseModel], loc: tuple, item: dict) -> list[str]:
         rules = item["msg"].removeprefix("Value error, ").splitlines()
         return [f"{where}: {line}" if where else line for line in rules]
     if kind == "extra_forbidden":
-        return [f"{where} = {value!r}: there is no such setting; {_neighbours(root, loc, value)}"]
+        return [f"{where} = {short(value)}: there is no such setting; {_neighbours(root, loc, value)}"]
     if kind == "missing":
         return [f"{where} is missing; give it a value"]
-    if kind == "string_pattern_mismatch":  # `run_id` is the only one that has a pattern
-        return [f"{where} = {value!r}: expected 1 to 64 letters, digits, '.', '_', '-', the first a letter or digit"]
+    if kind == "string_pattern_mismatch":  # run_id, or the name of a law
+        what = f"a name in {'.'.join(map(str, loc[:-2]))} is" if loc[-1] == "[key]" else f"{where} ="
+        return [f"{what} {short(value)}: expected 1 to 64 letters, digits, '.', '_', '-', the first a letter or digit"]
     if kind in {"model_type", "dict_type"}:
         model = _model(_place(root, loc)[1])
         keys = f" with keys among {', '.join(model.model_fields)}" if model else ""
-        return [f"{where} = {value!r}: expected a group of settings{keys}; write {where}={{'KEY': VALUE, ...}}"]
+        return [f"{where} = {short(value)}: expected a group of settings{keys}; write {where}={{'KEY': VALUE, ...}}"]
     if isinstance(value, str) and kind in {"bool_type", "bool_parsing"}:
-        return [f"{where} = {value!r} is text; write True or False (YAML: true or false), without quotes"]
+        return [f"{where} = {short(value)} is text; write True or False (YAML: true or false), without quotes"]
     if isinstance(value, str) and kind in {"int_type", "float_type", "int_parsing", "float_parsing"}:
         advice = "write a number without quotes (papermill's own YAML needs 1.0e-6, not 1e-6)"
-        return [f"{where} = {value!r} is text; {advice}"]
-    return [f"{where} = {value!r}: {item['msg'].replace('Input should be', 'expected')}"]
+        return [f"{where} = {short(value)} is text; {advice}"]
+    return [f"{where} = {short(value)}: {item['msg'].replace('Input should be', 'expected')}"]
 
 
 def places(root: type[BaseModel], name: str) -> list[str]:
@@ -57,7 +60,7 @@ def places(root: type[BaseModel], name: str) -> list[str]:
 def _neighbours(root: type[BaseModel], loc: tuple, value: object) -> str:
     model, name = _model(_place(root, loc[:-1])[1]), str(loc[-1])
     if len(loc) == 1 and (found := places(root, name)):
-        return f"a setting is written with its section: {' or '.join(f'{place}={value!r}' for place in found)}"
+        return f"a setting is written with its section: {' or '.join(f'{place}={short(value)}' for place in found)}"
     if not model:
         return "see c2f_utils/config.py"
     near = difflib.get_close_matches(name, model.model_fields, n=1)

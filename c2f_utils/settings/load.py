@@ -1,12 +1,13 @@
 """From a profile and overrides to checked settings: read, merged, validated, and opened (`preflight.py`)."""
 
+import copy
 from pathlib import Path
 from typing import get_origin
 
 from pydantic import ValidationError
 
-from c2f_utils.errors import C2FError, problems
-from c2f_utils.files import read_mapping
+from c2f_utils.errors import C2FError, problems, short
+from c2f_utils.files import DEEPEST, read_mapping, too_deep
 from c2f_utils.settings.config import PROFILES, Schedules, Settings
 from c2f_utils.settings.in_words import explained
 
@@ -20,10 +21,12 @@ def load_settings(
     everything that the files it names make impossible (`preflight.py`).
     """
     if profile not in PROFILES:
-        raise C2FError(f"unknown profile {profile!r}; expected one of {', '.join(PROFILES)}")
+        raise C2FError(f"unknown profile {short(profile)}; expected one of {', '.join(PROFILES)}")
     values = read_mapping(Path(__file__).parent / "profiles" / f"{profile}.yaml")
+    overrides = overrides or {}
+    _refuse_parameters(overrides)
     priced = set(values.get("schedules", {}).get("credit", {}))
-    for key, value in (overrides or {}).items():
+    for key, value in copy.deepcopy(overrides).items():  # merged in place, and the caller's stay as they are
         _merge(values, _nested(str(key), value))
     _forget_credit(values.get("schedules"), priced)
     values |= {"profile": profile, "seed": seed, "run_id": run_id, "study": study}
@@ -38,6 +41,28 @@ def load_settings(
     if found := preflight.findings(settings):
         raise problems("the settings cannot be used:", found)
     return settings
+
+
+def dotted(overrides: dict[str, object], prefix: str = "") -> list[str]:
+    """The dotted name of everything that overrides set, in order."""
+    found = []
+    for key, value in overrides.items():
+        inner = isinstance(value, dict) and value
+        found += dotted(value, f"{prefix}{key}.") if inner else [f"{prefix}{key}"]
+    return found
+
+
+def _refuse_parameters(overrides: dict[str, object]) -> None:
+    """Raise C2FError for parameters of a run among the overrides, which would have no effect, and endless nesting."""
+    if too_deep(overrides):
+        raise C2FError(f"the overrides are nested more than {DEEPEST} levels deep; expected coarse.iterations=5 ...")
+    found = [
+        f"{name} is no setting but a parameter: give it as --{name.replace('_', '-')}, or in a notebook's first cell"
+        for name in ("profile", "seed", "run_id", "study")
+        if name in overrides
+    ]
+    if found:
+        raise problems("the overrides cannot be used:", found)
 
 
 def _forget_credit(schedules: object, priced: set[str]) -> None:

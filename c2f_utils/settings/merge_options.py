@@ -6,6 +6,8 @@
 import math
 from collections.abc import Mapping
 
+from c2f_utils.errors import short
+
 OPTIONS: dict[str, dict[str, object]] = {
     "residue": {}, "lerp": {}, "slerp": {}, "orthogonal": {}, "tsv": {"rank": 0.0},
     "trim": {"density": 0.2, "scope": "tensor"}, "ties": {"density": 0.2, "scope": "tensor"},
@@ -33,6 +35,8 @@ def _out_of_bounds(name: str, options: Mapping[str, object]) -> list[str]:
         found.append(f"operator.density: {density} must be above 0 and at most 1: dare divides by it")
     elif density is not None and not 0 <= density <= 1:
         found.append(f"operator.density: {density} must lie within 0 and 1 (the share kept)")
+    if not 0 <= options.get("seed", 0) < 2**63:
+        found.append(f"operator.seed: {short(options['seed'])} must lie within 0 and 2**63 - 1")
     if options.get("scope", "tensor") not in ("tensor", "global"):
         found.append(f"operator.scope: {options['scope']!r} must be tensor or global")
     if name == "tsv" and not 0 <= rank <= 1:

@@ -13,7 +13,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from c2f_utils.errors import C2FError
+from c2f_utils.errors import C2FError, short
+from c2f_utils.files import UNPARSABLE
 from c2f_utils.settings.config import Settings
 from c2f_utils.settings.in_words import places
 
@@ -35,7 +36,7 @@ class Parameter:
             return None
         if isinstance(value, _TYPES[self.type]) and (self.type == "bool" or not isinstance(value, bool)):
             return None
-        return f"{self.name} = {value!r} is {_kind(value)}; expected {self.type}: {self._spelling(value)}"
+        return f"{self.name} = {short(value)} is {_kind(value)}; expected {self.type}: {self._spelling(value)}"
 
     def parse(self, text: str) -> object:
         """The value a command line means, e.g. `True`, `1e-6`, `{'coarse.iterations': 5}`."""
@@ -81,14 +82,18 @@ def literal(text: str) -> object:
     """A Python literal, or the text itself when it is none."""
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return text
 
 
 def declared(source: str) -> dict[str, Parameter]:
     """The parameters of a parameters cell, by name; raises C2FError for a line that is not `name: type = literal`."""
     found = {}
-    for line in ast.parse(source).body:
+    try:
+        lines = ast.parse(source).body
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
+        raise C2FError(f"parameters cell: {error}; expected lines of the form 'name: type = literal'") from None
+    for line in lines:
         if isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant):
             continue  # a text
         if not (isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and line.value):
@@ -110,12 +115,15 @@ def of_notebook(path: Path) -> dict[str, Parameter]:
     """The parameters that a notebook file declares; raises C2FError unless exactly one cell is tagged `parameters`."""
     try:
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    except (OSError, json.JSONDecodeError, KeyError) as error:
-        raise C2FError(f"{path} is not a readable notebook ({error!r}); expected an .ipynb file") from None
-    tagged = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
+        tagged = ["".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
+    except (OSError, LookupError, TypeError, AttributeError, *UNPARSABLE) as error:
+        raise C2FError(f"{path} is not a readable notebook ({short(error)}); expected an .ipynb file") from None
     if len(tagged) != 1:
         raise C2FError(f"{path} has {len(tagged)} cells tagged 'parameters'; expected exactly one")
-    return declared("".join(tagged[0]["source"]))
+    try:
+        return declared(tagged[0])
+    except C2FError as error:
+        raise C2FError(f"{path}, {error}") from None
 
 
 def check(known: dict[str, Parameter], values: dict[str, object]) -> list[str]:

@@ -7,27 +7,44 @@ the laws' limits beside the model's positions. Hub ids pass: what they hold is c
 import difflib
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 
 from c2f_utils import weights
 from c2f_utils.domain import forms, preferences
-from c2f_utils.errors import C2FError
-from c2f_utils.files import root
+from c2f_utils.errors import C2FError, short
+from c2f_utils.files import UNPARSABLE, root
 from c2f_utils.positions import positions_of
-from c2f_utils.settings.config import PAIR_ANSWER_TOKENS, CriticFree, Settings
+from c2f_utils.settings.config import PAIR_ANSWER_TOKENS, Settings
 from c2f_utils.settings.merge_options import OPTIONS, option_problems
+from c2f_utils.settings.rlhf import CriticFree
 
 FEWEST_PROMPTS = 4  # one for validation, one for test, two to train on
 # An embedded question with n steps: begin-of-sequence, 7 words, 4 per step, 4 words; a forced beginning adds 6.
 _SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size")
+_MOST_WEIGHTS = 1_000_000_000
+_PROBLEMS = {2: 26_000, 3: 530_000}  # distinct embedded problems of 2 and 3 steps in validation and in test; then many
+_GPU = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")  # NVIDIA's driver, the same below Windows, AMD's
 _QUESTION, _STEP, _FORCED = 12, 4, 6
 
 
 def findings(settings: Settings) -> list[str]:
     """One line per impossibility: the setting, its value, what was expected, what to do; empty if there is none."""
     found: list[str] = []
-    for check in (_models, _pretrain, _compiled, _vllm, _preferences, _laws, _baselines, _operators, _positions):
+    for check in (
+        _models,
+        _device,
+        _counts,
+        _pretrain,
+        _compiled,
+        _vllm,
+        _preferences,
+        _laws,
+        _baselines,
+        _operators,
+        _positions,
+    ):
         found += check(settings)
     return found
 
@@ -74,7 +91,7 @@ def not_found(source: str | Path) -> str:
 def _config(folder: Path) -> object:
     try:
         return json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, *UNPARSABLE):
         return None
 
 
@@ -106,13 +123,41 @@ def _models(settings: Settings) -> list[str]:
     return found
 
 
+def _device(settings: Settings) -> list[str]:
+    """Told without torch: no driver has left a device here, or all of them are hidden."""
+    if settings.models.device != "cuda" or not sys.platform.startswith("linux"):
+        return []
+    if os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1") and any(map(os.path.exists, _GPU)):
+        return []
+    return ["models.device = 'cuda': this machine shows no GPU; set it to 'auto' or 'cpu', or run where there is one"]
+
+
+def _counts(settings: Settings) -> list[str]:
+    data, coarse = settings.data, settings.coarse
+    found = []
+    if coarse.evaluation_prompts > data.validation_prompts:
+        found.append(
+            f"coarse.evaluation_prompts = {coarse.evaluation_prompts} is above data.validation_prompts = "
+            f"{data.validation_prompts}, of which they are taken; lower it or raise the other"
+        )
+    there = _PROBLEMS.get(max(data.operations))
+    if settings.embedded and there:
+        found += [
+            f"data.{key} = {asked}: there are about {there} such problems of at most {max(data.operations)} steps; "
+            "lower it, or raise data.operations"
+            for key in ("validation_prompts", "test_prompts")
+            if (asked := getattr(data, key)) > there
+        ]
+    return found
+
+
 def _has_template(folder: Path) -> bool:
     """Whether a local model has a chat template; what a hub model has is seen when it is loaded."""
     if not folder.is_dir() or (folder / "chat_template.jinja").is_file():
         return True
     try:
         tokenizer = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, *UNPARSABLE):
         return False
     return bool(isinstance(tokenizer, dict) and tokenizer.get("chat_template"))
 
@@ -180,18 +225,16 @@ def _laws(settings: Settings) -> list[str]:
 
 def _operators(settings: Settings) -> list[str]:
     """Operators that notebook 06 would refuse; a name unlike all of ours may be registered in that notebook."""
-    merge, found = settings.merge, []
-    named = {"merge.operator": {"name": merge.operator}}
-    named |= {f"merge.other_operators.{number}": spec for number, spec in enumerate(merge.other_operators)}
-    loaded = sys.modules.get("c2f_utils.merge.operators")  # where a notebook has registered one of its own
-    own = set(loaded.known_operators()) - set(OPTIONS) if loaded else set()
-    for where, spec in named.items():
+    found, strange = [], strange_operators(settings)
+    for where, spec in _named_operators(settings).items():
         name = spec.get("name")
-        if not isinstance(name, str):
-            found.append(f"{where} = {spec!r} has no name; expected {{'name': 'trim', 'density': 0.3}} or the like")
+        if not isinstance(name, str) or not name:
+            found.append(
+                f"{where} = {short(spec)} has no name; expected {{'name': 'trim', 'density': 0.3}} or the like"
+            )
         elif name in OPTIONS:
             found += [f"{where}, {line}" for line in option_problems(name, spec, OPTIONS[name])]
-        elif name not in own and (near := difflib.get_close_matches(name, OPTIONS, n=1, cutoff=0.85)):
+        elif name in strange and (near := difflib.get_close_matches(name, OPTIONS, n=1, cutoff=0.85)):
             found.append(
                 f"{where}: there is no operator {name!r}; did you mean {near[0]!r}? known: {', '.join(OPTIONS)} (one "
                 "of your own with so similar a name must be registered before the cell that starts notebook 06)"
@@ -199,10 +242,28 @@ def _operators(settings: Settings) -> list[str]:
     return found
 
 
+def strange_operators(settings: Settings) -> list[str]:
+    """Names of operators in the settings that are none of ours and have not been registered in this process."""
+    loaded = sys.modules.get("c2f_utils.merge.operators")  # where a notebook has registered one of its own
+    known = {*OPTIONS, *(loaded.known_operators() if loaded else ())}
+    names = [spec.get("name") for spec in _named_operators(settings).values()]
+    return [name for name in names if isinstance(name, str) and name not in known]
+
+
+def _named_operators(settings: Settings) -> dict[str, dict]:
+    others = {f"merge.other_operators.{number}": spec for number, spec in enumerate(settings.merge.other_operators)}
+    return {"merge.operator": {"name": settings.merge.operator}} | others
+
+
 def _pretrain(settings: Settings) -> list[str]:
     if not settings.embedded:
         return []
     found, pretrain = [], settings.pretrain
+    if pretrain.weights > _MOST_WEIGHTS:
+        found.append(
+            f"pretrain: a model of {pretrain.weights:.1e} weights; expected at most {_MOST_WEIGHTS:.0e}, since it is "
+            "made here: lower pretrain.hidden_size, pretrain.intermediate_size or pretrain.layers"
+        )
     for key, by in (("hidden_size", "heads"), ("heads", "key_value_heads")):
         whole, part = getattr(pretrain, key), getattr(pretrain, by)
         if whole % part:

@@ -18,15 +18,16 @@ from c2f_utils import limits
 from c2f_utils.coarse import trl_limit
 from c2f_utils.domain.samples import Prompt, Sample
 from c2f_utils.errors import problems
-from c2f_utils.files import read_json, write_json
+from c2f_utils.files import read_json, room, write_json
 from c2f_utils.models import loading, rewards
 from c2f_utils.models.course import latest
 from c2f_utils.models.library_trainers import arguments, fit, quiet
 from c2f_utils.positions import beyond, positions_of
 from c2f_utils.rollout.sampler import eos_ids
-from c2f_utils.settings.config import Coarse, CriticFree
+from c2f_utils.settings.config import Coarse
 from c2f_utils.settings.laws import make_law
 from c2f_utils.settings.preflight import refused_baseline
+from c2f_utils.settings.rlhf import CriticFree
 from c2f_utils.stages.coarse_rlhf import evaluator
 from c2f_utils.stages.inputs import Inputs
 
@@ -78,7 +79,7 @@ class Baseline:
             self.actor = loading.load_actor(self.resume, self.inputs.settings.models)
             return
         trainer = self._trainer(log)
-        with quiet():
+        with quiet(), room(self.folder):
             fit(trainer, lambda row: None, str(self.resume) if self.resume else None)
         self.actor = trainer.model.eval()
 

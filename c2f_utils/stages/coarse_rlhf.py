@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import gc
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from c2f_utils.coarse.ranks import Ranks
 from c2f_utils.coarse.trainer import CoarseTrainer
 from c2f_utils.domain.samples import Prompt, Sample
 from c2f_utils.errors import C2FError
-from c2f_utils.files import read_jsonl, write_text
+from c2f_utils.files import read_jsonl, replacing, write_text
 from c2f_utils.measure import answers
 from c2f_utils.models import loading
 from c2f_utils.models.rewards import RewardFunction
@@ -159,17 +158,16 @@ def assist(run: Run, ranks: Ranks) -> None:
 
 
 def _snapshot(run: Run, process: CoarseTrainer) -> None:
-    """Keep the actor of an iteration that was evaluated, if asked for, written beside its name and renamed."""
+    """Keep the actor of an iteration that was evaluated, if asked for."""
     evaluated = process.iteration and process.curve[-1]["iteration"] == process.iteration
     if not run.settings.coarse.snapshots or not evaluated:
         return
     path = run.here.path("snapshots", f"iteration-{process.iteration:05d}.safetensors")
     if path.exists():
         return
-    partial = path.with_suffix(".partial")
     state = process.policy.actor.state_dict()
-    save_file({name: value.detach().contiguous() for name, value in state.items()}, partial)
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        save_file({name: value.detach().contiguous() for name, value in state.items()}, partial)
 
 
 def finish(run: Run, inputs: Inputs, process: CoarseTrainer) -> None:

@@ -185,7 +185,8 @@ def _ranking(model: rewards.RewardModel, scores: torch.Tensor, utilities: list[t
     if utilities:
         truth = torch.tensor([first - second for first, second in utilities])
         decided = truth != 0
-        found["true_pair_accuracy"] = float(((margins > 0) == (truth > 0))[decided].float().mean())
+        right = ((margins > 0) == (truth > 0))[decided].float()
+        found["true_pair_accuracy"] = float(right.mean()) if len(right) else None
     return found
 
 

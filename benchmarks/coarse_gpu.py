@@ -130,7 +130,7 @@ def make_trainer(options: argparse.Namespace, parts, limit: int):
     from c2f_utils import limits
     from c2f_utils.coarse.trainer import CoarseTrainer
     from c2f_utils.rollout.decoder import KVDecoder
-    from c2f_utils.settings.config import Law
+    from c2f_utils.settings.laws import Law
     from c2f_utils.settings.load import load_settings
 
     policy, reward, prompts = parts

@@ -141,7 +141,7 @@ def _counts(settings: Settings) -> list[str]:
             f"{data.validation_prompts}, of which they are taken; lower it or raise the other"
         )
     there = _PROBLEMS.get(max(data.operations))
-    if settings.embedded and there:
+    if settings.embedded and data.vocabulary == "small" and there:
         found += [
             f"data.{key} = {asked}: there are about {there} such problems of at most {max(data.operations)} steps; "
             "lower it, or raise data.operations"

@@ -4,6 +4,10 @@
 class C2FError(Exception):
     """Raised before work starts; the message names the thing, its value, what was expected and the next step."""
 
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows below the cell (IPython asks for it): the message, and no way through our code."""
+        return str(self).splitlines()
+
 
 def problems(title: str, found: list[str]) -> C2FError:
     """Build one error out of several problems so that a user mends them in a single round; a single one is one line."""

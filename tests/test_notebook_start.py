@@ -447,3 +447,15 @@ def test_provenance_names_code_versions_device_and_inputs():
 def test_fingerprints_do_not_depend_on_the_order_of_keys():
     assert provenance.fingerprint({"a": 1, "b": [2]}) == provenance.fingerprint(json.loads('{"b": [2], "a": 1}'))
     assert provenance.fingerprint({"a": 1}) != provenance.fingerprint({"a": 1.5})
+
+
+def test_bad_input_is_shown_in_a_notebook_as_its_message_alone(capsys):
+    from IPython.core.interactiveshell import InteractiveShell
+
+    shell = InteractiveShell()
+    shell.run_cell("from c2f_utils.errors import problems\ndef f():\n    raise problems('wrong:', ['one', 'two'])")
+    done = shell.run_cell("f()")
+    assert str(done.error_in_exec) == "wrong:\n  - one\n  - two"
+    assert capsys.readouterr().out.strip() == str(done.error_in_exec)
+    shell.run_cell("1 / 0")
+    assert "Traceback" in capsys.readouterr().out, "a defect is still shown whole"

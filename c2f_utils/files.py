@@ -45,7 +45,8 @@ def room(path: Path) -> Iterator[None]:
         raise
     except Exception as error:
         full = _FULL.search(str(error))  # safetensors has an error class of its own
-        if not (full or isinstance(error, OSError)):
+        elsewhere = isinstance(error, ConnectionError | TimeoutError | ChildProcessError)
+        if not (full or isinstance(error, OSError)) or elsewhere:
             raise
         reason = error.strerror if isinstance(error, OSError) and error.strerror else full and full[0] or error
         advice = "free space or choose another C2F_OUTPUTS; the same command then continues"
@@ -252,11 +253,11 @@ def read_mapping(path: str | Path, what: str = "overrides file", example: str = 
     path = Path(path)
     try:
         with open(path, "rb") as handle:
-            text = handle.read(_LONGEST_MAPPING + 1).decode("utf-8-sig")
-        if len(text) > _LONGEST_MAPPING:
+            raw = handle.read(_LONGEST_MAPPING + 1)
+        if len(raw) > _LONGEST_MAPPING:
             raise C2FError(f"{what} {path} is longer than {_LONGEST_MAPPING} bytes; expected a YAML or JSON file")
-        json_like = path.suffix == ".json"
-        content = json.loads(text, object_pairs_hook=_unique) if json_like else yaml.load(text, Loader=_Loader)
+        text, from_json = raw.decode("utf-8-sig"), path.suffix == ".json"
+        content = json.loads(text, object_pairs_hook=_unique) if from_json else yaml.load(text, Loader=_Loader)
     except OSError as error:
         raise C2FError(f"{what} {path}: {error.strerror}; expected a readable YAML or JSON file") from None
     except UnicodeDecodeError:

@@ -441,7 +441,7 @@ def test_provenance_names_code_versions_device_and_inputs():
     record = read_json(run.here.dir / "provenance.json")
     newest = record["sessions"][-1]
     assert newest["versions"]["torch"] and newest["device"] and newest["machine"]["python"]
-    assert set(newest["code"]) == {"commit", "dirty"} and record["inputs"] == {} and record["seed"] == 0
+    assert set(newest["code"]) == {"commit", "dirty", "digest"} and record["inputs"] == {} and record["seed"] == 0
 
 
 def test_fingerprints_do_not_depend_on_the_order_of_keys():

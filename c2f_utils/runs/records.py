@@ -82,8 +82,6 @@ def damage(folder: Path) -> str | None:
     """What makes a stage unusable, in words; None where its records are whole, and where it has not begun."""
     try:
         found = {name: read(folder / name) for name in _RECORDS}
-        if (results := folder / "results.json").exists() and not isinstance(read_json(results), dict):
-            raise C2FError(f"{results} holds no object")
     except C2FError as error:
         return str(error)
     # config.json is written last: without it a stage has not begun, unless its status says that it went on.

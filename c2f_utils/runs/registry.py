@@ -41,7 +41,16 @@ def latest(
     found = [item for item in stages(stage) if item.done and kind_of(item) == (profile, seed) and not own_parts(item)]
     made_with = {item.dir: item.provenance().get("inputs", {}) for item in found}
     found = [item for item in found if all(made_with[item.dir].get(k, v) == v for k, v in meant.items())]
-    return max(found, key=lambda item: (item.config()["settings"] == prefer, item.status()["finished"]), default=None)
+    found.sort(key=lambda item: (item.config()["settings"] == prefer, item.status()["finished"]), reverse=True)
+    return next(filter(_has_results, found), None)
+
+
+def _has_results(stage: Stage) -> bool:
+    """Whether its results, if it keeps any, can be read: asked of the one to be lent only, since they may be large."""
+    try:
+        return not (stage.dir / "results.json").exists() or isinstance(stage.results(), dict)
+    except C2FError:
+        return False
 
 
 def own_parts(stage: Stage) -> list[str]:

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from c2f_utils import weights
-from c2f_utils.domain import forms, preferences
+from c2f_utils.domain import forms, preferences, task_files
 from c2f_utils.errors import C2FError
 from c2f_utils.files import root
 from c2f_utils.positions import positions_of
@@ -27,7 +27,18 @@ _QUESTION, _STEP, _FORCED = 12, 4, 6
 def findings(settings: Settings) -> list[str]:
     """One line per impossibility: the setting, its value, what was expected, what to do; empty if there is none."""
     found: list[str] = []
-    for check in (_models, _pretrain, _compiled, _vllm, _preferences, _laws, _baselines, _operators, _positions):
+    for check in (
+        _models,
+        _pretrain,
+        _compiled,
+        _vllm,
+        _preferences,
+        _laws,
+        _baselines,
+        _operators,
+        _positions,
+        _tasks,
+    ):
         found += check(settings)
     return found
 
@@ -292,6 +303,11 @@ def _positions(settings: Settings) -> list[str]:
             f"({name}); lower it"
         )
     return found
+
+
+def _tasks(settings: Settings) -> list[str]:
+    tasks = settings.tasks
+    return _said(lambda: task_files.read(task_files.folder(tasks.folder))) if "local" in (tasks.suites or []) else []
 
 
 def _any(law) -> bool:

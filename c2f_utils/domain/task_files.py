@@ -6,6 +6,7 @@ from 0); `question` and an `answer` that ends in `#### n`, as in GSM8K; `questio
 as in BIG-Bench-Hard. Other fields are not read, but for `id`, which no two rows may share. Needs no torch.
 """
 
+import glob
 import json
 import re
 from collections.abc import Iterator
@@ -42,7 +43,8 @@ def folder(named: str) -> Path:
 def files(place: Path) -> dict[str, Path]:
     """The task files in a folder and below by task name; raises C2FError if there is none, or two of one name."""
     found: dict[str, Path] = {}
-    paths = sorted(path for path in place.rglob("*") if path.suffix in (".json", ".jsonl") and path.is_file())
+    every = sorted(place / name for name in glob.iglob("**/*", root_dir=place, recursive=True))  # also through links
+    paths = [path for path in every if path.suffix in (".json", ".jsonl") and path.is_file()]
     if not paths:
         state = "holds no .jsonl or .json file" if place.is_dir() else "is no folder"
         raise C2FError(f"tasks.folder = {str(place)!r} {state}; place files there, or take 'local' out of tasks.suites")

@@ -156,4 +156,4 @@ def _interval(values: list[float] | None) -> dict[str, float | None]:
         found = stats.wilson(sum(values), len(values))
     else:
         found = stats.bootstrap(lambda drawn: drawn.mean(-1), values)
-    return {"low": found.low, "high": found.high}
+    return {"low": round(found.low, 6), "high": round(found.high, 6)}

@@ -248,7 +248,7 @@ def test_nothing_is_said_on_the_screen_and_no_random_number_is_drawn(embedded, l
     assert torch.equal(before, torch.random.get_rng_state())
 
 
-def command_line(folder, model, tmp_path, *more: str) -> dict:
+def command_line(folder, tmp_path, *more: str) -> dict:
     """Results and samples of lm-eval's own command line on a folder of tasks."""
     names = [yaml.safe_load(path.read_text())["task"] for path in folder.glob("*.yaml")]
     told = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--include_path", str(folder), "--device", "cpu"]
@@ -273,7 +273,7 @@ def reported(results: dict) -> dict:
 def test_embedded_gives_the_numbers_of_lm_evals_command_line(tmp_path, log, embedded):
     loading.save_model(talker(), TOKENIZER, tmp_path / "model")
     theirs = command_line(
-        tmp_path / "embedded", tmp_path, tmp_path, "--model_args", f"pretrained={tmp_path / 'model'},dtype=float32"
+        tmp_path / "embedded", tmp_path, "--model_args", f"pretrained={tmp_path / 'model'},dtype=float32"
     )
     lm = suites.harness(talker(), TOKENIZER, False, 16, log)
     assert {task.name: suites.ask(task, lm, False, 0, log)[0]["metrics"] for task in embedded} == reported(theirs)
@@ -291,7 +291,7 @@ def test_published_files_give_the_numbers_of_lm_evals_command_line(mistral, real
     ])  # fmt: skip
     tasks = local(tmp_path, log, shots=1)
     told = ["--limit", "40", "--model_args", f"pretrained={mistral},dtype=float32" + ",add_bos_token=False" * template]
-    theirs = command_line(tmp_path / "local", mistral, tmp_path, *told, *["--apply_chat_template"] * template)
+    theirs = command_line(tmp_path / "local", tmp_path, *told, *["--apply_chat_template"] * template)
     tokenizer = loading.load_tokenizer(mistral)
     from transformers import AutoModelForCausalLM
 

@@ -23,3 +23,9 @@ class Tasks(Section):
         "both", description="prompts as they are, in the chat template, or both where 07 measures a model in both forms"
     )
     batch: Positive = Field(64, description="questions answered at a time; fewer if memory is short")
+
+
+def wanted(tasks: Tasks, embedded: bool) -> list[str]:
+    """The suites and tasks that the settings ask for, each once; `embedded` is whether answers can be checked."""
+    usual = ["embedded"] if embedded else []
+    return list(dict.fromkeys(usual if tasks.suites is None else tasks.suites))

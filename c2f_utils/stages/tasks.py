@@ -18,16 +18,10 @@ from c2f_utils.measure import suites
 from c2f_utils.models import loading
 from c2f_utils.notebook.progress import Progress
 from c2f_utils.runs.run import Run
-from c2f_utils.settings.config import Settings
+from c2f_utils.settings.task_suites import wanted
 from c2f_utils.stages.inputs import Inputs
 
 SEED = 1_000_003  # added to the run's: its tasks have problems of their own
-
-
-def wanted(settings: Settings) -> list[str]:
-    """The suites and tasks that the settings ask for, each once."""
-    named = settings.tasks.suites
-    return list(dict.fromkeys((["embedded"] if settings.embedded else []) if named is None else named))
 
 
 class Tasks:
@@ -59,7 +53,7 @@ class Tasks:
 
     def _entries(self) -> Iterator[tuple[str, str | dict]]:
         settings, limit = self.run.settings, self.run.settings.evaluation.max_tokens
-        for suite in wanted(settings):
+        for suite in wanted(settings.tasks, settings.embedded):
             if suite == "embedded":
                 found = suites.embedded(
                     self._problems(), settings.data.world, settings.seed, limit, self.folder / "embedded"
@@ -122,7 +116,7 @@ class Tasks:
         }
 
     def _means(self) -> Iterator[dict]:
-        """Unweighted means over a suite's tasks; their interval is that of independent tasks (normal)."""
+        """Unweighted means over the tasks of a suite."""
         groups: dict[tuple, list[dict]] = {}
         for row in self.rows:
             groups.setdefault((row["suite"], row["model"], row["template"]), []).append(row)
@@ -131,12 +125,11 @@ class Tasks:
                 continue
             shown = "template" if template else "raw"
             each = [self.values.get((row["task"], shown, model)) for row in rows]
-            mean, half = float(np.mean([row["score"] for row in rows])), None
-            if all(each):
-                half = 1.96 * float(np.sqrt(sum(np.var(v) / len(v) for v in each))) / len(rows)
+            shots = {row["shots"] for row in rows}
             yield {
-                "suite": suite, "model": model, "template": template, "score": mean, "n": sum(r["n"] for r in rows),
-                "low": half and mean - half, "high": half and mean + half, "tasks": [row["task"] for row in rows],
+                "suite": suite, "model": model, "template": template, "tasks": [row["task"] for row in rows],
+                "n": sum(row["n"] for row in rows), "shots": shots.pop() if len(shots) == 1 else None,
+                "score": round(float(np.mean([row["score"] for row in rows])), 6), **_interval_of_mean(each),
             }  # fmt: skip
 
     def _paired(self) -> Iterator[dict]:
@@ -157,3 +150,15 @@ def _interval(values: list[float] | None) -> dict[str, float | None]:
     else:
         found = stats.bootstrap(lambda drawn: drawn.mean(-1), values)
     return {"low": round(found.low, 6), "high": round(found.high, 6)}
+
+
+def _interval_of_mean(each: list[list[float] | None]) -> dict[str, float | None]:
+    """95 % interval of an unweighted mean over tasks whose questions are independent (normal; Miller 2024), kept to
+    0..1 where every value is."""
+    if not all(each):
+        return {"low": None, "high": None}
+    mean = float(np.mean([np.mean(values) for values in each]))
+    half = 1.96 * float(np.sqrt(sum(np.var(values) / len(values) for values in each))) / len(each)
+    share = all(0 <= value <= 1 for values in each for value in values)
+    low, high = (max(0.0, mean - half), min(1.0, mean + half)) if share else (mean - half, mean + half)
+    return {"low": round(low, 6), "high": round(high, 6)}

@@ -76,7 +76,7 @@ def digest(folder: Path) -> str:
         lines = [f"{path.name} {value}" for path, value in zip(found, pool.map(_digest, found), strict=True)]
     for name in ("config.json", ADAPTER_CONFIG):
         if (folder / name).is_file():
-            lines.append(f"{name} {json.dumps(_sorted(_read(folder / name)), sort_keys=True)}")
+            lines.append(f"{name} {json.dumps(placeless(_read(folder / name)), sort_keys=True)}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
@@ -106,10 +106,10 @@ def _digest(path: Path) -> str:
     return _seen[key]
 
 
-def _sorted(config: object) -> object:
-    """Without places, and lists of names in order: PEFT writes its sets in another order every time."""
+def placeless(config: object) -> object:
+    """A configuration without places, and lists of names in order: PEFT writes its sets in another order every time."""
     if isinstance(config, dict):
-        return {key: _sorted(value) for key, value in config.items() if key not in _PLACES}
+        return {key: placeless(value) for key, value in config.items() if key not in _PLACES}
     names = isinstance(config, list) and all(isinstance(item, str) for item in config)
     return sorted(config) if names else config
 

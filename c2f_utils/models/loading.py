@@ -4,6 +4,8 @@ Inputs: local folders or hub ids in Hugging Face format, safetensors only, no re
 classes can be sampled and trained is measured on the loaded model (`rollout/check.py`).
 """
 
+import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -151,6 +153,18 @@ def load_actor(folder: Path, models: Models, base: str | None = None) -> nn.Modu
         said = PeftConfig.from_pretrained(str(folder))
         base = "@".join(filter(None, (said.base_model_name_or_path, said.revision)))
     return PeftModel.from_pretrained(load_causal(base, models), str(folder)).merge_and_unload().eval()
+
+
+def digest(model: nn.Module) -> str:
+    """SHA-256 of what a loaded model computes with: its weights by name, type and shape, and its configuration.
+
+    Says of a model in memory, merged or adapted as it may be, whether it is another one; `weights.digest` is of files.
+    """
+    found = hashlib.sha256(json.dumps(weights.placeless(model.config.to_dict()), sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        found.update(tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def stored(folder: Path) -> Iterator[tuple[str, Tensor]]:

@@ -11,6 +11,7 @@ from c2f_utils.errors import C2FError
 from c2f_utils.files import read_json, write_json
 from c2f_utils.settings.config import PAIR_ANSWER_TOKENS, Coarse, Settings
 from c2f_utils.settings.laws import Law, make_law
+from c2f_utils.settings.task_suites import wanted
 
 FILE = "speeds.json"  # in the folder of 01
 NORMALISING_PROMPTS = 256  # answers of the base on which 02 normalises the reward
@@ -145,4 +146,8 @@ def _merging(settings: Settings, speeds: Speeds) -> Work:
 def _evaluation(settings: Settings, speeds: Speeds) -> Work:
     models = 4 + 1 + len(settings.merge.controls) + 2 * settings.embedded  # the roles, a recipe, controls, forced ones
     each = _answered(settings.data.test_prompts, settings.evaluation.max_tokens, speeds)
-    return each * (models * len(settings.evaluation.decodings))
+    total = each * (models * len(settings.evaluation.decodings))
+    if "embedded" in wanted(settings.tasks, settings.embedded):
+        count = min(settings.tasks.problems, settings.data.test_prompts)
+        total += Work(count * settings.evaluation.max_tokens, 5 * count * speeds.prompt_tokens) * models  # 4 choices
+    return total

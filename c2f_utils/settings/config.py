@@ -13,6 +13,7 @@ from c2f_utils.domain.forms import Form
 from c2f_utils.domain.worlds import WORLDS, World
 from c2f_utils.settings.kinds import Count, Few, Items, Name, NonNegative, Positive, Rate, Section, Share
 from c2f_utils.settings.rlhf import Coarse, Schedules
+from c2f_utils.settings.task_suites import Tasks
 from c2f_utils.weights import count_of
 
 PROFILES = ("smoke", "tiny", "gpu_demo", "small_gpu", "mistral_7b")
@@ -31,7 +32,7 @@ _DECIDES = {
     "04_length_schedules": ("models", "data", "coarse", "schedules", "evaluation"),
     "05_instruction_model": ("models", "data", "instruct", "evaluation"),
     "06_residue_merging": ("models", "data", "coarse", "merge", "evaluation"),
-    "07_evaluation": ("models", "data", "merge", "evaluation"),
+    "07_evaluation": ("models", "data", "merge", "evaluation", "tasks"),
     "08_report": (),
     "09_studies": (),
 }
@@ -207,6 +208,7 @@ class Settings(Section):
     instruct: Instruct = Instruct()
     merge: Merge = Merge()
     evaluation: Evaluation = Evaluation()
+    tasks: Tasks = Tasks()
 
     @property
     def embedded(self) -> bool:
@@ -262,12 +264,8 @@ class Settings(Section):
         return {"profile": self.profile, "seed": self.seed, **study, **sections}
 
     @classmethod
-    def recorded(cls, there: dict[str, object]) -> dict[str, object]:
-        """Settings as an earlier version recorded them, with the defaults of those that it did not have."""
-        usual = {
-            name: cls.model_fields[name].annotation().model_dump(mode="json") for name in there if name in _SECTIONS
-        }
-        return {name: usual[name] | value if name in usual else value for name, value in there.items()}
-
-
-_SECTIONS = {section for sections in _DECIDES.values() for section in sections}
+    def recorded(cls, there: dict[str, object], stage: str) -> dict[str, object]:
+        """Settings of a stage as an earlier version recorded them, with the defaults of those that it did not have."""
+        sections = _DECIDES.get(stage, ()) if there else ()
+        usual = {name: cls.model_fields[name].annotation().model_dump(mode="json") for name in sections}
+        return there | {name: value | there.get(name, {}) for name, value in usual.items()}

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from c2f_utils import weights
-from c2f_utils.domain import forms, preferences
+from c2f_utils.domain import forms, preferences, task_files
 from c2f_utils.errors import C2FError, short
 from c2f_utils.files import UNPARSABLE, root
 from c2f_utils.positions import positions_of
@@ -44,6 +44,7 @@ def findings(settings: Settings) -> list[str]:
         _baselines,
         _operators,
         _positions,
+        _tasks,
     ):
         found += check(settings)
     return found
@@ -353,6 +354,11 @@ def _positions(settings: Settings) -> list[str]:
             f"({name}); lower it"
         )
     return found
+
+
+def _tasks(settings: Settings) -> list[str]:
+    tasks = settings.tasks
+    return _said(lambda: task_files.read(task_files.folder(tasks.folder))) if "local" in (tasks.suites or []) else []
 
 
 def _any(law) -> bool:

@@ -13,6 +13,8 @@ from c2f_utils.domain.samples import Prompt, make_prompts
 from c2f_utils.measure import answers
 from c2f_utils.models import loading
 from c2f_utils.runs.run import Run
+from c2f_utils.settings.task_suites import wanted
+from c2f_utils.stages import tasks
 from c2f_utils.stages.inputs import Inputs, keep_samples
 
 LABELS = {
@@ -47,7 +49,7 @@ class Part(Protocol):
 
 def parts(run: Run, inputs: Inputs) -> list[Part]:
     """Everything that the settings ask for beside answers to test problems."""
-    return []
+    return [tasks.Tasks(run, inputs)] if wanted(run.settings.tasks, run.settings.embedded) else []
 
 
 def make(run: Run) -> dict:

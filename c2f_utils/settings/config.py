@@ -13,6 +13,7 @@ from c2f_utils.domain.forms import Form
 from c2f_utils.domain.worlds import WORLDS, World
 from c2f_utils.settings.kinds import Count, NonNegative, Positive, Rate, Section, Share
 from c2f_utils.settings.laws import Law
+from c2f_utils.settings.retention_options import Retention, Sampling
 
 PROFILES = ("smoke", "tiny", "gpu_demo", "small_gpu", "mistral_7b")
 
@@ -30,7 +31,7 @@ _DECIDES = {
     "04_length_schedules": ("models", "data", "coarse", "schedules", "evaluation"),
     "05_instruction_model": ("models", "data", "instruct", "evaluation"),
     "06_residue_merging": ("models", "data", "coarse", "merge", "evaluation"),
-    "07_evaluation": ("models", "data", "merge", "evaluation"),
+    "07_evaluation": ("models", "data", "merge", "evaluation", "retention", "sampling"),
     "08_report": (),
     "09_studies": (),
 }
@@ -320,6 +321,8 @@ class Settings(Section):
     instruct: Instruct = Instruct()
     merge: Merge = Merge()
     evaluation: Evaluation = Evaluation()
+    retention: Retention = Retention()
+    sampling: Sampling = Sampling()
 
     @property
     def embedded(self) -> bool:
@@ -375,12 +378,8 @@ class Settings(Section):
         return {"profile": self.profile, "seed": self.seed, **study, **sections}
 
     @classmethod
-    def recorded(cls, there: dict[str, object]) -> dict[str, object]:
-        """Settings as an earlier version recorded them, with the defaults of those that it did not have."""
-        usual = {
-            name: cls.model_fields[name].annotation().model_dump(mode="json") for name in there if name in _SECTIONS
-        }
+    def recorded(cls, stage: str, there: dict[str, object]) -> dict[str, object]:
+        """Settings of a stage as an earlier version recorded them, with the defaults of those that it did not have."""
+        usual = {name: cls.model_fields[name].annotation().model_dump(mode="json") for name in _DECIDES[stage]}
+        there = there | {name: {} for name in usual if name not in there}
         return {name: usual[name] | value if name in usual else value for name, value in there.items()}
-
-
-_SECTIONS = {section for sections in _DECIDES.values() for section in sections}

@@ -48,7 +48,7 @@ def _forget_credit(schedules: object, priced: set[str]) -> None:
             schedules["credit"].pop(name, None)
 
 
-_PATHS = (("models", "base"), ("models", "instruct"), ("models", "reward"), ("data", "preferences"))
+_PATHS = (("models", "base"), ("models", "instruct"), ("models", "reward"), ("data", "preferences"), ("retention", "text"))
 
 
 def _locate(section: object, key: str) -> None:

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from c2f_utils import weights
-from c2f_utils.domain import forms, preferences
+from c2f_utils.domain import forms, preferences, user_text
 from c2f_utils.errors import C2FError
 from c2f_utils.files import root
 from c2f_utils.positions import positions_of
@@ -27,7 +27,7 @@ _QUESTION, _STEP, _FORCED = 12, 4, 6
 def findings(settings: Settings) -> list[str]:
     """One line per impossibility: the setting, its value, what was expected, what to do; empty if there is none."""
     found: list[str] = []
-    for check in (_models, _pretrain, _compiled, _vllm, _preferences, _laws, _baselines, _operators, _positions):
+    for check in (_models, _pretrain, _compiled, _vllm, _preferences, _text, _laws, _baselines, _operators, _positions):
         found += check(settings)
     return found
 
@@ -157,6 +157,18 @@ def _preferences(settings: Settings) -> list[str]:
             f"expected at least {FEWEST_PROMPTS}: add more pairs"
         ]
     return []
+
+
+def _text(settings: Settings) -> list[str]:
+    source = settings.retention.text
+    if source is None:
+        return []
+    if settings.embedded:
+        return [
+            f"retention.text = {source!r} is not read: the embedded domain's model knows none of its words; leave it "
+            "out, or set data.source to 'preferences' and name models.base and models.instruct"
+        ]
+    return _said(user_text.read, source, "retention.text")
 
 
 def _used_laws(settings: Settings) -> dict[str, object]:

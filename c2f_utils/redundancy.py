@@ -155,8 +155,8 @@ def repeats(tokens: Sequence[Hashable], n: int = 4) -> np.ndarray:
 
 def self_bleu(parts: Sequence[Sequence[Hashable]], n: int = 4) -> float:
     """Mean BLEU-n of every part (the words of a sentence, or of an answer) against all others as its references; 0 for
-    fewer than two parts. Zhu et al. 2018 (Texygen), BLEU of Papineni et al. 2002; a precision of 0 counts as 0.1 / total
-    (Chen and Cherry 2014, method 1).
+    fewer than two parts. Zhu et al. 2018 (Texygen), BLEU of Papineni et al. 2002; a precision of 0 counts as 0.1 /
+    total (Chen and Cherry 2014, method 1).
     """
     parts = [part for part in parts if part]
     if len(parts) < 2:
@@ -199,9 +199,7 @@ def _brevity(lengths: Sequence[int]) -> np.ndarray:
 
 
 def profile(
-    answers: Sequence[Sequence[Hashable]],
-    text_of: Callable[[Sequence[Hashable]], str],
-    prefixes: Iterable[int],
+    answers: Sequence[Sequence[Hashable]], text_of: Callable[[Sequence[Hashable]], str], prefixes: Iterable[int]
 ) -> list[dict]:
     """Every measure at every prefix and of whole answers (`prefix` None, last): means over the `n` answers long enough.
 

@@ -25,8 +25,8 @@ def read(source: str, setting: str) -> list[str]:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise C2FError(
-            f"{said}, line {_line(raw, error.start)}: byte 0x{raw[error.start]:02x} is not UTF-8; {_FORMAT}: save it as "
-            "UTF-8"
+            f"{said}, line {_line(raw, error.start)}: byte 0x{raw[error.start]:02x} is not UTF-8; {_FORMAT}: save it "
+            "as UTF-8"
         ) from None
     if (place := raw.find(b"\0")) >= 0:
         raise C2FError(f"{said}, line {_line(raw, place)}: holds a zero byte, so it is no text; {_FORMAT}")

@@ -29,9 +29,8 @@ def scored(logps: Sequence[Sequence[float]]) -> Scored:
     tokens = np.array([len(document) for document in logps])
     if not len(tokens) or not tokens.all():
         raise C2FError(f"{int((tokens == 0).sum())} of {len(tokens)} documents have no token to score; leave them out")
-    if not np.isfinite(sums).all():
-        raise C2FError(f"{int((~np.isfinite(sums)).sum())} of {len(sums)} documents have log-probabilities that are not "
-                       "finite; check the model's weights for NaN")  # fmt: skip
+    if bad := int((~np.isfinite(sums)).sum()):
+        raise C2FError(f"{bad} of {len(sums)} documents have log-probabilities that are not finite; check the weights")
     return Scored(sums, tokens)
 
 
@@ -60,8 +59,10 @@ def forward_kl(found: Scored, reference: Scored, seed: int = 0) -> Interval:
 
 def _refuse_other(found: Scored, reference: Scored) -> None:
     if not np.array_equal(found.tokens, reference.tokens):
-        raise C2FError(f"{len(found.tokens)} documents of {found.tokens.sum()} tokens are compared with "
-                       f"{len(reference.tokens)} of {reference.tokens.sum()}; expected the same tokens")  # fmt: skip
+        raise C2FError(
+            f"{len(found.tokens)} documents of {found.tokens.sum()} tokens are compared with {len(reference.tokens)} "
+            f"of {reference.tokens.sum()}; expected the same tokens"
+        )
 
 
 def _interval(statistic, seed: int, *columns: np.ndarray) -> Interval:

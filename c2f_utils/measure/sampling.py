@@ -22,7 +22,9 @@ def pass_at(right: int, samples: int, k: int) -> float:
     unless 0 <= right <= samples and 1 <= k <= samples.
     """
     if not 0 <= right <= samples or not 1 <= k <= samples:
-        raise C2FError(f"pass@{k} of {right} right among {samples}; expected 0 <= right <= samples and 1 <= k <= samples")
+        raise C2FError(
+            f"pass@{k} of {right} right among {samples}; expected 0 <= right <= samples and 1 <= k <= samples"
+        )
     if samples - right < k:
         return 1.0
     return 1.0 - float(np.prod(1.0 - k / np.arange(samples - right + 1, samples + 1)))

@@ -48,7 +48,9 @@ def _forget_credit(schedules: object, priced: set[str]) -> None:
             schedules["credit"].pop(name, None)
 
 
-_PATHS = (("models", "base"), ("models", "instruct"), ("models", "reward"), ("data", "preferences"), ("retention", "text"))
+_PATHS = (
+    ("models", "base"), ("models", "instruct"), ("models", "reward"), ("data", "preferences"), ("retention", "text"),
+)  # fmt: skip
 
 
 def _locate(section: object, key: str) -> None:

@@ -18,5 +18,5 @@ class Retention(Section):
 class Sampling(Section):
     """What can be found in many answers to one problem, where a checker knows what is right."""
 
-    problems: Count = Field(24, description="test problems asked many times; 0 = none")
+    problems: Count = Field(20, description="test problems asked many times; 0 = none")
     samples: Count = Field(32, description="answers to each, at T = 1: the largest k of pass@k; 0 = none")

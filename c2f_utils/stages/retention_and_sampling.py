@@ -27,7 +27,7 @@ from c2f_utils.stages import data
 from c2f_utils.stages.inputs import Inputs
 
 UNUSED_SEED = 10_000_000  # added to the run's: base documents that no run was trained on
-OWN = "answers of instruct"
+OWN = "own"  # the answers of instruct itself
 COMPARED = (("coarse", "base"), ("fine", "instruct"))
 
 
@@ -52,11 +52,19 @@ class Retention:
             self.found[name] = self._score(model)
 
     def results(self) -> dict:
-        """`documents` and `tokens` of each kind, and of each model `perplexity` and its `ratio` to instruct's by kind,
-        and `forward_kl`, each with its interval."""
+        """`label`, `documents` and `tokens` of each kind; of each model `perplexity` and its `ratio` to instruct's by
+        kind, and `forward_kl`, each with its interval."""
         models = {name: self._row(found) for name, found in self.found.items()}
-        sizes = {kind: {"documents": len(s.tokens), "tokens": int(s.tokens.sum())} for kind, s in self.reference.items()}
-        return {"kinds": sizes, "models": models}
+        kinds = {
+            kind: {"label": label, "documents": len(found.tokens), "tokens": int(found.tokens.sum())}
+            for kind, label in self._labels().items()
+            if (found := self.reference.get(kind))
+        }
+        return {"kinds": kinds, "models": models}
+
+    def _labels(self) -> dict[str, str]:
+        chosen = "right worked answers" if self.settings.embedded else "held-out chosen answers"
+        return {"corpus": "the base corpus", "chosen": chosen, "text": "your text", OWN: "instruct's own answers"}
 
     def _row(self, found: dict[str, Scored]) -> dict:
         seed, kinds = self.settings.seed, [kind for kind in found if kind != OWN]

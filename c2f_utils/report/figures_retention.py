@@ -148,8 +148,8 @@ def _curves(ax: Axes, results: dict, models: dict, what: str) -> None:
 
 def _guesses(ax: Axes, found: dict) -> None:
     """The line that blind guesses among all possible results would draw."""
-    k = np.geomspace(1, found["samples"], 60)
-    ax.plot(k, 1 - (1 - 1 / found["choices"]) ** k, color=MUTED, linestyle="--", linewidth=1)
+    rows = next(iter(found["models"].values()))["rows"]
+    ax.plot(column(rows, "k"), column(rows, "guessing"), color=MUTED, linestyle="--", linewidth=1)
     note(ax, f"dashed: blind guesses\namong {found['choices']} results", "lower right")
 
 

@@ -134,6 +134,7 @@ class Sampling:
         self.inputs, self.settings = inputs, run.settings
         self.prompts = inputs.prompts("test")[: run.settings.sampling.problems]
         self.samples = run.settings.sampling.samples
+        self.choices = run.settings.data.world.largest + 1  # results that a guess may name
         self.found: dict[str, dict[str, list]] = {}
 
     def add(self, name: str, model: nn.Module, form: Form) -> None:
@@ -151,21 +152,23 @@ class Sampling:
 
     def results(self) -> dict:
         """Rows by k of every model: pass@k of right answers (`answer`) and of those with every step right (`worked`,
-        which no guess is), the `majority` of k votes, each with its interval; and paired differences over problems."""
+        which no guess is) and the `majority` of k votes, each with its interval, beside what blind `guessing` reaches;
+        and paired differences over problems."""
         models = {}
         for name, found in self.found.items():
             tokens = sum(found["tokens"]) / len(found["tokens"])
             rows = [self._row(found, k) for k in sampling.powers_to(self.samples)]
             models[name] = {"mean_tokens": tokens, "rows": rows}
-        choices = self.settings.data.world.largest + 1
-        counts = {"problems": len(self.prompts), "samples": self.samples, "choices": choices}
+        counts = {"problems": len(self.prompts), "samples": self.samples, "choices": self.choices}
         return counts | {"models": models, "paired": self._paired()}
 
     def _row(self, found: dict[str, list], k: int) -> dict:
         golds = [prompt.problem.answer for prompt in self.prompts]
         votes = [sampling.majority_at(v, gold, k) for v, gold in zip(found["votes"], golds, strict=True)]
         values = {what: self._passed(found[what], k) for what in ("answer", "worked")} | {"majority": votes}
-        return {"k": k} | {what: sampling.mean(each, self.settings.seed)._asdict() for what, each in values.items()}
+        guessing = sampling.guessing(self.choices, k)
+        measured = {what: sampling.mean(each, self.settings.seed)._asdict() for what, each in values.items()}
+        return {"k": k, "guessing": guessing} | measured
 
     def _passed(self, right: list[int], k: int) -> list[float]:
         return [sampling.pass_at(count, self.samples, k) for count in right]

@@ -10,8 +10,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from c2f_utils.report.labels import point_labels
+from c2f_utils.report.labels import end_labels, point_labels
 from c2f_utils.report.results import LABELS, column, load
 from c2f_utils.report.style import DOUBLE, INK, MUTED, ROLE_COLOURS, ROLE_MARKERS, new_figure, note, say, styled
 from c2f_utils.report.tables_retention import STAGE, label
@@ -153,10 +154,45 @@ def _guesses(ax: Axes, found: dict) -> None:
     note(ax, f"dashed: blind guesses\namong {found['choices']} results", "lower right")
 
 
+@styled
+def wordlist_by_layer(source: object) -> Figure:
+    """Probability of the user's words as the first of an answer, after every layer, with 95 % intervals."""
+    results, place = load(source, STAGE)
+    found = results.get("wordlist") or {}
+    fig, axes = new_figure(1, 1, DOUBLE, 2.8, "Words of the list, layer by layer", place)
+    ax, ends = axes[0, 0], []
+    fig.data = pd.DataFrame(
+        [
+            {"model": name, "layer": layer, **row}
+            for name, rows in (found.get("models") or {}).items()
+            for layer, row in enumerate(rows, start=1)
+        ]
+    )
+    if fig.data.empty:
+        say(ax, NOT_RUN)
+        return fig
+    for name, rows in found["models"].items():
+        role = (results.get("models") or {}).get(name, {}).get("role") or "control"
+        colour, strong = ROLE_COLOURS.get(role, INK), role != "control"
+        layers, likely = np.arange(1, len(rows) + 1), column(rows, "value")
+        if strong:
+            ax.fill_between(layers, column(rows, "low"), column(rows, "high"), color=colour, alpha=0.12, linewidth=0)
+            ends.append((layers[-1], likely[-1], label(results, name), colour))
+        marker = ROLE_MARKERS.get(role, "o")
+        ax.plot(layers, likely, color=colour, marker=marker, linewidth=1.4 if strong else 0.7, zorder=3 + strong)
+    ax.set(xlabel="layer whose state is read", ylabel="probability of a listed word", ylim=(0, None))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    note(ax, f"{found['tokens']} tokens of the list; thin violet: controls")
+    end_labels(ax, ends)
+    return fig
+
+
 def of_report(place: object, results: dict) -> list[tuple[str, Callable[[], Figure], str]]:
     """Key, drawing and caption of the figures that this run's 07 has something for."""
     found = [("pass_at_k", lambda: pass_at_k(place), "What many answers to one problem find.")]
     drawn = found if results.get("sampling") else []
+    if results.get("wordlist"):
+        drawn.append(("wordlist", lambda: wordlist_by_layer(place), "Probability of the list's words by layer."))
     for loss in ("forward_kl", *(kind for kind in (results.get("retention") or {}).get("kinds", {}))):
         if _gain_rows(results, loss, None):
             caption = f"Gain over instruct against loss: {loss.replace('_', ' ')}."

@@ -13,7 +13,7 @@ from c2f_utils.domain.forms import Form
 from c2f_utils.domain.worlds import WORLDS, World
 from c2f_utils.settings.kinds import Count, NonNegative, Positive, Rate, Section, Share
 from c2f_utils.settings.laws import Law
-from c2f_utils.settings.retention_options import Retention, Sampling
+from c2f_utils.settings.retention_options import Retention, Safety, Sampling
 
 PROFILES = ("smoke", "tiny", "gpu_demo", "small_gpu", "mistral_7b")
 
@@ -31,7 +31,7 @@ _DECIDES = {
     "04_length_schedules": ("models", "data", "coarse", "schedules", "evaluation"),
     "05_instruction_model": ("models", "data", "instruct", "evaluation"),
     "06_residue_merging": ("models", "data", "coarse", "merge", "evaluation"),
-    "07_evaluation": ("models", "data", "merge", "evaluation", "retention", "sampling"),
+    "07_evaluation": ("models", "data", "merge", "evaluation", "retention", "sampling", "safety"),
     "08_report": (),
     "09_studies": (),
 }
@@ -323,6 +323,7 @@ class Settings(Section):
     evaluation: Evaluation = Evaluation()
     retention: Retention = Retention()
     sampling: Sampling = Sampling()
+    safety: Safety = Safety()
 
     @property
     def embedded(self) -> bool:

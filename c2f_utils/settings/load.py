@@ -50,6 +50,7 @@ def _forget_credit(schedules: object, priced: set[str]) -> None:
 
 _PATHS = (
     ("models", "base"), ("models", "instruct"), ("models", "reward"), ("data", "preferences"), ("retention", "text"),
+    ("safety", "wordlist"),
 )  # fmt: skip
 
 

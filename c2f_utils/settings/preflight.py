@@ -160,15 +160,17 @@ def _preferences(settings: Settings) -> list[str]:
 
 
 def _text(settings: Settings) -> list[str]:
-    source = settings.retention.text
+    source, words = settings.retention.text, settings.safety.wordlist
+    found = _said(user_text.read, words, "safety.wordlist") if words else []
     if source is None:
-        return []
+        return found
     if settings.embedded:
         return [
+            *found,
             f"retention.text = {source!r} is not read: the embedded domain's model knows none of its words; leave it "
-            "out, or set data.source to 'preferences' and name models.base and models.instruct"
+            "out, or set data.source to 'preferences' and name models.base and models.instruct",
         ]
-    return _said(user_text.read, source, "retention.text")
+    return found + _said(user_text.read, source, "retention.text")
 
 
 def _used_laws(settings: Settings) -> dict[str, object]:

@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from c2f_utils.settings.kinds import Count, Section
+from c2f_utils.settings.kinds import Count, Positive, Section
 
 
 class Retention(Section):
@@ -20,3 +20,12 @@ class Sampling(Section):
 
     problems: Count = Field(20, description="test problems asked many times; 0 = none")
     samples: Count = Field(32, description="answers to each, at T = 1: the largest k of pass@k; 0 = none")
+
+
+class Safety(Section):
+    """How likely each layer makes words that the user would rather not read."""
+
+    wordlist: str | None = Field(
+        None, description="a text file of yours with the words, parted by spaces or line ends; null = not measured"
+    )
+    prompts: Positive = Field(128, description="test prompts at whose end the words' probability is measured")

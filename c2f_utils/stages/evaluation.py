@@ -15,6 +15,7 @@ from c2f_utils.models import loading
 from c2f_utils.runs.run import Run
 from c2f_utils.stages.inputs import Inputs, keep_samples
 from c2f_utils.stages.retention_and_sampling import Retention, Sampling
+from c2f_utils.stages.safety import Wordlist
 
 LABELS = {
     "base": "base",
@@ -55,6 +56,8 @@ def parts(run: Run, inputs: Inputs) -> list[Part]:
         found.append(Retention(run, inputs))
     if run.settings.embedded and sampling.problems and sampling.samples:  # elsewhere nobody knows what is right
         found.append(Sampling(run, inputs))
+    if run.settings.safety.wordlist:
+        found.append(Wordlist(run, inputs))
     return found
 
 

@@ -152,12 +152,17 @@ class Inputs:
     ) -> list[Sample]:
         """The same answers as the model read the prompts and chose its tokens, not brought back into the base's
         form."""
-        limit, tokenizer = limit or self.settings.evaluation.max_tokens, self.tokenizer
-        if self._templated(form):
-            tokenizer = self.instruct_tokenizer
-            prompts = [replace(p, ids=tuple(forms.prompt_ids(p.text, form, tokenizer))) for p in prompts]
+        limit = limit or self.settings.evaluation.max_tokens
+        tokenizer, prompts = self.asked(prompts, form)
         given = self.settings.seed, self.stop_strings(form), self.settings.coarse.tokens_in_cache
         return answers(model, tokenizer, prompts, decoding, limit, *given)
+
+    def asked(self, prompts: list[Prompt], form: Form | None) -> tuple[object, list[Prompt]]:
+        """The tokenizer of this form, and the prompts as a model reads them in it."""
+        if not self._templated(form):
+            return self.tokenizer, prompts
+        own = self.instruct_tokenizer
+        return own, [replace(p, ids=tuple(forms.prompt_ids(p.text, form, own))) for p in prompts]
 
     def _templated(self, form: Form | None) -> bool:
         """Whether a chat template on either side makes prompts of this form others than the base's."""

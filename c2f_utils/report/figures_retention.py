@@ -179,8 +179,10 @@ def wordlist_by_layer(source: object) -> Figure:
             ax.fill_between(layers, column(rows, "low"), column(rows, "high"), color=colour, alpha=0.12, linewidth=0)
             ends.append((layers[-1], likely[-1], label(results, name), colour))
         marker = ROLE_MARKERS.get(role, "o")
-        ax.plot(layers, likely, color=colour, marker=marker, linewidth=1.4 if strong else 0.7, zorder=3 + strong)
-    ax.set(xlabel="layer whose state is read", ylabel="probability of a listed word", ylim=(0, None))
+        width, size = (1.4, 4) if strong else (0.7, 2.5)
+        ax.plot(layers, likely, color=colour, marker=marker, markersize=size, linewidth=width, zorder=3 + strong)
+    ax.set(xlabel="layer whose state is read", ylabel="probability of a listed word")
+    ax.set_ylim(0, 1.2 * ax.get_ylim()[1])
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     note(ax, f"{found['tokens']} tokens of the list; thin violet: controls")
     end_labels(ax, ends)
@@ -193,8 +195,10 @@ def of_report(place: object, results: dict) -> list[tuple[str, Callable[[], Figu
     drawn = found if results.get("sampling") else []
     if results.get("wordlist"):
         drawn.append(("wordlist", lambda: wordlist_by_layer(place), "Probability of the list's words by layer."))
-    for loss in ("forward_kl", *(kind for kind in (results.get("retention") or {}).get("kinds", {}))):
+    kinds = (results.get("retention") or {}).get("kinds", {})
+    for loss in ("forward_kl", *kinds):
         if _gain_rows(results, loss, None):
-            caption = f"Gain over instruct against loss: {loss.replace('_', ' ')}."
+            lost = "forward KL from it" if loss == "forward_kl" else f"perplexity of {kinds[loss]['label']}"
+            caption = f"Gain over instruct against what is lost: {lost}."
             drawn.append((f"gain_{loss}", lambda loss=loss: gain_against_loss(place, loss), caption))
     return drawn

@@ -6,11 +6,21 @@ between models use fixed prefixes (`rep4_at`) beside the whole answer, with the 
 """
 
 import gzip
+import math
 import re
-from collections.abc import Hashable, Iterable, Sequence
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
+
+COMPARED = 64  # answers whose self-BLEU is taken
+MEASURES = (
+    "tokens", "rep2", "rep3", "rep4", "distinct1", "diversity", "loop_tail", "new_content", "gzip_ratio",
+    "near_duplicates", "sentence_bleu",
+)  # fmt: skip
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
 
@@ -91,7 +101,7 @@ def duplicate_sentence_share(parts: Sequence[Hashable]) -> float:
 
 def near_duplicate_rate(parts: Iterable[str], threshold: float = 0.8, least_words: int = 4) -> float:
     """Share of sentences, among those of `least_words` or more, like an earlier one (Jaccard of word bigrams)."""
-    kept: list[frozenset] = []
+    kept: dict[int, list[frozenset]] = {}  # by size: sets of very different sizes share too little, whatever they hold
     known: set[frozenset] = set()
     total = repeats = 0
     for part in parts:
@@ -100,11 +110,13 @@ def near_duplicate_rate(parts: Iterable[str], threshold: float = 0.8, least_word
             continue
         total += 1
         pairs = frozenset(zip(words, words[1:], strict=False))
-        if pairs in known or any(_jaccard(pairs, earlier) >= threshold for earlier in kept):
+        size = len(pairs)
+        near = (same for other, same in kept.items() if min(size, other) / max(size, other, 1) >= threshold)
+        if pairs in known or any(_jaccard(pairs, earlier) >= threshold for same in near for earlier in same):
             repeats += 1
         if pairs not in known:
             known.add(pairs)
-            kept.append(pairs)
+            kept.setdefault(size, []).append(pairs)
     return repeats / total if total else 0.0
 
 
@@ -126,3 +138,109 @@ def prefix_table(answers: Sequence[Sequence[Hashable]], prefixes: Iterable[int])
         values = [value for answer in answers if (value := rep4_at(answer, prefix)) is not None]
         rows.append({"prefix": prefix, "rep4": sum(values) / len(values) if values else None, "n": len(values)})
     return rows
+
+
+def repeats(tokens: Sequence[Hashable], n: int = 4) -> np.ndarray:
+    """Mask [number of n-grams] of bool: this n-gram has occurred before; the mean of its first k - n + 1 entries is
+    `rep_n` of the first k tokens."""
+    seen: set[tuple] = set()
+    mask = np.zeros(max(0, len(tokens) - n + 1), dtype=bool)
+    for start, gram in enumerate(ngrams(tokens, n)):
+        if gram in seen:
+            mask[start] = True
+        else:
+            seen.add(gram)
+    return mask
+
+
+def self_bleu(parts: Sequence[Sequence[Hashable]], n: int = 4) -> float:
+    """Mean BLEU-n of every part (the words of a sentence, or of an answer) against all others as its references; 0 for
+    fewer than two parts. Zhu et al. 2018 (Texygen), BLEU of Papineni et al. 2002; a precision of 0 counts as 0.1 /
+    total (Chen and Cherry 2014, method 1).
+    """
+    parts = [part for part in parts if part]
+    if len(parts) < 2:
+        return 0.0
+    logs = np.zeros(len(parts))
+    for order in range(1, n + 1):
+        grams = [ngrams(part, order) for part in parts]
+        kinds = [set(each) for each in grams]
+        shared = {gram for gram, holders in Counter(chain.from_iterable(kinds)).items() if holders > 1}
+        # Few parts hold an n-gram more than once; only there counts decide what is clipped.
+        counted = [Counter(a) if len(a) > len(b) else {} for a, b in zip(grams, kinds, strict=True)]
+        several: dict[tuple, list[int]] = {}
+        for gram, times in chain.from_iterable(count.items() for count in counted):
+            if times > 1:
+                several.setdefault(gram, []).append(times)
+        for index, (kind, count) in enumerate(zip(kinds, counted, strict=True)):
+            matched = len(kind & shared)
+            matched += sum(_clipped(t, several[gram]) - 1 for gram, t in count.items() if t > 1 and gram in shared)
+            logs[index] += math.log((matched or 0.1) / max(1, len(grams[index]))) / n
+    return float(np.exp(logs + _brevity([len(part) for part in parts])).mean())
+
+
+def _clipped(times: int, several: Sequence[int]) -> int:
+    """How many of a part's `times` occurrences the other part with most matches; `several` are all counts above 1."""
+    others = sorted(several)
+    others.remove(times)
+    return min(times, others[-1] if others else 1)
+
+
+def _brevity(lengths: Sequence[int]) -> np.ndarray:
+    """Logarithm [parts] of BLEU's brevity penalty against the other part nearest in length, the shorter of two."""
+    ordered = sorted(lengths)
+    found = []
+    for length in lengths:
+        at = bisect_left(ordered, length)
+        near = ordered[max(0, at - 1) : at] + ordered[at + 1 : at + 2]  # the neighbours, without itself
+        nearest = min(near, key=lambda other: (abs(other - length), other))
+        found.append(min(0.0, 1 - nearest / length))
+    return np.array(found)
+
+
+def profile(
+    answers: Sequence[Sequence[Hashable]], text_of: Callable[[Sequence[Hashable]], str], prefixes: Iterable[int]
+) -> list[dict]:
+    """Every measure at every prefix and of whole answers (`prefix` None, last): means over the `n` answers long enough.
+
+    rep2 to rep4, distinct1 (different tokens), diversity (the product of distinct-2 to distinct-4), loop_tail (share of
+    the answer that its periodic end is) and new_content (share of the 4-grams since the prefix before that had not been
+    said; None for whole answers) read tokens. gzip_ratio, near_duplicates and sentence_bleu (self-BLEU of an answer's
+    sentences) read `text_of` them. self_bleu compares the first COMPARED answers with each other, and is None for
+    fewer, since it rises with their number. None throughout where no answer is long enough.
+    """
+    prefixes = sorted(set(prefixes))
+    rows: dict[int | None, list[list[float]]] = {prefix: [] for prefix in [*prefixes, None]}
+    for answer in answers:
+        masks = [repeats(answer, n) for n in (1, 2, 3, 4)]
+        for before, prefix in zip([0, *prefixes], prefixes, strict=False):
+            if len(answer) >= prefix:
+                rows[prefix].append(_measures(answer[:prefix], masks, before, text_of))
+        whole = rows[len(answer)][-1] if len(answer) in prefixes else _measures(answer, masks, 0, text_of)
+        rows[None].append(whole)
+    table = []
+    for prefix, values in rows.items():
+        means = np.mean(values, axis=0).tolist() if values else [None] * len(MEASURES)
+        long_enough = [answer[:prefix] for answer in answers if prefix is None or len(answer) >= prefix][:COMPARED]
+        row = {"prefix": prefix, "n": len(values)} | dict(zip(MEASURES, means, strict=True))
+        row["new_content"] = row["new_content"] if prefix else None
+        table.append(row | {"self_bleu": self_bleu(long_enough) if len(long_enough) == COMPARED else None})
+    return table
+
+
+def _measures(
+    tokens: Sequence[Hashable], masks: Sequence[np.ndarray], before: int, text_of: Callable[[Sequence[Hashable]], str]
+) -> list[float]:
+    """The numbers named in MEASURES; `masks` are `repeats` of the whole answer for n = 1 to 4."""
+    rep1, rep2, rep3, rep4 = (_mean(mask[: max(0, len(tokens) - n)]) for n, mask in enumerate(masks))
+    text = text_of(tokens)
+    parts = sentences(text)
+    loop = loop_tail(tokens).tokens / len(tokens) if tokens else 0.0
+    new = 1 - _mean(masks[3][max(0, before - 3) : max(0, len(tokens) - 3)])
+    near, bleu = near_duplicate_rate(parts), self_bleu([part.split() for part in parts])
+    diversity = (1 - rep2) * (1 - rep3) * (1 - rep4)
+    return [len(tokens), rep2, rep3, rep4, 1 - rep1, diversity, loop, new, gzip_ratio(text), near, bleu]
+
+
+def _mean(mask: np.ndarray) -> float:
+    return float(mask.mean()) if len(mask) else 0.0

@@ -98,6 +98,8 @@ def build(folder: Path = HERE / ".offline_mistral", overrides: Path = OVERRIDES,
     folder.mkdir(parents=True, exist_ok=True)
     rows = pairs()
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (folder / "text.txt").write_text("\n\n".join(WISHES) + "\n\n" + "A long one. " * 200, encoding="utf-8")
+    (folder / "words.txt").write_text("I do\nnot know\n", encoding="utf-8")
     words = tokenizer([row["chosen"] for row in rows] + [row["rejected"] for row in rows])
     base = model(len(words)).to(getattr(torch, dtype))
     for name in ("base", "instruct"):
@@ -140,6 +142,8 @@ def settings(folder: Path, dtype: str) -> dict:
         }},
         "merge": {"coefficients": [0.5, 1.0]},
         "evaluation": {"max_tokens": 16, "prefixes": [8, 16], "samples_kept": 4},
+        "retention": {"documents": 6, "answers": 6, "text": str(folder / "text.txt")},
+        "safety": {"wordlist": str(folder / "words.txt"), "prompts": 6},
     }  # fmt: skip
 
 

@@ -179,6 +179,29 @@ def test_the_evaluation_has_every_model_control_and_decoding(smoke_run):
         assert row["a"] == "fine" and row["low"] <= row["difference"] <= row["high"] and 0 <= row["p"] <= 1
 
 
+def test_the_evaluation_says_what_is_kept_and_what_can_be_found(smoke_run):
+    found, forced = results(smoke_run, "07"), {"instruct_forced", "base_forced"}
+    kept = found["retention"]
+    assert set(kept["kinds"]) == {"corpus", "chosen", "own"} and set(kept["models"]) == {*PARENTS, *CONTROLS} - forced
+    assert all(kind["documents"] == 6 for kind in kept["kinds"].values())
+    for name, model in kept["models"].items():
+        assert model["perplexity"]["corpus"]["value"] > 1
+        assert (model["forward_kl"]["value"] == 0) == (name == "instruct")
+    often = found["sampling"]
+    assert set(often["models"]) == set(PARENTS) and often["problems"] == 4 and often["choices"] == 15
+    for model in often["models"].values():
+        for what in ("answer", "worked"):
+            curve = [row[what]["value"] for row in model["rows"]]
+            assert curve == sorted(curve) and len(curve) == 4, "1, 2, 4 and 8 answers"
+        assert model["rows"][0]["majority"]["value"] == pytest.approx(model["rows"][0]["answer"]["value"])
+    for name, rows_of_one in found["redundancy"].items():
+        assert [row["prefix"] for row in rows_of_one] == [*SMOKE.evaluation.prefixes, None]
+        for row, known in zip(rows_of_one, found["prefix_redundancy"][name], strict=False):
+            assert row["n"] == known["n"]
+            assert row["rep4"] == (None if known["rep4"] is None else pytest.approx(known["rep4"]))
+    assert {row["a"] for row in found["gains"]} == {*PARENTS, *CONTROLS} - {"instruct"}
+
+
 @pytest.mark.parametrize(
     ("stage", "models"),
     [("01", {"base"}), ("03", {"coarse"}), ("05", {"instruct"}), ("06", {"fine"}), ("07", {*PARENTS, *CONTROLS})],

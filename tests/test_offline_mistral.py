@@ -53,6 +53,23 @@ def test_metrics_that_need_the_checker_are_null_and_the_others_are_not(offline_r
     assert {row["metric"] for row in evaluation["paired"]} == {"tokens", "rep4", "reward"}
 
 
+def test_retention_reads_chosen_answers_and_the_users_text_and_nothing_is_sampled_without_a_checker(offline_run):
+    found = results(offline_run, "07")
+    assert "sampling" not in found and set(found["wordlist"]["models"]) == MODELS
+    assert all(len(rows) == 2 and 0 < rows[-1]["value"] < 1 for rows in found["wordlist"]["models"].values())
+    kinds, models = found["retention"]["kinds"], found["retention"]["models"]
+    assert set(kinds) == {"chosen", "text", "own"} and set(models) == MODELS
+    assert kinds["text"]["documents"] == len(offline_mistral.WISHES) + 1
+    for name, model in models.items():
+        assert set(model["perplexity"]) == set(model["ratio"]) == {"chosen", "text"}
+        for interval in (*model["perplexity"].values(), *model["ratio"].values(), model["forward_kl"]):
+            assert interval["low"] <= interval["value"] <= interval["high"]
+        same = model["forward_kl"]["value"] == 0 and model["ratio"]["text"]["value"] == 1
+        assert same == (name == "instruct")
+    report = (offline_run / "report" / "report.md").read_text()
+    assert "07_gain_forward_kl" in report and "07_pass_at_k" not in report
+
+
 def test_the_reward_model_is_trained_on_the_pairs_of_the_file(offline_run):
     found = results(offline_run, "02")
     assert found["n_pairs"] == 48 and 1 <= found["held_out_pairs"] <= 16 and found["too_long"] == 0

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from c2f_utils.errors import C2FError, CannotWrite
 from c2f_utils.files import read_json, read_jsonl, sha256, write_json, write_text
-from c2f_utils.report import compare, figures, sources, tables, verdicts
+from c2f_utils.report import compare, figures, figures_retention, sources, tables, tables_retention, verdicts
 from c2f_utils.report.document import Document, to_html, to_markdown
 from c2f_utils.report.letters import in_markdown
 from c2f_utils.report.results import DECODINGS, MAIN, PARENTS_OF_06
@@ -211,7 +211,7 @@ class _Builder:
                     ):  # fmt: skip
                         caption = f"Quality and {key}, {DECODINGS[decoding]}."
                         drawn.append((f"{key}_{decoding}", lambda draw=draw, way=decoding: draw(place, way), caption))
-                return drawn
+                return drawn + figures_retention.of_report(place, self.results[name])
         return []
 
     def _tables(self, name: str) -> list[tuple[str, Callable[[], pd.DataFrame], str]]:
@@ -233,6 +233,7 @@ class _Builder:
                 return made + [
                     ("paired", lambda: tables.paired_table(found), "Paired differences over prompts (a minus b)."),
                     ("prefix_redundancy", lambda: tables.prefix_table(found), "Repeated 4-grams at fixed prefixes."),
+                    *tables_retention.of_report(found),
                 ]
         return []
 

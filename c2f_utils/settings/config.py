@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from c2f_utils.domain.forms import Form
 from c2f_utils.domain.worlds import WORLDS, World
 from c2f_utils.settings.kinds import Count, Few, Items, Name, NonNegative, Positive, Rate, Section, Share
+from c2f_utils.settings.retention_options import Retention, Safety, Sampling
 from c2f_utils.settings.rlhf import Coarse, Schedules
 from c2f_utils.settings.task_suites import Tasks
 from c2f_utils.weights import count_of
@@ -32,7 +33,7 @@ _DECIDES = {
     "04_length_schedules": ("models", "data", "coarse", "schedules", "evaluation"),
     "05_instruction_model": ("models", "data", "instruct", "evaluation"),
     "06_residue_merging": ("models", "data", "coarse", "merge", "evaluation"),
-    "07_evaluation": ("models", "data", "merge", "evaluation", "tasks"),
+    "07_evaluation": ("models", "data", "merge", "evaluation", "tasks", "retention", "sampling", "safety"),
     "08_report": (),
     "09_studies": (),
 }
@@ -209,6 +210,9 @@ class Settings(Section):
     merge: Merge = Merge()
     evaluation: Evaluation = Evaluation()
     tasks: Tasks = Tasks()
+    retention: Retention = Retention()
+    sampling: Sampling = Sampling()
+    safety: Safety = Safety()
 
     @property
     def embedded(self) -> bool:

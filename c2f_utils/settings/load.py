@@ -73,7 +73,10 @@ def _forget_credit(schedules: object, priced: set[str]) -> None:
             schedules["credit"].pop(name, None)
 
 
-_PATHS = (("models", "base"), ("models", "instruct"), ("models", "reward"), ("data", "preferences"))
+_PATHS = (
+    ("models", "base"), ("models", "instruct"), ("models", "reward"), ("data", "preferences"), ("retention", "text"),
+    ("safety", "wordlist"),
+)  # fmt: skip
 
 
 def _locate(section: object, key: str) -> None:

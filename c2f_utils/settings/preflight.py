@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from c2f_utils import weights
-from c2f_utils.domain import forms, preferences, task_files
+from c2f_utils.domain import forms, preferences, task_files, user_text
 from c2f_utils.errors import C2FError, short
 from c2f_utils.files import UNPARSABLE, root
 from c2f_utils.positions import positions_of
@@ -40,6 +40,7 @@ def findings(settings: Settings) -> list[str]:
         _compiled,
         _vllm,
         _preferences,
+        _text,
         _laws,
         _baselines,
         _operators,
@@ -203,6 +204,20 @@ def _preferences(settings: Settings) -> list[str]:
             f"expected at least {FEWEST_PROMPTS}: add more pairs"
         ]
     return []
+
+
+def _text(settings: Settings) -> list[str]:
+    source, words = settings.retention.text, settings.safety.wordlist
+    found = _said(user_text.read, words, "safety.wordlist") if words else []
+    if source is None:
+        return found
+    if settings.embedded:
+        return [
+            *found,
+            f"retention.text = {source!r} is not read: the embedded domain's model knows none of its words; leave it "
+            "out, or set data.source to 'preferences' and name models.base and models.instruct",
+        ]
+    return found + _said(user_text.read, source, "retention.text")
 
 
 def _used_laws(settings: Settings) -> dict[str, object]:

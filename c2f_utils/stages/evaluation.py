@@ -16,6 +16,8 @@ from c2f_utils.runs.run import Run
 from c2f_utils.settings.task_suites import wanted
 from c2f_utils.stages import tasks
 from c2f_utils.stages.inputs import Inputs, keep_samples
+from c2f_utils.stages.retention_and_sampling import Retention, Sampling
+from c2f_utils.stages.safety import Wordlist
 
 LABELS = {
     "base": "base",
@@ -32,6 +34,7 @@ LABELS = {
     "one_coefficient": "one coefficient for all",
 }
 ROLES = ("base", "instruct", "coarse", "fine")
+GAINED = ("accuracy_last", "utility", "reward")
 PAIRED = ("accuracy_last", "accuracy_first", "utility", "tokens", "rep4", "reward")
 
 
@@ -49,7 +52,17 @@ class Part(Protocol):
 
 def parts(run: Run, inputs: Inputs) -> list[Part]:
     """Everything that the settings ask for beside answers to test problems."""
-    return [tasks.Tasks(run, inputs)] if wanted(run.settings.tasks, run.settings.embedded) else []
+    retention, sampling = run.settings.retention, run.settings.sampling
+    found: list[Part] = []
+    if wanted(run.settings.tasks, run.settings.embedded):
+        found.append(tasks.Tasks(run, inputs))
+    if retention.documents or retention.answers:
+        found.append(Retention(run, inputs))
+    if run.settings.embedded and sampling.problems and sampling.samples:  # elsewhere nobody knows what is right
+        found.append(Sampling(run, inputs))
+    if run.settings.safety.wordlist:
+        found.append(Wordlist(run, inputs))
+    return found
 
 
 def make(run: Run) -> dict:
@@ -63,6 +76,7 @@ def make(run: Run) -> dict:
     found: dict[str, dict] = {}
     single: dict[str, dict[str, dict[str, list[float]]]] = {}
     prefixes: dict[str, list[dict]] = {}
+    profiles: dict[str, list[dict]] = {}
     table: list[dict] = []
     further = parts(run, inputs)
     with here.timer("generation and scoring"):
@@ -76,7 +90,9 @@ def make(run: Run) -> dict:
                 single[name][decoding] = answers.per_answer(samples) | {"reward": rewards.tolist()}
                 table += answers.rows(samples[: settings.evaluation.samples_kept], name, decoding, inputs.reward)
                 if decoding == settings.evaluation.decodings[0]:
-                    prefixes[name] = redundancy.prefix_table([s.answer for s in samples], settings.evaluation.prefixes)
+                    read, each = [s.answer for s in samples], settings.evaluation.prefixes
+                    prefixes[name] = redundancy.prefix_table(read, each)
+                    profiles[name] = redundancy.profile(read, inputs.text, each)
             for part in further:
                 part.add(name, model, form or settings.models.base_form)
             del model  # before the next one is loaded
@@ -84,6 +100,7 @@ def make(run: Run) -> dict:
     here.save_results({
         "models": found, "prefix_redundancy": prefixes, "decoding_of_prefixes": settings.evaluation.decodings[0],
         "paired": _paired(single, settings.seed), "limit": settings.evaluation.max_tokens,
+        "redundancy": profiles, "gains": _gains(single, settings.evaluation.decodings[0], settings.seed),
         **{part.key: part.results() for part in further},
     })  # fmt: skip
     return here.results()
@@ -140,4 +157,14 @@ def _paired(single: dict[str, dict[str, dict[str, list[float]]]], seed: int) -> 
                 if metric in values:
                     result = stats.paired_bootstrap(values[metric], single[other][decoding][metric], seed=seed)
                     rows.append({"a": "fine", "b": other, "metric": metric, "decoding": decoding, **result._asdict()})
+    return rows
+
+
+def _gains(single: dict[str, dict[str, dict[str, list[float]]]], decoding: str, seed: int) -> list[dict]:
+    """Every model minus instruct, problem by problem, in what is gained where something else may be lost."""
+    rows, instruct = [], single["instruct"][decoding]
+    for name, values in single.items():
+        for metric in (metric for metric in GAINED if name != "instruct" and metric in instruct):
+            result = stats.paired_bootstrap(values[decoding][metric], instruct[metric], resamples=1000, seed=seed)
+            rows.append({"a": name, "b": "instruct", "metric": metric, "decoding": decoding, **result._asdict()})
     return rows

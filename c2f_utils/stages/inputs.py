@@ -1,7 +1,7 @@
 """What a stage works on: models and prompts of the earlier stages, loaded when first asked for."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -138,15 +138,42 @@ class Inputs:
         form with the instruction model's tokenizer, and the answers are handed back as answers to `prompts`, so that
         they can be scored beside all others.
         """
-        limit = limit or self.settings.evaluation.max_tokens
-        base = self.settings.models.base_form
-        given = self.settings.seed, self.stop_strings(form), self.settings.coarse.tokens_in_cache
-        if form is None or "template" not in (base, form):
-            return answers(model, self.tokenizer, prompts, decoding, limit, *given)
-        own = self.instruct_tokenizer
-        asked = [replace(p, ids=tuple(forms.prompt_ids(p.text, form, own))) for p in prompts]
-        samples = answers(model, own, asked, decoding, limit, *given)
+        samples, base = self.sampled(model, prompts, form, decoding, limit), self.settings.models.base_form
+        if not self._templated(form):
+            return samples
         return [self._as_answer_to(p, s, base) for p, s in zip(prompts, samples, strict=True)]
+
+    def sampled(
+        self,
+        model: nn.Module,
+        prompts: list[Prompt],
+        form: Form | None = None,
+        decoding: str = "sampled_t1",
+        limit: int | None = None,
+    ) -> list[Sample]:
+        """The same answers as the model read the prompts and chose its tokens, not brought back into the base's
+        form."""
+        limit = limit or self.settings.evaluation.max_tokens
+        tokenizer, prompts = self.asked(prompts, form)
+        given = self.settings.seed, self.stop_strings(form), self.settings.coarse.tokens_in_cache
+        return answers(model, tokenizer, prompts, decoding, limit, *given)
+
+    def asked(self, prompts: list[Prompt], form: Form | None) -> tuple[object, list[Prompt]]:
+        """The tokenizer of this form, and the prompts as a model reads them in it."""
+        if not self._templated(form):
+            return self.tokenizer, prompts
+        own = self.instruct_tokenizer
+        return own, [replace(p, ids=tuple(forms.prompt_ids(p.text, form, own))) for p in prompts]
+
+    def _templated(self, form: Form | None) -> bool:
+        """Whether a chat template on either side makes prompts of this form others than the base's."""
+        return form is not None and "template" in (self.settings.models.base_form, form)
+
+    def text(self, ids: Sequence[int]) -> str:
+        """What token ids of an answer say, without special tokens."""
+        if self.settings.embedded:
+            return stories.decode(ids)
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def stop_strings(self, form: Form | None = None) -> list[str]:
         """The texts that end an answer in this form (default: the base's)."""

@@ -36,6 +36,10 @@ class Interval(NamedTuple):
     high: float | None
     n: int
 
+    def bounds(self) -> dict[str, float | None]:
+        """Value and bounds, for JSON."""
+        return {"value": self.value, "low": self.low, "high": self.high}
+
 
 class Discordance(NamedTuple):
     """How often only one of two models was right (or the better one), and the exact two-sided p."""

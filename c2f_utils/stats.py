@@ -1,8 +1,8 @@
 """Small-sample statistics for paired comparisons over prompts and over seeds.
 
-Two kinds of uncertainty are kept apart: over prompts for one pair of models (bootstrap, McNemar, Wilson) and over
-training seeds (t-interval, sign flips). Every function is deterministic for a given seed. Intervals are two-sided,
-95 % by default.
+Two kinds of uncertainty are kept apart: over prompts for one pair of models (bootstrap, McNemar, sign test, Wilson),
+where all rows of a prompt (orders, turns, samples) are one cluster, and over training seeds (t-interval, sign flips).
+Every function is deterministic for a given seed. Intervals are two-sided, 95 % by default.
 """
 
 import math
@@ -36,9 +36,13 @@ class Interval(NamedTuple):
     high: float | None
     n: int
 
+    def bounds(self) -> dict[str, float | None]:
+        """Value and bounds, for JSON."""
+        return {"value": self.value, "low": self.low, "high": self.high}
+
 
 class Discordance(NamedTuple):
-    """How often only one of two models was right, and McNemar's exact p."""
+    """How often only one of two models was right (or the better one), and the exact two-sided p."""
 
     only_a: int
     only_b: int
@@ -59,28 +63,56 @@ def paired_bootstrap(
     prompt when it was sampled several times) whole clusters are drawn. p counts resamples on the far side of zero,
     doubled, and is never below 1/(resamples + 1). Raises C2FError for unequal lengths, no rows, or missing values.
     """
-    first, second = _numbers("a", a), _numbers("b", b)
-    if len(first) != len(second):
-        raise C2FError(f"paired values have lengths {len(first)} and {len(second)}; expected the same prompts in both")
-    sums, counts = first - second, np.ones(len(first))
-    if clusters is not None:
-        if len(clusters) != len(first):
-            raise C2FError(f"{len(clusters)} cluster labels for {len(first)} rows; expected one label per row")
-        _, index = np.unique(np.asarray(clusters), return_inverse=True)
-        sums, counts = np.bincount(index, weights=sums), np.bincount(index).astype(float)
-    rng = np.random.default_rng(seed)
-    size = len(sums)
-    draws = []
-    for start in range(0, resamples, step := max(1, _BLOCK // size)):
-        rows = rng.integers(0, size, (min(step, resamples - start), size))
-        draws.append(sums[rows].sum(1) / counts[rows].sum(1))
-    means = np.concatenate(draws)
+    difference, means = _paired_means(a, b, resamples, seed, clusters)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     # Rounding can leave 1e-18 where a resample is exactly tied.
     means[np.abs(means) < 1e-12] = 0.0
     beyond = min((means <= 0).sum(), (means >= 0).sum())
     p = min(1.0, 2 * (beyond + 1) / (resamples + 1)) if beyond < resamples else 1.0
-    return Difference(float((first - second).mean()), float(low), float(high), float(p), len(first))
+    return Difference(float(difference.mean()), float(low), float(high), float(p), len(difference))
+
+
+def equivalence(
+    a: Sequence[float],
+    b: Sequence[float],
+    margin: float,
+    resamples: int = 10_000,
+    seed: int = 0,
+    level: float = 0.95,
+    clusters: Sequence | None = None,
+) -> Difference:
+    """Two one-sided tests (Schuirmann 1987) that mean(a) - mean(b) lies within `margin` on both sides of zero.
+
+    p is the larger of both one-sided bootstrap p values: below 1 - level, the two are equivalent for whoever accepts
+    the margin. The interval is the one that goes with it, of level 2 * level - 1 (90 % by default). Everything else as
+    in `paired_bootstrap`. Raises C2FError for a margin that is not positive.
+    """
+    if not margin > 0:
+        raise C2FError(
+            f"the margin of equivalence is {margin}; expected the largest difference that nobody cares about"
+        )
+    difference, means = _paired_means(a, b, resamples, seed, clusters)
+    low, high = np.quantile(means, [1 - level, level])
+    p = (max((means <= -margin).sum(), (means >= margin).sum()) + 1) / (resamples + 1)
+    return Difference(float(difference.mean()), float(low), float(high), float(p), len(difference))
+
+
+def smallest_detectable(
+    differences: Sequence[float], clusters: Sequence | None = None, power: float = 0.8, level: float = 0.95
+) -> float | None:
+    """The true mean difference that a comparison of this size would find with probability `power`.
+
+    (z of `level` + z of `power`) times the clustered standard error of the mean; `differences` are those of the rows
+    (for a win rate: preference - 0.5). None for a single cluster. Source: Miller 2024, arXiv 2411.00640.
+    """
+    from scipy.special import ndtri
+
+    numbers = _numbers("differences", differences)
+    sums, counts = _by_cluster(numbers - numbers.mean(), clusters)
+    if len(sums) < 2:
+        return None
+    error = math.sqrt(float((sums**2).sum()) * len(sums) / (len(sums) - 1)) / float(counts.sum())
+    return float(ndtri((1 + level) / 2) + ndtri(power)) * error
 
 
 def bootstrap(
@@ -115,17 +147,52 @@ def bootstrap(
     return Interval(value, None if low is None else float(low), None if high is None else float(high), size)
 
 
+def clustered_bootstrap(
+    statistic: Callable[[np.ndarray], np.ndarray],
+    clusters: Sequence,
+    resamples: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> list[Interval | None]:
+    """Statistics of rows with percentile intervals over resampled clusters, all of them from the same draws.
+
+    `clusters` labels the rows. `statistic` takes weights [draws, rows], how often each row was drawn, and returns
+    [draws, statistics], NaN where a draw does not define one; what the data themselves do not define is None. n is the
+    number of clusters. Raises C2FError without rows.
+    """
+    if not len(clusters):
+        raise C2FError("there are no rows to resample; expected at least one")
+    _, index = np.unique(np.asarray(clusters), return_inverse=True)
+    size = int(index.max()) + 1
+    rng = np.random.default_rng(seed)
+    draws = []
+    with np.errstate(invalid="ignore", divide="ignore"):
+        values = statistic(np.ones((1, len(index))))[0]
+        for start in range(0, resamples, step := max(1, _BLOCK // len(index))):
+            count = min(step, resamples - start)
+            drawn = rng.integers(0, size, (count, size)) + size * np.arange(count)[:, None]
+            times = np.bincount(drawn.ravel(), minlength=count * size).reshape(count, size)
+            draws.append(statistic(times[:, index].astype(float)))
+    found: list[Interval | None] = []
+    for value, column in zip(values, np.concatenate(draws).T, strict=True):
+        column = column[np.isfinite(column)]
+        low, high = np.quantile(column, [(1 - level) / 2, (1 + level) / 2]) if len(column) else (np.nan, np.nan)
+        found.append(Interval(float(value), float(low), float(high), size) if math.isfinite(value) else None)
+    return found
+
+
 def mcnemar(a_right: Sequence[bool], b_right: Sequence[bool]) -> Discordance:
     """McNemar's exact (binomial) test on the prompts where exactly one of two models is right."""
-    from scipy.special import bdtr
-
     first, second = _numbers("a", a_right).astype(bool), _numbers("b", b_right).astype(bool)
     if len(first) != len(second):
         raise C2FError(f"paired answers have lengths {len(first)} and {len(second)}; expected the same prompts in both")
-    only_a, only_b = int((first & ~second).sum()), int((second & ~first).sum())
-    total = only_a + only_b
-    p = min(1.0, 2 * float(bdtr(min(only_a, only_b), total, 0.5))) if total else 1.0
-    return Discordance(only_a, only_b, p)
+    return _discordance(int((first & ~second).sum()), int((second & ~first).sum()))
+
+
+def sign_test(differences: Sequence[float]) -> Discordance:
+    """The exact sign test: on how many prompts a is above b and below it, and the p of that many; ties are left out."""
+    numbers = _numbers("differences", differences)
+    return _discordance(int((numbers > 0).sum()), int((numbers < 0).sum()))
 
 
 def wilson(successes: float, n: int, level: float = 0.95) -> Interval:
@@ -201,6 +268,41 @@ def first_crossing(x: Sequence[float], y: Sequence[float], target: float) -> flo
             return float(x0 + (here - x0) * (target - y0) / (value - y0))
         previous = (here, value)
     return None
+
+
+def _paired_means(
+    a: Sequence[float], b: Sequence[float], resamples: int, seed: int, clusters: Sequence | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Differences a - b [rows] and their mean in every resample [resamples]."""
+    first, second = _numbers("a", a), _numbers("b", b)
+    if len(first) != len(second):
+        raise C2FError(f"paired values have lengths {len(first)} and {len(second)}; expected the same prompts in both")
+    sums, counts = _by_cluster(first - second, clusters)
+    rng = np.random.default_rng(seed)
+    size = len(sums)
+    draws = []
+    for start in range(0, resamples, step := max(1, _BLOCK // size)):
+        rows = rng.integers(0, size, (min(step, resamples - start), size))
+        draws.append(sums[rows].sum(1) / counts[rows].sum(1))
+    return first - second, np.concatenate(draws)
+
+
+def _by_cluster(values: np.ndarray, clusters: Sequence | None) -> tuple[np.ndarray, np.ndarray]:
+    """Sums and numbers of values per cluster; every value is its own without labels."""
+    if clusters is None:
+        return values, np.ones(len(values))
+    if len(clusters) != len(values):
+        raise C2FError(f"{len(clusters)} cluster labels for {len(values)} rows; expected one label per row")
+    _, index = np.unique(np.asarray(clusters), return_inverse=True)
+    return np.bincount(index, weights=values), np.bincount(index).astype(float)
+
+
+def _discordance(above: int, below: int) -> Discordance:
+    from scipy.special import bdtr
+
+    total = above + below
+    p = min(1.0, 2 * float(bdtr(min(above, below), total, 0.5))) if total else 1.0
+    return Discordance(above, below, p)
 
 
 def _t_quantile(freedom: int, level: float) -> float:

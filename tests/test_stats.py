@@ -153,3 +153,105 @@ def test_first_crossing_interpolates_between_snapshots():
     assert stats.first_crossing([10, 20, 30], [0.0, 1.0, 3.0], 2.0) == pytest.approx(25.0)
     assert stats.first_crossing([10, 20], [1.0, 2.0], 0.5) == 10.0
     assert stats.first_crossing([10, 20], [1.0, 2.0], 2.5) is None
+
+
+def test_sign_test_is_the_exact_binomial_test_and_leaves_ties_out():
+    from scipy.stats import binomtest
+
+    found = stats.sign_test([0.4, 0.1, -2.0, 0.0, 3.0, 0.0, 1.0])
+    assert (found.only_a, found.only_b) == (4, 1) and found.p == pytest.approx(binomtest(4, 5).pvalue)
+    assert stats.sign_test([0.0, 0.0]).p == 1.0
+
+
+# Several thousand intervals at once: 1,000 data sets of 200 prompts, 1,000 resamples each.
+
+
+def intervals(draw, resamples: int = 1000, **options) -> np.ndarray:
+    """Bounds [1000, 2] of the paired intervals of simulated data sets; `draw` gives the values of both models."""
+    rng = np.random.default_rng(11)
+    return np.array([stats.paired_bootstrap(*draw(rng), resamples, seed, **options)[1:3] for seed in range(1000)])
+
+
+def covered(bounds: np.ndarray, truth: float) -> float:
+    return float(((bounds[:, 0] <= truth) & (truth <= bounds[:, 1])).mean())
+
+
+def test_intervals_of_shares_cover_at_their_nominal_rate():
+    rates = (0.6, 0.45)
+    assert 0.93 <= covered(intervals(lambda rng: [(rng.random(200) < p).astype(float) for p in rates]), 0.15) <= 0.97
+
+
+@pytest.mark.slow
+def test_intervals_of_skewed_values_cover_at_their_nominal_rate():
+    assert 0.93 <= covered(intervals(lambda rng: rng.exponential((2.0, 1.0), (200, 2)).T), 1.0) <= 0.97
+
+
+@pytest.mark.slow
+def test_intervals_over_clusters_cover_at_their_nominal_rate_and_those_over_rows_do_not():
+    """Four samples of each of 200 prompts, whose difficulty they share."""
+    prompts = np.repeat(np.arange(200), 4)
+
+    def draw(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        gain = np.repeat(rng.normal(0.2, 1, 200), 4) + rng.normal(0, 0.5, 800)
+        return gain, np.zeros(800)
+
+    clustered, naive = covered(intervals(draw, clusters=prompts), 0.2), covered(intervals(draw, 200), 0.2)
+    assert 0.93 <= clustered <= 0.97 and naive < 0.8, (clustered, naive)
+
+
+def test_intervals_of_two_identical_models_contain_zero():
+    def draw(rng: np.random.Generator) -> np.ndarray:
+        difficulty = rng.random(200)
+        return (rng.random((2, 200)) < difficulty).astype(float)
+
+    assert covered(intervals(draw), 0.0) >= 0.93
+
+
+def test_equivalence_is_claimed_within_the_margin_and_not_for_want_of_data():
+    rng = np.random.default_rng(5)
+    many, few = rng.normal(0.01, 0.3, (2, 2000)), rng.normal(0.01, 0.3, (2, 20))
+    assert stats.equivalence(*many, margin=0.05).p < 0.05 < stats.equivalence(*few, margin=0.05).p
+    assert stats.equivalence(*many, margin=0.001).p > 0.05
+    assert stats.equivalence(many[0] + 0.2, many[1], margin=0.05).p > 0.99
+    found, paired = stats.equivalence(*many, margin=0.05), stats.paired_bootstrap(*many)
+    assert paired.low < found.low < found.difference == paired.difference < found.high < paired.high
+    half = 1.6449 * np.std(many[0] - many[1]) / np.sqrt(2000)
+    assert (found.high - found.low) / 2 == pytest.approx(half, rel=0.05), "90 % of a normal distribution"
+    with pytest.raises(C2FError, match="margin of equivalence is 0"):
+        stats.equivalence([1], [1], margin=0)
+
+
+def test_two_models_that_differ_by_the_margin_are_seldom_called_equivalent():
+    rng = np.random.default_rng(6)
+    claims = [stats.equivalence(rng.normal(0.3, 1, 200), np.zeros(200), 0.3, 400, seed).p < 0.05 for seed in range(500)]
+    assert 0.02 <= np.mean(claims) <= 0.08
+
+
+def test_the_smallest_detectable_difference_is_found_as_often_as_it_says():
+    assert stats.smallest_detectable([0.5, -0.5] * 40) == pytest.approx(0.157, abs=0.001), "80 even verdicts"
+    rng = np.random.default_rng(8)
+    wanted = stats.smallest_detectable(rng.normal(0, 1, 20_000)) * math.sqrt(20_000 / 100)
+    found = [stats.paired_bootstrap(rng.normal(wanted, 1, 100), np.zeros(100), 400, i).low > 0 for i in range(500)]
+    assert np.mean(found) == pytest.approx(0.8, abs=0.06)
+    values = rng.normal(0, 1, 50)
+    copies = stats.smallest_detectable(np.repeat(values, 6), clusters=np.repeat(np.arange(50), 6))
+    assert copies == pytest.approx(stats.smallest_detectable(values)), "copies of a prompt detect no more"
+    assert stats.smallest_detectable([1.0, 2.0], clusters=["q", "q"]) is None
+
+
+def test_clustered_bootstrap_is_the_paired_one_for_means_and_takes_several_statistics():
+    rng = np.random.default_rng(9)
+    prompts = rng.integers(0, 40, 300)
+    values = rng.normal(0.3, 1, 300) + prompts / 40
+
+    def means(weights: np.ndarray) -> np.ndarray:
+        mean = weights @ values / weights.sum(1)
+        return np.stack([mean, -mean, np.full_like(mean, np.nan)], axis=1)
+
+    one, other, none = stats.clustered_bootstrap(means, prompts, resamples=4000)
+    paired = stats.paired_bootstrap(values, np.zeros(300), clusters=prompts)
+    assert one.value == pytest.approx(paired.difference) and one.n == len(set(prompts))
+    assert (one.low, one.high) == pytest.approx((paired.low, paired.high), abs=0.02)
+    assert (other.low, other.high) == pytest.approx((-one.high, -one.low)) and none is None
+    with pytest.raises(C2FError, match="no rows to resample"):
+        stats.clustered_bootstrap(means, [])

@@ -51,7 +51,7 @@ def report(model: str, pairs: ScoredPairs, resamples: int = 1000) -> dict:
 
     def found(statistic, *columns: np.ndarray) -> dict | None:
         interval = stats.bootstrap(statistic, *columns, resamples=resamples)
-        return interval and {"value": interval.value, "low": interval.low, "high": interval.high}
+        return interval and interval.bounds()
 
     return {
         "model": model,

@@ -122,9 +122,9 @@ def test_an_older_stage_counts_with_the_defaults_of_what_it_did_not_have():
     settings = load_settings("tiny")
     old = settings.for_stage("07_evaluation")
     del old["retention"], old["sampling"]
-    assert Settings.recorded("07_evaluation", old) == settings.for_stage("07_evaluation")
+    assert Settings.recorded(old, "07_evaluation") == settings.for_stage("07_evaluation")
     other = load_settings("tiny", overrides={"retention.documents": 5})
-    assert Settings.recorded("07_evaluation", old) != other.for_stage("07_evaluation")
+    assert Settings.recorded(old, "07_evaluation") != other.for_stage("07_evaluation")
 
 
 def measured() -> dict:

@@ -16,7 +16,7 @@ from c2f_utils.report import tables, tables_tasks
 from c2f_utils.runs.stage import Stage
 from c2f_utils.settings.config import Settings
 from c2f_utils.settings.load import load_settings
-from c2f_utils.stages import evaluation
+from c2f_utils.settings.task_suites import wanted
 from c2f_utils.stages.tasks import Tasks
 
 NAME = "07_evaluation"
@@ -178,10 +178,10 @@ def test_a_run_from_before_there_were_tasks_counts_with_their_defaults(outputs):
 
 
 def test_without_suites_there_is_no_part_and_hub_data_has_none_of_its_own():
-    run = SimpleNamespace(settings=load_settings("smoke", overrides={"tasks.suites": []}))
-    assert evaluation.parts(run, None) == []
-    run = SimpleNamespace(settings=load_settings("mistral_7b"))
-    assert evaluation.parts(run, None) == []
+    for settings in (load_settings("smoke", overrides={"tasks.suites": []}), load_settings("mistral_7b")):
+        assert not wanted(settings.tasks, settings.embedded)
+    usual = load_settings("smoke")
+    assert wanted(usual.tasks, usual.embedded)
 
 
 @pytest.mark.slow

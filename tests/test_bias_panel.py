@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from judged_pairs import row, verdicts
 
+from c2f_utils.measure import verdict_pairs
 from c2f_utils.measure.bias_panel import panel
 
 EVEN = {"strengths": {"x": 0.0, "y": 0.0}, "lengths": {"x": 80, "y": 80}, "pairs": [("x", "y")], "noise": 0.7}
-SHARES = ("longer_wins", "flips", "first_wins", "ties", "failures")
 
 
 def of(rows, **options) -> dict:
@@ -58,6 +58,25 @@ def test_figures_by_hand():
     assert found["flips"]["value"] == pytest.approx(1 / 2) and found["first_wins"]["value"] == pytest.approx(2.5 / 4)
     assert found["ties"]["value"] == pytest.approx(1 / 6) and found["failures"]["value"] == pytest.approx(1 / 7)
     assert found["longer_wins"]["value"] == pytest.approx((0 + 0 + 1) / 3), "means .6, .65 and .2 for the shorter x"
+
+
+def test_a_pair_reads_the_same_whichever_model_is_named_first():
+    rows = [row(0.9), row(0.3, order="ba"), row(0.6, question=2), row(0.8, question=2, order="ba")]
+    named = [
+        each | {
+            "model_a": "y", "model_b": "x", "p_a": 1 - each["p_a"], "tokens_a": 20, "tokens_b": 10,
+            "order": {"ab": "ba", "ba": "ab"}[each["order"]],
+        }
+        for each in rows
+    ]  # fmt: skip
+    one, other = verdict_pairs.pairs(rows), verdict_pairs.pairs(named)
+    assert one.drop(columns=["p_ab", "p_ba", "p"]).equals(other.drop(columns=["p_ab", "p_ba", "p"]))
+    assert one[["p_ab", "p_ba", "p"]].to_numpy() == pytest.approx(other[["p_ab", "p_ba", "p"]].to_numpy())
+    assert one[["p_ab", "p_ba"]].to_numpy().tolist() == [[0.9, 0.3], [0.6, 0.8]]
+    assert of(rows)["first_wins"] == of(named)["first_wins"] == of(rows[:2] + named[2:])["first_wins"]
+    turned = verdict_pairs.against(one, "x")
+    assert turned[["model_a", "model_b", "tokens_a", "tokens_b"]].to_numpy().tolist() == [["y", "x", 20, 10]] * 2
+    assert turned[["p_ab", "p_ba", "p"]].to_numpy() == pytest.approx(np.array([[0.7, 0.1, 0.4], [0.2, 0.4, 0.3]]))
 
 
 def test_what_nothing_defines_is_null():

@@ -229,6 +229,7 @@ def test_two_models_that_differ_by_the_margin_are_seldom_called_equivalent():
 
 def test_the_smallest_detectable_difference_is_found_as_often_as_it_says():
     assert stats.smallest_detectable([0.5, -0.5] * 40) == pytest.approx(0.157, abs=0.001), "80 even verdicts"
+    assert stats.smallest_detectable([1.0, 0.0]) == pytest.approx((1.959964 + 0.841621) * 0.5), "one degree of freedom"
     rng = np.random.default_rng(8)
     wanted = stats.smallest_detectable(rng.normal(0, 1, 20_000)) * math.sqrt(20_000 / 100)
     found = [stats.paired_bootstrap(rng.normal(wanted, 1, 100), np.zeros(100), 400, i).low > 0 for i in range(500)]

@@ -7,7 +7,17 @@ counted as failures and are in no rate. Input: verdict rows (`judges.verdict_row
 from collections.abc import Callable, Sequence
 
 from c2f_utils import stats
-from c2f_utils.measure.judges import Dialogue, Judge, Pair, Question, Verdicts, both_orders, outcome, verdict_rows
+from c2f_utils.measure.judges import (
+    Dialogue,
+    Judge,
+    Opinion,
+    Pair,
+    Question,
+    Verdicts,
+    both_orders,
+    outcome,
+    verdict_rows,
+)
 
 IDENTICAL_TIES = 0.95  # least share of identical answers that a sound judge calls a tie
 
@@ -33,22 +43,38 @@ def summary(rows: Sequence[dict]) -> dict:
         found[{("a", "a"): "wins", ("b", "b"): "losses"}.get(said, "ties")] += 1
     judged = len(preferences)
     rate = stats.wilson(found["wins"] + found["ties"] / 2, judged)
-    count = max(1, len(rows))
     return {
         **found, "pairs": len(rows) // 2, "judged": judged,
         "win_rate": rate.value if judged else None, "low": rate.low, "high": rate.high,
         "mean_p_a": sum(preferences) / judged if judged else None,
         "swap_consistency": agreed / judged if judged else None,
         "first_wins": first / decided if decided else None, "verdicts_failed": sum(not row["ok"] for row in rows),
-        "tokens_a": sum(row["tokens_a"] for row in rows) / count,
-        "tokens_b": sum(row["tokens_b"] for row in rows) / count,
+        "tokens_a": _mean([row["tokens_a"] for row in rows]), "tokens_b": _mean([row["tokens_b"] for row in rows]),
     }  # fmt: skip
+
+
+def _mean(values: Sequence[int | None]) -> float | None:
+    """None where a length is not known, as in files of judgements."""
+    return None if None in values or not values else sum(values) / len(values)
 
 
 def by(rows: Sequence[dict], field: str) -> dict[str, dict]:
     """The summary of every value of a field (`category`, `turn`), in the order of their first rows."""
     values = dict.fromkeys(row[field] for row in rows)
     return {str(value): summary([row for row in rows if row[field] == value]) for value in values}
+
+
+def grades(asked: Sequence[tuple[Question, int]], opinions: Sequence[Opinion], seed: int) -> dict:
+    """Mean grade with its bootstrap interval over questions, whose turns stay together, per turn, and the number that
+    could not be read; means are None without a readable grade."""
+    known = [(q.id, turn, o.value) for (q, turn), o in zip(asked, opinions, strict=True) if o.ok]
+    found = {"graded": len(known), "failed": len(opinions) - len(known), "mean": None, "low": None, "high": None}
+    if known:
+        places, _, values = zip(*known, strict=True)
+        mean = stats.paired_bootstrap(values, [0.0] * len(values), clusters=[str(p) for p in places], seed=seed)
+        found |= {"mean": mean.difference, "low": mean.low, "high": mean.high}
+    turns = {turn: [value for _, at, value in known if at == turn] for turn in (1, 2)}
+    return found | {f"turn_{turn}": sum(v) / len(v) if v else None for turn, v in turns.items()}
 
 
 def null_pairs(

@@ -21,7 +21,8 @@ A verdict row, which everything that counts verdicts reads, is plain JSON:
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
@@ -96,7 +97,7 @@ class Judge(Protocol):
     name: str
     id: str
 
-    def opinions(self, cases: Sequence[Case]) -> Iterator[tuple[Case, Opinion]]:
+    def opinions(self, cases: Sequence[Case]) -> Generator[tuple[Case, Opinion]]:
         """An opinion of every case, as they come: each is kept before the next is awaited."""
 
 
@@ -136,9 +137,8 @@ class Verdicts:
                 ) from None
 
     def find(self, case: Case, judge: Judge) -> Opinion | None:
-        """The final opinion of this case, if there is one."""
-        found = self._known.get(case.key(judge.id))
-        return found if found and found.final else None
+        """The latest opinion of this case, if there is one."""
+        return self._known.get(case.key(judge.id))
 
     def add(self, case: Case, judge: Judge, opinion: Opinion) -> None:
         key = case.key(judge.id)
@@ -147,7 +147,8 @@ class Verdicts:
 
     def missing(self, cases: Iterable[Case], judge: Judge) -> list[Case]:
         """The cases without a final opinion, each once."""
-        return list({case.key(judge.id): case for case in cases if not self.find(case, judge)}.values())
+        keys = {case.key(judge.id): case for case in cases}
+        return [case for key, case in keys.items() if key not in self._known or not self._known[key].final]
 
     def opinions(
         self,
@@ -159,14 +160,13 @@ class Verdicts:
         """One opinion per case; the judge is asked only what is not known yet. Raises Stopped on request, with
         everything kept that was said."""
         new = self.missing(cases, judge)
-        said: dict[str, Opinion] = {}
-        for done, (case, opinion) in enumerate(judge.opinions(new), start=1):
-            self.add(case, judge, opinion)
-            said[case.key(judge.id)] = opinion
-            progress(done, len(new))
-            if stop():
-                raise Stopped(f"stopped after {done} of {len(new)} verdicts; what was said is kept")
-        return [self.find(case, judge) or said[case.key(judge.id)] for case in cases]
+        with closing(judge.opinions(new)) as opinions:  # a judge that is stopped asks no more
+            for done, (case, opinion) in enumerate(opinions, start=1):
+                self.add(case, judge, opinion)
+                progress(done, len(new))
+                if stop():
+                    raise Stopped(f"stopped after {done} of {len(new)} verdicts; what was said is kept")
+        return [self._known[case.key(judge.id)] for case in cases]
 
 
 def mend(path: Path) -> None:

@@ -199,7 +199,7 @@ class Run:
                 f"no finished {name} for profile {kind[0]!r} and seed {kind[1]} ({there}, nor has any other run); "
                 f"run notebooks/{name}.ipynb first: c2f run {name[:2]} {flags}"
             )
-        changed = provenance.differences(self.settings.recorded(found.config()["settings"]), wanted)
+        changed = provenance.differences(self.settings.recorded(name, found.config()["settings"]), wanted)
         if found.run_id != self.id or changed:
             print(f"{name}: from run {found.run_id!r}" + (f", made with {'; '.join(changed)}" if changed else ""))
         self._found[name] = found

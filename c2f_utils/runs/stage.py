@@ -364,7 +364,9 @@ class Stage:
     def _changed_settings(self, config: dict) -> list[str]:
         if not self.settings:
             return []
-        return provenance.differences(self.settings.recorded(config["settings"]), self.settings.for_stage(self.name))
+        return provenance.differences(
+            self.settings.recorded(self.name, config["settings"]), self.settings.for_stage(self.name)
+        )
 
     def _changed_inputs(self, inputs: dict[str, str] | None) -> list[str]:
         known = self.provenance().get("inputs", {})

@@ -145,4 +145,15 @@ def _merging(settings: Settings, speeds: Speeds) -> Work:
 def _evaluation(settings: Settings, speeds: Speeds) -> Work:
     models = 4 + 1 + len(settings.merge.controls) + 2 * settings.embedded  # the roles, a recipe, controls, forced ones
     each = _answered(settings.data.test_prompts, settings.evaluation.max_tokens, speeds)
-    return each * (models * len(settings.evaluation.decodings))
+    return each * (models * len(settings.evaluation.decodings)) + _judging(settings, speeds) * models
+
+
+def _judging(settings: Settings, speeds: Speeds) -> Work:
+    """Two turns of every question per model, and a share in the training of a held-out reward model."""
+    judge = settings.judge
+    if judge.name == "none":
+        return Work()
+    answered = _answered(2 * judge.questions, judge.max_tokens or settings.evaluation.max_tokens, speeds)
+    trained = judge.pairs * _training_passes(settings) if judge.name == "reward" else 0
+    models = 4 + 1 + len(settings.merge.controls)
+    return answered + Work(0.0, trained * speeds.pair_tokens / models)

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from c2f_utils.domain.forms import Form
 from c2f_utils.domain.worlds import WORLDS, World
+from c2f_utils.settings.judge import Judge
 from c2f_utils.settings.kinds import Count, NonNegative, Positive, Rate, Section, Share
 from c2f_utils.settings.laws import Law
 
@@ -30,7 +31,7 @@ _DECIDES = {
     "04_length_schedules": ("models", "data", "coarse", "schedules", "evaluation"),
     "05_instruction_model": ("models", "data", "instruct", "evaluation"),
     "06_residue_merging": ("models", "data", "coarse", "merge", "evaluation"),
-    "07_evaluation": ("models", "data", "merge", "evaluation"),
+    "07_evaluation": ("models", "data", "merge", "evaluation", "judge"),
     "08_report": (),
     "09_studies": (),
 }
@@ -320,6 +321,7 @@ class Settings(Section):
     instruct: Instruct = Instruct()
     merge: Merge = Merge()
     evaluation: Evaluation = Evaluation()
+    judge: Judge = Judge()
 
     @property
     def embedded(self) -> bool:
@@ -375,12 +377,7 @@ class Settings(Section):
         return {"profile": self.profile, "seed": self.seed, **study, **sections}
 
     @classmethod
-    def recorded(cls, there: dict[str, object]) -> dict[str, object]:
-        """Settings as an earlier version recorded them, with the defaults of those that it did not have."""
-        usual = {
-            name: cls.model_fields[name].annotation().model_dump(mode="json") for name in there if name in _SECTIONS
-        }
-        return {name: usual[name] | value if name in usual else value for name, value in there.items()}
-
-
-_SECTIONS = {section for sections in _DECIDES.values() for section in sections}
+    def recorded(cls, stage: str, there: dict[str, object]) -> dict[str, object]:
+        """A stage's settings as an earlier version recorded them, with the defaults of those that it did not have."""
+        usual = {name: cls.model_fields[name].annotation().model_dump(mode="json") for name in _DECIDES[stage]}
+        return there | {name: value | there.get(name, {}) for name, value in usual.items()} if there else there

@@ -13,6 +13,7 @@ from c2f_utils.domain.samples import Prompt, make_prompts
 from c2f_utils.measure import answers
 from c2f_utils.models import loading
 from c2f_utils.runs.run import Run
+from c2f_utils.stages.dialogue import Dialogues
 from c2f_utils.stages.inputs import Inputs, keep_samples
 
 LABELS = {
@@ -47,7 +48,7 @@ class Part(Protocol):
 
 def parts(run: Run, inputs: Inputs) -> list[Part]:
     """Everything that the settings ask for beside answers to test problems."""
-    return []
+    return [Dialogues(run, inputs)] if run.settings.judge.name != "none" else []
 
 
 def make(run: Run) -> dict:

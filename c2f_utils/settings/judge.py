@@ -25,7 +25,7 @@ class Judge(Section):
     grading: list[Literal["pairwise", "single"]] = Field(["pairwise"], min_length=1)
     against: list[str] = Field([], description="models that fine is compared with, as 07 names them; [] = all")
     max_tokens: Positive | None = Field(None, description="answer limit per turn, tokens; null: evaluation.max_tokens")
-    pairs: Positive = Field(1200, description="reward: preference pairs that the held-out model is trained on")
+    pairs: Positive = Field(600, description="reward: preference pairs that the held-out model is trained on")
     model: str | None = Field(None, description="local: folder or hub id; openai: the model's name on the server")
     base_url: str | None = Field(None, description="openai: e.g. http://127.0.0.1:8000/v1")
     calls: Positive = Field(2000, description="openai: requests at most, retries and restarts included")

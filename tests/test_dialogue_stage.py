@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+import sys
 
 import pytest
 from fake_results import fake_run
@@ -126,32 +127,38 @@ def test_a_problem_that_02_has_a_pair_of_is_left_out(asked, monkeypatch):
     assert data.fresh_pairs(settings, inputs.base(), inputs.tokenizer)[0] == []
 
 
+SERVED = {"name": "openai", "model": "m", "base_url": "http://127.0.0.1:9/v1"}
+
+
 @pytest.mark.parametrize(
     "overrides, said",
     [
         ({"prompts": "nowhere.jsonl"}, "nowhere.jsonl cannot be read"),
-        (
-            {"name": "openai", "model": "m", "base_url": "http://127.0.0.1:9/v1", "calls": 3},
-            "calls = 3, and .* verdicts",
-        ),
+        ({"name": "local", "model": "/no/such/folder"}, "judge.model = '/no/such/folder' does not exist"),
+        (SERVED | {"calls": 3}, "judge.calls = 3, and .* verdicts are asked for"),
     ],
 )
-def test_what_cannot_be_judged_is_refused_before_anything_is_asked(asked, overrides, said):
+def test_what_cannot_be_judged_is_refused_before_anything_is_asked(asked, overrides, said, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openai", object())
     with pytest.raises(C2FError, match=said):
         asked(**overrides)
 
 
-def test_the_cost_is_printed_before_anything_is_asked(asked, capsys):
+def test_without_the_package_nothing_is_asked(asked, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(C2FError, match="needs the package openai"):
+        asked(**SERVED)
+
+
+def test_the_cost_is_printed_before_anything_is_asked(asked, capsys, monkeypatch):
     asked(name="openai", model="m", base_url="http://127.0.0.1:9/v1", questions=2, price_input=1.0)
     said = capsys.readouterr().out
-    assert (
-        "2 questions, 3 turns" in said and "calls to m at http://127.0.0.1:9/v1, at most" in said and "prices" in said
-    )
+    assert "2 questions, 3 turns" in said and "calls to m at http://127.0.0.1:9/v1, about" in said and "prices" in said
 
 
 def test_a_model_that_is_not_compared_is_named(asked):
-    with pytest.raises(C2FError, match="judge.against names best; 07 compares fine"):
-        asked(against=["best"]).results()
+    with pytest.raises(C2FError, match="judge.against names best; 07 compares fine with base, instruct, coarse, "):
+        asked(against=["best"])
 
 
 @pytest.mark.parametrize(

@@ -211,5 +211,5 @@ def test_without_the_package_the_error_says_what_to_install(tmp_path, monkeypatc
 def test_the_cost_is_said_before_anything_is_sent():
     server = Server("http://127.0.0.1:9/v1", "m", max_tokens=100, price_input=2.0, price_output=10.0)
     said = cost(server, 50, 200_000, Budget(60, 300_000))
-    assert "50 calls to m" in said and "at most 205000 tokens (200000 read)" in said and "at most 0.45 at" in said
+    assert "50 calls to m" in said and "about 200000 tokens read and at most 5000 written, about 0.45 at" in said
     assert "budget is 60 calls and 300000 tokens" in said

@@ -120,12 +120,7 @@ class OpenAICompatibleJudge:
         self, server: Server, templates: dict[str, judge_prompts.Template], ledger: Ledger,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:  # fmt: skip
-        try:
-            import openai
-        except ImportError:
-            raise C2FError(
-                "judge.name = 'openai' needs the package openai: pip install 'c2f-utils[judge]', or choose another one"
-            ) from None
+        openai = client()
         self._library, self.server, self.templates, self.ledger, self._sleep = openai, server, templates, ledger, sleep
         self._key = os.environ.get(KEY, "")
         self._client = openai.OpenAI(
@@ -216,6 +211,17 @@ class OpenAICompatibleJudge:
         return text.replace(self._key, "[key]") if self._key else text
 
 
+def client():
+    """The package that speaks to the server; C2FError that says how to install it where it is missing."""
+    try:
+        import openai
+    except ImportError:
+        raise C2FError(
+            "judge.name = 'openai' needs the package openai: pip install 'c2f-utils[judge]', or choose another judge"
+        ) from None
+    return openai
+
+
 def _seconds(headers) -> float | None:
     try:
         return max(0.0, float(headers.get("retry-after", "")))
@@ -225,9 +231,11 @@ def _seconds(headers) -> float | None:
 
 def cost(server: Server, calls: int, tokens_in: int, budget: Budget) -> str:
     """What a judge will cost, in words, before it is asked: nothing is sent."""
-    most = tokens_in + calls * server.max_tokens
-    text = f"{calls} calls to {server.model} at {server.base_url}, at most {most} tokens ({tokens_in} read)"
+    written = calls * server.max_tokens
+    text = f"{calls} calls to {server.model} at {server.base_url}, about {tokens_in} tokens read and at most {written} "
+    text += "written"
     if server.price_input or server.price_output:
-        money = (tokens_in * server.price_input + calls * server.max_tokens * server.price_output) / 1e6
-        text += f", at most {money:.2f} at the prices given"
+        text += (
+            f", about {(tokens_in * server.price_input + written * server.price_output) / 1e6:.2f} at the prices given"
+        )
     return f"{text}; the budget is {budget.calls} calls and {budget.tokens} tokens, retries included"

@@ -22,7 +22,7 @@ from c2f_utils.measure.judges import Case, Dialogue, Judge, Question, Verdicts, 
 from c2f_utils.notebook.progress import Progress
 from c2f_utils.runs.run import Run
 from c2f_utils.settings.config import Settings
-from c2f_utils.stages import judges
+from c2f_utils.stages import judge_of_run
 from c2f_utils.stages.inputs import Inputs, stopped_here
 
 FINE = "fine"
@@ -53,6 +53,14 @@ def _numbered(turns) -> list[Question]:
     return [Question(number, names[len(said) - 1], tuple(said)) for number, said in enumerate(turns, start=1)]
 
 
+def compared_with(settings: Settings) -> list[str]:
+    """The models with which 07 can compare fine; the other form only where there is a chat template."""
+    recipe = "one_coefficient" if settings.merge.select == "best_recipe" else "best_recipe"
+    other = "raw" if settings.models.instruct_form == "template" else "template"
+    forms_of_two = [] if settings.embedded else [f"instruct_{other}", f"{FINE}_{other}"]
+    return ["base", "instruct", "coarse", recipe, *settings.merge.controls, *forms_of_two]
+
+
 class Dialogues:
     """The part of 07 that asks and judges; C2FError before work starts for files or a judge that cannot be used."""
 
@@ -64,11 +72,15 @@ class Dialogues:
         if not self.questions:
             raise C2FError("no test prompt is left to ask in dialogues; set judge.prompts or judge.name to 'none'")
         self.said: dict[str, dict[str | int, Dialogue]] = {}
-        judge, turns = run.settings.judge, sum(len(question.turns) for question in self.questions)
-        models = 5 + len(run.settings.merge.controls) + 2 * (not run.settings.embedded)
-        compared = 2 * turns * (len(judge.against) or models - 1) if "pairwise" in judge.grading else 0
-        graded = turns * models if "single" in judge.grading else 0
-        judges.refuse(run, self.questions, compared + graded + NULL_VERDICTS * len(self.questions))
+        judge, others = run.settings.judge, compared_with(run.settings)
+        if unknown := [name for name in judge.against if name not in others]:
+            raise C2FError(f"judge.against names {', '.join(unknown)}; 07 compares fine with {', '.join(others)}")
+        for path in filter(None, (judge.prompts, judge.references, judge.templates)):
+            run.here.add_input(f"data:{path}", sha256(path))
+        turns, models = sum(len(question.turns) for question in self.questions), len(judge.against or others)
+        compared = 2 * turns * models if "pairwise" in judge.grading else 0
+        graded = turns * (models + 1) if "single" in judge.grading else 0
+        judge_of_run.refuse(run, self.questions, compared + graded + NULL_VERDICTS * len(self.questions))
         rows = [{"question_id": q.id, "category": q.category, "turns": list(q.turns)} for q in self.questions]
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_text(run.here.path(self.key, "question.jsonl"), text)
@@ -81,7 +93,7 @@ class Dialogues:
         limit = self.settings.judge.max_tokens or self.settings.evaluation.max_tokens
 
         def prompt(question: Question, said: Sequence[Sample]) -> Prompt:
-            text = judges.judged_text(self.inputs, question, [sample.text for sample in said])
+            text = judge_of_run.judged_text(self.inputs, question, [sample.text for sample in said])
             return Prompt(tuple(forms.prompt_ids(text, self.settings.models.base_form, self.inputs.tokenizer)), text)
 
         def answer(prompts: list[Prompt], temperature: float) -> list[Sample]:
@@ -93,10 +105,8 @@ class Dialogues:
     def results(self) -> dict:
         """Win rates of fine, grades, null checks and lengths."""
         here, settings = self.run.here, self.settings
-        if unknown := [name for name in settings.judge.against if name not in self.said]:
-            raise C2FError(f"judge.against names {', '.join(unknown)}; 07 compares {', '.join(self.said)}")
         with here.timer("dialogue: judge"), stopped_here(here):
-            judge, trained = judges.make(self.run, self.inputs)
+            judge, trained = judge_of_run.make(self.run, self.inputs)
         verdicts = Verdicts(here.path(self.key, "verdicts.jsonl"))
         with here.timer("dialogue: verdicts"), stopped_here(here):
             checks = judge_summary.null_checks(self._null_pairs(), judge, verdicts, **self._watch())

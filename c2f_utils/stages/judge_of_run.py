@@ -9,17 +9,17 @@ from c2f_utils.domain import forms
 from c2f_utils.domain.samples import Prompt, Sample
 from c2f_utils.errors import C2FError
 from c2f_utils.measure import dialogues, judge_prompts
-from c2f_utils.measure.judge_api import Budget, Ledger, OpenAICompatibleJudge, Server, cost
+from c2f_utils.measure.judge_api import Budget, Ledger, OpenAICompatibleJudge, Server, client, cost
 from c2f_utils.measure.judge_models import LocalModelJudge, RewardModelJudge
 from c2f_utils.measure.judges import HeuristicJudge, Judge, Question
 from c2f_utils.models import loading, rewards
 from c2f_utils.notebook.progress import Progress
 from c2f_utils.runs.run import Run
+from c2f_utils.settings.preflight import check_folder
 from c2f_utils.stages import data
 from c2f_utils.stages.inputs import CHECKPOINTS, Inputs
 
-# The most bytes of a judge's prompt beside question and answers, as a bound on what is read.
-_CHARACTERS_PER_TOKEN = 8
+BYTES_PER_TOKEN = 3  # of questions and rubrics, for an estimate
 
 
 def templates(run: Run) -> dict[str, judge_prompts.Template]:
@@ -42,7 +42,7 @@ def make(run: Run, inputs: Inputs) -> tuple[Judge, dict | None]:
     if judge.name == "heuristic":
         return HeuristicJudge(), None
     if judge.name == "openai":
-        ledger = Ledger(run.here.path("dialogue", "ledger.jsonl"), Budget(judge.calls, judge.tokens))
+        ledger = Ledger(run.here.path("dialogue", "ledger.jsonl"), _budget(run))
         return OpenAICompatibleJudge(server(run), templates(run), ledger), None
     if judge.name == "local":
         model, tokenizer = loading.load_causal(judge.model, run.settings.models), loading.load_tokenizer(judge.model)
@@ -90,16 +90,21 @@ def refuse(run: Run, questions: Sequence[Question], verdicts: int) -> None:
     judge = run.settings.judge
     words = f"dialogues: {len(questions)} questions, {sum(len(q.turns) for q in questions)} turns; "
     words += f"judge {judge.name}: {verdicts} verdicts at most"
+    if judge.name == "local":
+        check_folder(judge.model, "judge.model")
+    if judge.name in ("local", "openai"):
+        rubric = max(len((t.system + t.user).encode()) for t in templates(run).values())
     if judge.name == "openai":
+        client()
         if verdicts > judge.calls:
             raise C2FError(
                 f"judge.calls = {judge.calls}, and {verdicts} verdicts are asked for; raise it, or lower "
                 "judge.questions or name fewer models in judge.against"
             )
-        answers = 4 * (judge.max_tokens or run.settings.evaluation.max_tokens) * _CHARACTERS_PER_TOKEN
         asked = max(len("".join(q.turns + q.reference).encode()) for q in questions)
-        prompt = max(len((t.system + t.user).encode()) for t in templates(run).values())
-        words = f"{words}: {cost(server(run), verdicts, verdicts * (answers + asked + prompt) // 4, _budget(run))}"
+        answers = 4 * (judge.max_tokens or run.settings.evaluation.max_tokens)  # of two models to two turns
+        read = verdicts * (answers + (asked + rubric) // BYTES_PER_TOKEN)
+        words = f"{words}: {cost(server(run), verdicts, read, _budget(run))}"
     print(words)
 
 

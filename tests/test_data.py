@@ -321,3 +321,16 @@ def test_cuts_of_base_answers_leave_at_least_four_tokens_and_never_add_any(monke
         found = [ids for pair in pairs for ids in (pair.first, pair.second)]
         assert all(ids == whole[: len(ids)] and len(ids) >= min(4, length) for ids in found)
         assert (len({len(ids) for ids in found}) > 1) == (share == 1.0 and length > 4)
+
+
+def test_a_judge_gets_pairs_that_02_left_over_or_else_its_held_out_ones(hub):
+    settings, tokenizer = hub
+    few = settings(**{"judge.pairs": 10})
+    mine, where = data.fresh_pairs(few, None, tokenizer)
+    training, held_out, _ = data.hub_pairs(few, tokenizer)
+    openings = {data._opening(pair.prompt) for pair in training}
+    assert where == "training pairs that notebook 02 left over" and 5 <= len(mine) <= 10
+    assert not any(tokenizer.decode(chosen).startswith(opening) for chosen, _ in mine for opening in openings)
+    mine, where = data.fresh_pairs(settings(**{"judge.pairs": 5000}), None, tokenizer)
+    assert where == "held-out pairs of notebook 02, for want of others"
+    assert mine == [pair.tokens for pair in held_out]

@@ -12,7 +12,7 @@ from c2f_utils.domain.samples import Prompt, Sample
 from c2f_utils.models.rewards import RewardFunction
 from c2f_utils.rollout.choice import choose
 
-TEMPERATURES = {"sampled_t1": 1.0, "sampled_t07": 0.7, "greedy": 0.0}
+TEMPERATURES = {"sampled_t1": 1.0, "sampled_t07": 0.7, "greedy": 0.0, "sampled_t01": 0.1}
 CHECKER_METRICS = ("accuracy_last", "accuracy_first", "correct_steps", "utility")
 
 

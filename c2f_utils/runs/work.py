@@ -150,4 +150,15 @@ def _evaluation(settings: Settings, speeds: Speeds) -> Work:
     if "embedded" in wanted(settings.tasks, settings.embedded):
         count = min(settings.tasks.problems, settings.data.test_prompts)
         total += Work(count * settings.evaluation.max_tokens, 5 * count * speeds.prompt_tokens) * models  # 4 choices
-    return total
+    return total + _judging(settings, speeds) * models
+
+
+def _judging(settings: Settings, speeds: Speeds) -> Work:
+    """Two turns of every question per model, and a share in the training of a held-out reward model."""
+    judge = settings.judge
+    if judge.name == "none":
+        return Work()
+    answered = _answered(2 * judge.questions, judge.max_tokens or settings.evaluation.max_tokens, speeds)
+    trained = judge.pairs * _training_passes(settings) if judge.name == "reward" else 0
+    models = 4 + 1 + len(settings.merge.controls)
+    return answered + Work(0.0, trained * speeds.pair_tokens / models)

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from c2f_utils.domain.forms import Form
 from c2f_utils.domain.worlds import WORLDS, World
+from c2f_utils.settings.judge import Judge
 from c2f_utils.settings.kinds import Count, Few, Items, Name, NonNegative, Positive, Rate, Section, Share
 from c2f_utils.settings.retention_options import Retention, Safety, Sampling
 from c2f_utils.settings.rlhf import Coarse, Schedules
@@ -33,7 +34,7 @@ _DECIDES = {
     "04_length_schedules": ("models", "data", "coarse", "schedules", "evaluation"),
     "05_instruction_model": ("models", "data", "instruct", "evaluation"),
     "06_residue_merging": ("models", "data", "coarse", "merge", "evaluation"),
-    "07_evaluation": ("models", "data", "merge", "evaluation", "tasks", "retention", "sampling", "safety"),
+    "07_evaluation": ("models", "data", "merge", "evaluation", "tasks", "retention", "sampling", "safety", "judge"),
     "08_report": (),
     "09_studies": (),
 }
@@ -213,6 +214,7 @@ class Settings(Section):
     retention: Retention = Retention()
     sampling: Sampling = Sampling()
     safety: Safety = Safety()
+    judge: Judge = Judge()
 
     @property
     def embedded(self) -> bool:

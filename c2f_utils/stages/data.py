@@ -15,6 +15,8 @@ from c2f_utils.models.rewards import Pair
 from c2f_utils.rollout.choice import choose
 from c2f_utils.settings.config import PAIR_ANSWER_TOKENS, Reward, Settings
 
+JUDGE_SEED = 2_000_000  # beside the run's: the pairs of a held-out reward model
+
 
 def checksum(settings: Settings) -> dict[str, str]:
     """SHA-256 of the local data files a run reads, by path, for its provenance."""
@@ -62,8 +64,11 @@ def _hub_prompts(settings: Settings, split: stories.Split, count: int, tokenizer
 
 def hub_split(prompt: str) -> stories.Split:
     """The split of a dialogue, by its first turn: the same dialogue cut at several turns is never in two splits."""
-    opening = prompt.split(preferences.ASSISTANT)[0]
-    return {0: "validation", 1: "test"}.get(zlib.crc32(opening.encode()) % 8, "train")
+    return {0: "validation", 1: "test"}.get(zlib.crc32(_opening(prompt).encode()) % 8, "train")
+
+
+def _opening(prompt: str) -> str:
+    return prompt.split(preferences.ASSISTANT)[0]
 
 
 @dataclass(frozen=True)
@@ -148,6 +153,33 @@ def embedded_pairs(settings: Settings, base, tokenizer, count: int, seed: int) -
         pairs.append(labelled(problem, answers, reward, rng))
     rng.shuffle(pairs)
     return pairs
+
+
+def fresh_pairs(settings: Settings, base, tokenizer) -> tuple[list[Pair], str]:
+    """Pairs for a judge, which no other model was trained on, and where they are from, in words.
+
+    `judge.pairs` of them at most. On the embedded domain new ones, on problems that 02 has no pairs of. On hub data
+    what 02 left over of the training pairs, without the dialogues that it was trained on; where that is less than half
+    of what is asked for, its held-out pairs, on which it was measured but not trained.
+    """
+    wanted, reward = settings.judge.pairs, settings.reward
+    if settings.embedded:
+        known = set(_questions(settings, reward.pairs + reward.held_out_pairs, settings.seed))
+        made = embedded_pairs(settings, base, tokenizer, wanted, settings.seed + JUDGE_SEED)
+        return [pair.tokens for pair in made if pair.problem not in known], "new pairs"
+    more = settings.model_copy(update={"reward": reward.model_copy(update={"pairs": reward.pairs + wanted})})
+    training, held_out, _ = hub_pairs(more, tokenizer)
+    trained = {_opening(pair.prompt) for pair in training[: reward.pairs]}
+    left = [pair.tokens for pair in training[reward.pairs :] if _opening(pair.prompt) not in trained]
+    if 2 * len(left) >= wanted:
+        return left, "training pairs that notebook 02 left over"
+    return [pair.tokens for pair in held_out[:wanted]], "held-out pairs of notebook 02, for want of others"
+
+
+def _questions(settings: Settings, count: int, seed: int) -> list[stories.Problem]:
+    """The problems of `embedded_pairs`, whose generator draws their seed first."""
+    first, stated = random.Random(f"pairs-{seed}").getrandbits(32), settings.data
+    return stories.problems("train", count, first, stated.operations, stated.world)
 
 
 def labelled(problem: stories.Problem, answers: list[list[int]], reward: Reward, rng: random.Random) -> EmbeddedPair:

@@ -15,6 +15,7 @@ from c2f_utils.models import loading
 from c2f_utils.runs.run import Run
 from c2f_utils.settings.task_suites import wanted
 from c2f_utils.stages import tasks
+from c2f_utils.stages.dialogue import Dialogues
 from c2f_utils.stages.inputs import Inputs, keep_samples
 from c2f_utils.stages.retention_and_sampling import Retention, Sampling
 from c2f_utils.stages.safety import Wordlist
@@ -62,6 +63,8 @@ def parts(run: Run, inputs: Inputs) -> list[Part]:
         found.append(Sampling(run, inputs))
     if run.settings.safety.wordlist:
         found.append(Wordlist(run, inputs))
+    if run.settings.judge.name != "none":
+        found.append(Dialogues(run, inputs))
     return found
 
 

@@ -1,0 +1,92 @@
+"""Tables and sentences of 07's dialogues: who wins in the judge's eyes, and whether that judge may be believed.
+
+Every table carries the judge's name, and what it fails. Results without dialogues give an empty table.
+"""
+
+import pandas as pd
+
+from c2f_utils.report.results import load
+
+STAGE = "07_evaluation"
+COMPARED = (
+    "wins", "ties", "losses", "failed", "win_rate", "low", "high", "swap_consistency", "first_wins", "tokens_a",
+    "tokens_b",
+)  # fmt: skip
+_HEADINGS = {
+    "low": "95 % low", "high": "95 % high", "tokens_a": "tokens of fine", "tokens_b": "tokens of the other",
+    "win_rate": "win rate of fine", "first_wins": "first shown wins", "failed": "no verdict",
+}  # fmt: skip
+NONE = "No dialogues were judged: judge.name is 'none', or the results are of an earlier version."
+
+
+def stamp(dialogue: dict) -> str:
+    """The judge as tables name it: with every check that it fails, and as no judge at all if it is the heuristic."""
+    judge = dialogue["judge"]
+    failed = [name for name, check in judge["checks"].items() if not check["passed"]]
+    words = [f"fails {', '.join(failed)}"] if failed else []
+    words += ["for dry runs only"] if judge["name"] == "heuristic" else []
+    return f"{judge['name']} ({'; '.join(words)})" if words else judge["name"]
+
+
+def win_table(source: object, by: str | None = None) -> pd.DataFrame:
+    """Fine against each other model; with `by` (category or turn) a row per value of it."""
+    dialogue, labels = _dialogue(source)
+    rows = []
+    for other, found in (dialogue.get("against") or {}).items():
+        parts = found[f"by_{by}"] if by else {"": found}
+        for value, part in parts.items():
+            row = {"fine against": labels.get(other, other), **({by: value} if by else {})}
+            rows.append(row | {_HEADINGS.get(key, key): part[key] for key in COMPARED} | {"judge": stamp(dialogue)})
+    columns = ["fine against", *([by] if by else []), *(_HEADINGS.get(key, key) for key in COMPARED), "judge"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def grade_table(source: object) -> pd.DataFrame:
+    """Mean grade of every model, where the judge gave any."""
+    dialogue, labels = _dialogue(source)
+    rows = [
+        {"model": labels.get(name, name), "grade": g["mean"], "95 % low": g["low"], "95 % high": g["high"],
+         "turn 1": g["turn_1"], "turn 2": g["turn_2"], "graded": g["graded"], "no grade": g["failed"],
+         "judge": stamp(dialogue)}
+        for name, g in (dialogue.get("grades") or {}).items()
+    ]  # fmt: skip
+    columns = ["model", "grade", "95 % low", "95 % high", "turn 1", "turn 2", "graded", "no grade", "judge"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def check_table(source: object) -> pd.DataFrame:
+    """The null checks: what every sound judge must say."""
+    dialogue, _ = _dialogue(source)
+    rows = [
+        {"check": name, "value": check["value"], "required": check["required"], "passed": check["passed"],
+         "n": check["n"], "no verdict": check["failed"], "judge": stamp(dialogue)}
+        for name, check in (dialogue.get("judge") or {}).get("checks", {}).items()
+    ]  # fmt: skip
+    return pd.DataFrame(rows, columns=["check", "value", "required", "passed", "n", "no verdict", "judge"])
+
+
+def in_words(source: object) -> str:
+    """What was asked and by whom it was judged, and, of a judge that may be believed, which models fine beats."""
+    dialogue, labels = _dialogue(source)
+    if not dialogue:
+        return NONE
+    judge, asked = dialogue["judge"], dialogue["questions"]
+    trained = judge["trained"]
+    text = f"{asked['n']} questions, {asked['turns']} turns ({asked['from']}), judged by {stamp(dialogue)}"
+    text += f", trained on {trained['pairs']} pairs ({trained['from']})." if trained else "."
+    if asked["faulty_references"]:
+        text += f" {asked['faulty_references']} reference answers are known to be wrong."
+    if failed := sum(found["verdicts_failed"] for found in dialogue["against"].values()):
+        text += f" {failed} verdicts could not be read; their pairs are in no rate."
+    if not judge["fit"]:
+        return f"{text} Nothing is claimed from this judge's verdicts."
+    ahead = [labels.get(name, name) for name, found in dialogue["against"].items() if found["low"] > 0.5]
+    behind = [labels.get(name, name) for name, found in dialogue["against"].items() if found["high"] < 0.5]
+    for said, names in (("Fine is preferred to", ahead), ("Fine is preferred less often than", behind)):
+        text += f" {said} {', '.join(names)}." if names else ""
+    return text if ahead or behind else f"{text} No win rate differs from one half by more than its interval."
+
+
+def _dialogue(source: object) -> tuple[dict, dict[str, str]]:
+    results, _ = load(source, STAGE)
+    return results.get("dialogue") or {}, {name: found["label"] for name, found in results.get("models", {}).items()}

@@ -36,7 +36,11 @@ def test_what_is_asked_for_decides_how_long_it_takes():
     assert (
         of("06_residue_merging", merge__sections=[], merge__controls=[]).generated < of("06_residue_merging").generated
     )
-    assert of("07_evaluation", evaluation__decodings=["greedy"]).generated == of("07_evaluation").generated / 3
+    alone = {"tasks__suites": []}
+    one_of_three = of("07_evaluation", evaluation__decodings=["greedy"], **alone)
+    assert one_of_three.generated == of("07_evaluation", **alone).generated / 3
+    assert of("07_evaluation", **alone).generated < of("07_evaluation").generated
+    assert of("07_evaluation", tasks__problems=128).generated > of("07_evaluation").generated
     assert of("02_reward_model", reward__members=2).read > 1.5 * of("02_reward_model").read
     assert of("05_instruction_model").read > of("05_instruction_model", instruct__tokens=1000).read
     assert work.of_stage("08_report", load_settings("tiny"), SPEEDS) is None

@@ -144,9 +144,10 @@ def _merging(settings: Settings, speeds: Speeds) -> Work:
 
 
 def _evaluation(settings: Settings, speeds: Speeds) -> Work:
-    models = 4 + 1 + len(settings.merge.controls) + 2 * settings.embedded  # the roles, a recipe, controls, forced ones
+    models = 4 + 1 + len(settings.merge.controls)  # the roles, a recipe, controls
+    forced = 2 * settings.embedded
     each = _answered(settings.data.test_prompts, settings.evaluation.max_tokens, speeds)
-    total = each * (models * len(settings.evaluation.decodings))
+    total = each * ((models + forced) * len(settings.evaluation.decodings))
     if "embedded" in wanted(settings.tasks, settings.embedded):
         count = min(settings.tasks.problems, settings.data.test_prompts)
         total += Work(count * settings.evaluation.max_tokens, 5 * count * speeds.prompt_tokens) * models  # 4 choices

@@ -36,7 +36,12 @@ def test_what_is_asked_for_decides_how_long_it_takes():
     assert (
         of("06_residue_merging", merge__sections=[], merge__controls=[]).generated < of("06_residue_merging").generated
     )
-    assert of("07_evaluation", evaluation__decodings=["greedy"]).generated == of("07_evaluation").generated / 3
+    alone = of("07_evaluation", judge__name="none")
+    greedy = of("07_evaluation", judge__name="none", evaluation__decodings=["greedy"])
+    assert greedy.generated == alone.generated / 3
+    judged, more = of("07_evaluation"), of("07_evaluation", judge__questions=48, judge__pairs=1200)
+    assert more.generated - alone.generated == 2 * (judged.generated - alone.generated) > 0
+    assert more.read > judged.read > of("07_evaluation", judge__name="heuristic").read > alone.read
     assert of("02_reward_model", reward__members=2).read > 1.5 * of("02_reward_model").read
     assert of("05_instruction_model").read > of("05_instruction_model", instruct__tokens=1000).read
     assert work.of_stage("08_report", load_settings("tiny"), SPEEDS) is None

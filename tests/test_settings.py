@@ -249,3 +249,8 @@ def test_small_gpu_names_an_instruction_model_of_its_own_base():
 def test_an_importance_cap_is_off_or_at_least_one(cap):
     assert load_settings("smoke", overrides={"coarse.importance_cap": cap}).coarse.importance_cap == cap
     assert "0 (off) or at least 1" in refused({"coarse.importance_cap": 0.5})
+
+
+def test_another_judge_keeps_the_other_settings_of_the_profile():
+    judge = load_settings("smoke", overrides={"judge.name": "reward"}).judge
+    assert (judge.name, judge.questions) == ("reward", load_settings("smoke").judge.questions) == ("reward", 4)

@@ -36,11 +36,15 @@ def test_what_is_asked_for_decides_how_long_it_takes():
     assert (
         of("06_residue_merging", merge__sections=[], merge__controls=[]).generated < of("06_residue_merging").generated
     )
-    alone = {"tasks__suites": []}
+    alone = {"tasks__suites": [], "judge__name": "none"}
     one_of_three = of("07_evaluation", evaluation__decodings=["greedy"], **alone)
     assert one_of_three.generated == of("07_evaluation", **alone).generated / 3
-    assert of("07_evaluation", **alone).generated < of("07_evaluation").generated
-    assert of("07_evaluation", tasks__problems=128).generated > of("07_evaluation").generated
+    asked = of("07_evaluation", judge__name="none")
+    assert of("07_evaluation", **alone).generated < asked.generated
+    assert of("07_evaluation", judge__name="none", tasks__problems=128).generated > asked.generated
+    judged, more = of("07_evaluation"), of("07_evaluation", judge__questions=48, judge__pairs=1200)
+    assert more.generated - asked.generated == 2 * (judged.generated - asked.generated) > 0
+    assert more.read > judged.read > of("07_evaluation", judge__name="heuristic").read > asked.read
     assert of("02_reward_model", reward__members=2).read > 1.5 * of("02_reward_model").read
     assert of("05_instruction_model").read > of("05_instruction_model", instruct__tokens=1000).read
     assert work.of_stage("08_report", load_settings("tiny"), SPEEDS) is None

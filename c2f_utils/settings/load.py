@@ -75,7 +75,7 @@ def _forget_credit(schedules: object, priced: set[str]) -> None:
 
 _PATHS = (
     ("models", "base"), ("models", "instruct"), ("models", "reward"), ("data", "preferences"), ("retention", "text"),
-    ("safety", "wordlist"),
+    ("safety", "wordlist"), ("judge", "prompts"), ("judge", "references"), ("judge", "templates"),
 )  # fmt: skip
 
 
@@ -97,7 +97,7 @@ def _merge(into: dict, update: dict, where: str = "") -> None:
     for key, value in update.items():
         here = f"{where}.{key}".strip(".")
         # A law is one choice: where another is named, half of the old one's keys must not survive in it.
-        whole = isinstance(value, dict) and "name" in value
+        whole = bool(where) and isinstance(value, dict) and "name" in value  # `judge` has a name and is a section
         if here in NAMED and not value:  # `laws: {}` and `laws: null`: none of the profile's
             into[key] = {}
         elif where in NAMED and value is None:

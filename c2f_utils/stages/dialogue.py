@@ -39,9 +39,9 @@ def questions_of(settings: Settings, inputs: Inputs) -> tuple[list[Question], st
         return found[: judge.questions], f"{judge.prompts} ({sha256(judge.prompts)[:12]})"
     if settings.embedded:
         texts = [prompt.text for prompt in inputs.prompts("test")]
-        single = judge.questions // 2  # the others have two turns
+        single = -(-min(judge.questions, 2 * len(texts) // 3) // 2)  # the others have two turns
         turns = [(text,) for text in texts[:single]]
-        turns += list(zip(texts[single::2], texts[single + 1 :: 2], strict=False))
+        turns += list(zip(texts[single::2], texts[single + 1 :: 2], strict=False))[: judge.questions // 2]
         return _numbered(turns[: judge.questions]), "test problems"
     said = ([m["content"] for m in forms.messages(p.text) if m["role"] == "user"] for p in inputs.prompts("test"))
     unlike = dict.fromkeys(tuple(turns[:2]) for turns in said if all(turns[:2]))

@@ -29,8 +29,7 @@ from typing import Protocol
 
 from c2f_utils.errors import C2FError, Stopped
 from c2f_utils.files import append_jsonl, read_jsonl, write_text
-
-TIE = 0.05  # a preference within 0.5 +- TIE is a tie: below what a judge with noise of its own could tell apart
+from c2f_utils.measure.verdict_pairs import decided
 
 
 @dataclass(frozen=True)
@@ -227,7 +226,7 @@ def outcome(p_a: float | None) -> str:
     """ "a", "b", "tie" or, without a verdict, "error"."""
     if p_a is None:
         return "error"
-    return "tie" if abs(p_a - 0.5) <= TIE else "a" if p_a > 0.5 else "b"
+    return {1.0: "a", 0.0: "b"}.get(float(decided(p_a)), "tie")
 
 
 def both_orders(rows: Sequence[dict]) -> Iterator[tuple[dict, dict]]:

@@ -16,9 +16,10 @@ from c2f_utils.domain.forms import Form
 from c2f_utils.domain.samples import Prompt, Sample
 from c2f_utils.errors import C2FError
 from c2f_utils.files import sha256, write_text
-from c2f_utils.measure import dialogues, judge_summary
+from c2f_utils.measure import bias_panel, dialogues, judge_summary
 from c2f_utils.measure.answers import TEMPERATURES
 from c2f_utils.measure.judges import Case, Dialogue, Judge, Question, Verdicts, pairs, save_rows, verdict_rows
+from c2f_utils.measure.win_rates import win_rates
 from c2f_utils.notebook.progress import Progress
 from c2f_utils.runs.run import Run
 from c2f_utils.settings.config import Settings
@@ -103,14 +104,15 @@ class Dialogues:
         dialogues.write_answers(self.run.here.path(self.key, "model_answer", f"{name}.jsonl"), name, self.said[name])
 
     def results(self) -> dict:
-        """Win rates of fine, grades, null checks and lengths."""
+        """Win rates of fine, and of each model against it at equal length; what the judge pays for besides quality;
+        grades, null checks and lengths."""
         here, settings = self.run.here, self.settings
         with here.timer("dialogue: judge"), stopped_here(here):
             judge, trained = judge_of_run.make(self.run, self.inputs)
         verdicts = Verdicts(here.path(self.key, "verdicts.jsonl"))
         with here.timer("dialogue: verdicts"), stopped_here(here):
             checks = judge_summary.null_checks(self._null_pairs(), judge, verdicts, **self._watch())
-            against = self._compared(judge, verdicts) if "pairwise" in settings.judge.grading else {}
+            against, rows = self._compared(judge, verdicts) if "pairwise" in settings.judge.grading else ({}, [])
             grades = self._graded(judge, verdicts) if "single" in settings.judge.grading else {}
         return {
             "judge": {
@@ -122,6 +124,8 @@ class Dialogues:
                 "faulty_references": sum(q.reference_faulty for q in self.questions),
             },
             "against": against, "grades": grades,
+            "win_rates": win_rates(rows, FINE, seed=settings.seed) if rows else [],
+            "panel": bias_panel.panel(rows, seed=settings.seed) if rows else {},
             "answers": {name: _lengths(said) for name, said in self.said.items()},
         }  # fmt: skip
 
@@ -133,7 +137,7 @@ class Dialogues:
         constant = "maybe it is more ." if settings.embedded else "Thank you for your question."
         return judge_summary.null_pairs(self.questions, self.said[FINE], constant, count)
 
-    def _compared(self, judge: Judge, verdicts: Verdicts) -> dict[str, dict]:
+    def _compared(self, judge: Judge, verdicts: Verdicts) -> tuple[dict[str, dict], list[dict]]:
         rows, found = [], {}
         faulty = {question.id for question in self.questions if question.reference_faulty}
         for other in self.said:
@@ -151,7 +155,7 @@ class Dialogues:
             said = [verdicts.find(case, judge) for pair in asked for case in pair.cases()]
             dialogues.write_pair_judgements(place, asked, said, (judge.id, "pair"))
         save_rows(self.run.here.path(self.key, "verdict_rows.jsonl"), rows)
-        return found
+        return found, rows
 
     def _graded(self, judge: Judge, verdicts: Verdicts) -> dict[str, dict]:
         asked = [(question, turn) for question in self.questions for turn in range(1, len(question.turns) + 1)]

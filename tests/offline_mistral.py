@@ -119,6 +119,7 @@ def build(folder: Path = HERE / ".offline_mistral", overrides: Path = OVERRIDES,
 def settings(folder: Path, dtype: str) -> dict:
     """The overrides of profile mistral_7b: these models and pairs, and sizes of seconds."""
     law = {"name": "logistic", "start": 8, "maximum": 16, "step": 4}
+    text, words = (str(path) if (path := folder / name).exists() else None for name in ("text.txt", "words.txt"))
     return {
         "models": {
             "base": str(folder / "base"), "instruct": str(folder / "instruct"), "dtype": dtype, "device": "cpu",
@@ -142,8 +143,8 @@ def settings(folder: Path, dtype: str) -> dict:
         }},
         "merge": {"coefficients": [0.5, 1.0]},
         "evaluation": {"max_tokens": 16, "prefixes": [8, 16], "samples_kept": 4},
-        "retention": {"documents": 6, "answers": 6, "text": str(folder / "text.txt")},
-        "safety": {"wordlist": str(folder / "words.txt"), "prompts": 6},
+        "retention": {"documents": 6, "answers": 6, "text": text},
+        "safety": {"wordlist": words, "prompts": 6},
     }  # fmt: skip
 
 

@@ -192,7 +192,8 @@ def test_a_stop_file_ends_03_with_a_model_and_the_same_notebook_continues(smoke_
 def test_an_interrupt_ends_03_after_the_iteration_and_a_second_one_at_once(smoke_run, tmp_path, monkeypatch, capsys):
     parents(smoke_run, tmp_path)
     monkeypatch.setenv("C2F_OUTPUTS", str(tmp_path))
-    usual = signal.getsignal(signal.SIGINT)
+    usual = signal.default_int_handler  # a process started in the background has none
+    before = signal.signal(signal.SIGINT, usual)
     run = begin(STAGE)
     for row in coarse_rlhf.train(run):
         if row["iteration"] == 1:
@@ -207,6 +208,7 @@ def test_an_interrupt_ends_03_after_the_iteration_and_a_second_one_at_once(smoke
             signal.raise_signal(signal.SIGINT)
     run.here.release()
     assert signal.getsignal(signal.SIGINT) is usual
+    signal.signal(signal.SIGINT, before)
     run = begin(STAGE)
     list(coarse_rlhf.train(run))
     run.here.finish()

@@ -117,7 +117,7 @@ def test_prompts_and_limits_are_dealt_so_that_no_two_processes_share_one():
 
 def test_fewer_prompts_than_processes_are_refused():
     with pytest.raises(C2FError, match="less than the 2 processes"):
-        trainer("fixed", prompts=1, those=Two())
+        trainer("fixed", prompts=1, minibatches=1, those=Two())
 
 
 def test_split_weights_need_an_answer_per_process_in_every_minibatch():

@@ -300,7 +300,7 @@ def test_plain_papermill_is_refused_by_the_first_code_cell(tmp_path, parameters,
         *parameters,
     ]
     done = subprocess.run(command, cwd=ROOT, env=surroundings(outputs), capture_output=True, text=True)
-    assert done.returncode == 1 and "C2FError" in done.stderr and said in done.stderr, done.stderr
+    assert done.returncode == 1 and said in done.stderr, done.stderr
     cells = [cell for cell in json.loads((tmp_path / "o.ipynb").read_text())["cells"] if cell["cell_type"] == "code"]
     ran = [cell["execution_count"] for cell in cells]
     assert ran[-1] is None, "the story was not told"

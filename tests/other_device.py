@@ -81,7 +81,7 @@ _made = torch.tensor
 
 def _tensor(data, *, device=None, **options) -> Tensor:
     # Made on `meta` directly it would have no values, and no dispatch would see it.
-    return _made(data, **options).to(device or "cpu")
+    return _made(data, device="cpu", **options).to(device or "cpu")
 
 
 def _run(func, args: tuple, kwargs: dict):

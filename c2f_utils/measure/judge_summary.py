@@ -25,12 +25,13 @@ IDENTICAL_TIES = 0.95  # least share of identical answers that a sound judge cal
 def summary(rows: Sequence[dict]) -> dict:
     """Counts and rates of verdict rows on one pair of models, in both orders.
 
-    `win_rate` = (wins + ties / 2) / judged, of model a, with its Wilson interval over pairs; `mean_p_a` is the mean
+    `win_rate` = (wins + ties / 2) / judged, of model a, with a Wilson interval for as many trials as there are
+    questions: the turns of one are no independent evidence, and count as if they were one; `mean_p_a` is the mean
     preference over both orders (None where nothing could be read), `first_wins` the share of decided verdicts for the
     answer shown first. Source of the rule: Zheng et al. 2023, MT-Bench.
     """
     found = dict.fromkeys(("wins", "losses", "ties", "failed"), 0)
-    agreed, preferences, decided, first = 0, [], 0, 0
+    agreed, preferences, decided, first, questions = 0, [], 0, 0, set()
     for one, other in both_orders(rows):
         said = outcome(one["p_a"]), outcome(other["p_a"])
         first += (said[0] == "a") + (said[1] == "b")
@@ -38,14 +39,15 @@ def summary(rows: Sequence[dict]) -> dict:
         if "error" in said:
             found["failed"] += 1
             continue
+        questions.add(one["question"])
         agreed += said[0] == said[1]
         preferences.append((one["p_a"] + other["p_a"]) / 2)
         found[{("a", "a"): "wins", ("b", "b"): "losses"}.get(said, "ties")] += 1
     judged = len(preferences)
-    rate = stats.wilson(found["wins"] + found["ties"] / 2, judged)
+    won = (found["wins"] + found["ties"] / 2) / judged if judged else None
+    rate = stats.wilson((won or 0.0) * len(questions), len(questions))
     return {
-        **found, "pairs": len(rows) // 2, "judged": judged,
-        "win_rate": rate.value if judged else None, "low": rate.low, "high": rate.high,
+        **found, "pairs": len(rows) // 2, "judged": judged, "win_rate": won, "low": rate.low, "high": rate.high,
         "mean_p_a": sum(preferences) / judged if judged else None,
         "swap_consistency": agreed / judged if judged else None,
         "first_wins": first / decided if decided else None, "verdicts_failed": sum(not row["ok"] for row in rows),

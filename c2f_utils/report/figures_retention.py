@@ -13,12 +13,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from c2f_utils.report.labels import end_labels, point_labels
-from c2f_utils.report.results import LABELS, column, load
+from c2f_utils.report.results import GAINED, LABELS, column, load
 from c2f_utils.report.style import DOUBLE, INK, MUTED, ROLE_COLOURS, ROLE_MARKERS, new_figure, note, say, styled
 from c2f_utils.report.tables_retention import STAGE, label
 
 NOT_RUN = "not measured in this run"
-_GAINED = ("accuracy_last", "utility", "reward")
 
 
 @styled
@@ -71,7 +70,7 @@ _SIZES = {"fine": 90, "coarse": 45, "base": 32, "instruct": 40}
 def _gain_rows(results: dict, loss: str, metric: str | None) -> list[dict]:
     """One row per model that has both: its gain over instruct and its loss, with intervals."""
     models, gains = (results.get("retention") or {}).get("models", {}), results.get("gains") or []
-    measured = [name for name in _GAINED if any(gain["metric"] == name for gain in gains)]
+    measured = [name for name in GAINED if any(gain["metric"] == name for gain in gains)]
     metric = metric or next(iter(measured), None)
     by_name = {gain["a"]: gain for gain in gains if gain["metric"] == metric}
     by_name["instruct"] = {"difference": 0.0, "low": None, "high": None}  # against itself

@@ -41,6 +41,7 @@ METRICS = {
 }
 LABELS = {name: metric.label for name, metric in METRICS.items()}
 MAIN = ("base", "instruct", "coarse", "fine")  # models that are no control
+GAINED = ("accuracy_last", "utility", "reward")  # what a model may gain over instruct, the first known one in figures
 LAW_OF_03 = "logistic"  # the name under which 04 shows the law of 03
 DECODINGS = {"sampled_t1": "sampled at T = 1", "sampled_t07": "sampled at T = 0.7", "greedy": "greedy decoding"}
 

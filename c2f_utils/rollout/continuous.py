@@ -20,7 +20,7 @@ from c2f_utils.domain.samples import Prompt, Sample
 from c2f_utils.errors import C2FError
 from c2f_utils.positions import positions_of
 from c2f_utils.rollout.anatomy import unwrapped
-from c2f_utils.rollout.sampler import cuda_devices, eos_ids, refuse_overlong, sample_of
+from c2f_utils.rollout.sampler import cuda_devices, each_limit, eos_ids, sample_of
 
 PAGE = 32  # key/value positions of one cache page
 PATIENCE = 600.0  # seconds without any finished answer after which the engine counts as stuck
@@ -41,8 +41,7 @@ class ContinuousBatching:
         self, prompts: Sequence[Prompt], limits: Sequence[int] | int, *, temperature: float = 1.0, seed: int = 0
     ) -> list[Sample]:
         """Answer every prompt; `limits` in tokens, temperature 0 is greedy. Raises C2FError when the engine fails."""
-        limits = [limits] * len(prompts) if isinstance(limits, int) else list(limits)
-        refuse_overlong(positions_of(self.causal.config), prompts, limits)
+        limits = each_limit(limits, prompts, positions_of(self.causal.config))
         if not prompts:
             return []
         with torch.random.fork_rng(devices=cuda_devices(self.causal)), warnings.catch_warnings():

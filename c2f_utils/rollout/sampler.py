@@ -52,8 +52,7 @@ class BatchedSampler(ABC):
         self, prompts: Sequence[Prompt], limits: Sequence[int] | int, *, temperature: float = 1.0, seed: int = 0
     ) -> list[Sample]:
         """Answer every prompt; `limits` in tokens, temperature 0 is greedy, the same seed gives the same answers."""
-        limits = [limits] * len(prompts) if isinstance(limits, int) else list(limits)
-        refuse_overlong(self.positions, prompts, limits)
+        limits = each_limit(limits, prompts, self.positions)
         device = next(self.causal.parameters()).device
         generator = torch.Generator(device=device).manual_seed(seed)
         samples: list[Sample] = []
@@ -142,13 +141,16 @@ def cuda_devices(model: nn.Module) -> list[int]:
     return [device.index or 0] if device.type == "cuda" else []
 
 
-def refuse_overlong(positions: int, prompts: Sequence[Prompt], limits: Sequence[int]) -> None:
-    """Raise C2FError for an empty prompt and for one that with its limit needs more than `positions`."""
+def each_limit(limits: Sequence[int] | int, prompts: Sequence[Prompt], positions: int) -> list[int]:
+    """One limit per prompt, in tokens; raises C2FError for an empty prompt and for one that with its limit needs more
+    than `positions`."""
+    limits = [limits] * len(prompts) if isinstance(limits, int) else list(limits)
     for prompt, limit in zip(prompts, limits, strict=True):
         if not prompt.ids:
             raise C2FError(f"empty prompt {prompt.text[:60]!r}: expected at least one token; drop it from the data")
         if said := beyond(len(prompt.ids), limit, positions):
             raise C2FError(f"{said}; lower the law's maximum, evaluation.max_tokens or data.max_prompt_tokens")
+    return limits
 
 
 def eos_ids(tokenizer, model) -> frozenset[int]:

@@ -24,7 +24,7 @@ from c2f_utils.domain.samples import Prompt, Sample
 from c2f_utils.errors import C2FError
 from c2f_utils.positions import positions_of
 from c2f_utils.rollout.anatomy import output_weight, unwrapped
-from c2f_utils.rollout.sampler import cuda_devices, eos_ids, refuse_overlong, sample_of
+from c2f_utils.rollout.sampler import cuda_devices, each_limit, eos_ids, sample_of
 from c2f_utils.weights import first_line
 
 
@@ -59,8 +59,7 @@ class VLLMSampler:
         self, prompts: Sequence[Prompt], limits: Sequence[int] | int, *, temperature: float = 1.0, seed: int = 0
     ) -> list[Sample]:
         """Answer every prompt; `limits` in tokens, temperature 0 is greedy. Raises C2FError when the engine fails."""
-        limits = [limits] * len(prompts) if isinstance(limits, int) else list(limits)
-        refuse_overlong(self.positions, prompts, limits)
+        limits = each_limit(limits, prompts, self.positions)
         if not prompts:
             return []
         asked = [{"prompt_token_ids": list(p.ids)} for p in prompts]

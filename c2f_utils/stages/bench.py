@@ -42,7 +42,7 @@ class Bench:
         self.prompts = self.inputs.prompts("validation")
         self.model: nn.Module | None = self.inputs.instruct()
         stored = merge.open_stored(self.recipe({"name": "residue"}, 1.0))
-        self.stored = _is(self.model, stored["instruct"])
+        self.stored = _is_as_stored(self.model, stored["instruct"])
         if self.stored:
             roles = (stored[role].ordered(self.model.state_dict()) for role in ("instruct", "base", "coarse.0"))
             instruct, base, coarse = roles
@@ -149,7 +149,7 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().cpu() for name, value in model.state_dict().items()}
 
 
-def _is(model: nn.Module, stored: merge.StateDict) -> bool:
+def _is_as_stored(model: nn.Module, stored: merge.StateDict) -> bool:
     """Whether a model in memory is what is stored, name by name and value by value, tied tensors once."""
     mine = model.state_dict()
     if not all(name in mine and mine[name].shape == stored.shape(name) for name in stored):

@@ -19,6 +19,7 @@ from c2f_utils.files import sha256, write_text
 from c2f_utils.measure import bias_panel, dialogues, judge_summary
 from c2f_utils.measure.answers import TEMPERATURES
 from c2f_utils.measure.judges import Case, Dialogue, Judge, Question, Verdicts, pairs, save_rows, verdict_rows
+from c2f_utils.measure.style_control import style_controlled
 from c2f_utils.measure.win_rates import win_rates
 from c2f_utils.notebook.progress import Progress
 from c2f_utils.runs.run import Run
@@ -125,6 +126,7 @@ class Dialogues:
             },
             "against": against, "grades": grades,
             "win_rates": win_rates(rows, FINE, seed=settings.seed) if rows else [],
+            "style": style_controlled(rows, FINE, seed=settings.seed) if rows else [],
             "panel": bias_panel.panel(rows, seed=settings.seed) if rows else {},
             "answers": {name: _lengths(said) for name, said in self.said.items()},
         }  # fmt: skip

@@ -12,6 +12,7 @@ from c2f_utils.domain.forms import Form
 from c2f_utils.domain.samples import Prompt, make_prompts
 from c2f_utils.measure import answers
 from c2f_utils.models import loading
+from c2f_utils.report.results import GAINED, MAIN
 from c2f_utils.runs.run import Run
 from c2f_utils.settings.task_suites import wanted
 from c2f_utils.stages import tasks
@@ -34,8 +35,6 @@ LABELS = {
     "best_recipe": "best recipe of all tried",
     "one_coefficient": "one coefficient for all",
 }
-ROLES = ("base", "instruct", "coarse", "fine")
-GAINED = ("accuracy_last", "utility", "reward")
 PAIRED = ("accuracy_last", "accuracy_first", "utility", "tokens", "rep4", "reward")
 
 
@@ -138,7 +137,7 @@ def _models(run: Run, inputs: Inputs, test: list[Prompt]) -> Iterator[tuple[str,
 
 
 def _role(name: str, form: Form | None) -> str:
-    if name in ROLES:
+    if name in MAIN:
         return name
     return "other form" if form and name in (f"instruct_{form}", f"fine_{form}") else "control"
 

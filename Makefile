@@ -11,8 +11,9 @@ demo: $(READY)
 	$(BIN)/c2f run all --profile tiny --run-id demo
 
 # One test process per core, one torch thread in each: two threads on a busy machine can be ten times slower than one.
+# Tests that need the same finished run share a process, so that it is made once.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadgroup
 
 test-slow: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile -m "slow or browser or slurm"

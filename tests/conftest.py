@@ -11,6 +11,16 @@ from pathlib import Path  # noqa: E402
 import pytest  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
+# Fixtures that take long to make: with `--dist loadgroup` all tests of one run in the process that made it.
+COSTLY = ("smoke_run", "offline_run", "both", "executed", "whole", "trained", "parents")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        for name in COSTLY:
+            if name in item.fixturenames:
+                item.add_marker(pytest.mark.xdist_group(name))
+                break
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """PORTIA: nothing of an answer is lost, parts are aligned as they should be, and flipped pairs get a second look."""
 
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -7,7 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from c2f_utils.measure import portia
+from c2f_utils.measure import judge_prompts, portia
+from c2f_utils.measure.judges import Case, Dialogue, Opinion, Pair, Question, Verdicts, verdict_rows
+from c2f_utils.measure.second_look import second_look
 
 PIECES = [
     "One two. ", "Three! ", "four", "\n\n", "```py\na. b\n\nc\n```\n", "```", "1. ", "e.g. ", "«Ja?» ", "好。", " ",
@@ -91,28 +94,79 @@ def test_the_merged_text_shows_part_beside_part():
 
 
 A, B = "Ants build. Bees hum. Wasps sting people.", "Ants build tall hills here. Bees hum. Bees hum. Wasps sting."
+QUESTION = Question("q", "writing", ("What do insects do?",))
 
 
-def test_a_pair_on_which_both_orders_agree_is_asked_about_once():
-    found = portia.resolve(A, B, lambda first, second: 0.8 if "".join(first) == A else 0.1)
-    assert found == {"p_a": pytest.approx(0.85), "by": "whole", "asked": 2}
+class Placed:
+    """Prefers what stands first, unless it is shown one of the `trusted` alignments: then a's answer."""
+
+    name = id = "placed"
+
+    def __init__(self, *trusted: portia.Parts):
+        self.trusted, self.heard = trusted, []
+
+    def opinions(self, cases):
+        for case in cases:
+            self.heard.append(case.parts)
+            swapped = case.shown[0] == (B,)
+            parts = case.parts and tuple(map(list, case.parts[::-1] if swapped else case.parts))
+            yield case, Opinion((0.2 if swapped else 0.9) if parts in self.trusted else 0.9)
 
 
-@pytest.mark.parametrize(
-    ("parts_wanted", "by"), [(portia.by_length(A, B), "length"), (portia.by_meaning(A, B), "meaning")]
-)
-def test_a_flipped_pair_is_settled_by_the_first_alignment_that_agrees(parts_wanted, by):
-    def ask(first, second):
-        if (first, second) == parts_wanted:
-            return 0.9
-        return 0.2 if (second, first) == parts_wanted else 0.9
-
-    assert portia.by_length(A, B) != portia.by_meaning(A, B)
-    assert portia.resolve(A, B, ask) == {"p_a": pytest.approx(0.85), "by": by, "asked": 4 if by == "length" else 6}
+def looked_twice(judge, tmp_path, answers=((A, B),)):
+    """The rows of pairs of answers before and after a second look, and its counts."""
+    asked = [
+        Pair(replace(QUESTION, id=f"q{n}"), 1, ("a", "b"), tuple(Dialogue((text,), (5,)) for text in both))
+        for n, both in enumerate(answers)
+    ]
+    verdicts = Verdicts(tmp_path / "verdicts.jsonl")
+    rows = verdict_rows(asked, judge, verdicts)
+    return rows, *second_look(asked, rows, judge, verdicts)
 
 
-def test_who_always_likes_the_first_or_says_nothing_leaves_a_tie():
-    assert portia.resolve(A, B, lambda first, second: 0.9) == {"p_a": 0.5, "by": None, "asked": 6}
-    assert portia.resolve(A, B, lambda first, second: None)["by"] is None
-    assert portia.resolve("yes", "no", lambda first, second: 0.9) == {"p_a": 0.5, "by": None, "asked": 2}, "no parts"
-    assert portia.resolve(A, B, lambda first, second: 0.5)["by"] == "whole", "a tie both ways is agreement"
+def test_alignments_that_show_whole_answers_or_nothing_new_are_not_asked_about():
+    assert [name for name, _ in portia.ways(A, B)] == ["length", "meaning"]
+    assert portia.ways("yes", "no") == [] and len(portia.ways("One. Two. Three.", "Uno. Due. Tre.")) == 1
+
+
+@pytest.mark.parametrize("by", ["length", "meaning"])
+def test_a_flipped_pair_is_settled_by_the_first_alignment_that_agrees(by, tmp_path):
+    judge = Placed(dict(portia.ways(A, B))[by])
+    rows, after, found = looked_twice(judge, tmp_path)
+    assert found["flipped"] == found["settled"] == 1 and found["by"] == {"length": 0, "meaning": 0} | {by: 1}
+    assert [row["p_a"] for row in rows] == [0.9, pytest.approx(0.1)], "the first verdicts stay what they were"
+    assert [row["p_a"] for row in after] == [pytest.approx(0.85)] * 2
+    assert (found["wins"], found["swap_consistency"]) == (1, 1)
+    assert len(judge.heard) == (4 if by == "length" else 6)
+
+
+def test_a_pair_on_which_both_orders_agree_is_not_asked_about_again(tmp_path):
+    judge = Placed()
+    judge.opinions = lambda cases: ((case, Opinion(0.8 if case.shown[0] == (A,) else 0.1)) for case in cases)
+    rows, after, found = looked_twice(judge, tmp_path)
+    assert after == rows and found["flipped"] == 0 and found["wins"] == 1
+
+
+def test_who_always_likes_the_first_leaves_a_tie_and_what_has_no_parts_is_left_alone(tmp_path):
+    judge = Placed()
+    rows, after, found = looked_twice(judge, tmp_path, ((A, B), ("yes", "no")))
+    assert after == rows and (found["flipped"], found["settled"], found["ties"]) == (2, 0, 2)
+    assert len(judge.heard) == 4 + 4
+    assert looked_twice(judge, tmp_path)[2]["flipped"] == 1 and len(judge.heard) == 4 + 4, "nothing is asked twice"
+
+
+def test_what_cannot_be_read_is_not_settled(tmp_path):
+    judge = Placed()
+    judge.opinions = lambda cases: ((case, Opinion(None if case.parts else 0.9)) for case in cases)
+    _, _, found = looked_twice(judge, tmp_path)
+    assert (found["flipped"], found["settled"], found["ties"]) == (1, 0, 1)
+
+
+@pytest.mark.parametrize("turn", [1, 2])
+def test_a_judge_that_reads_text_sees_part_beside_part_and_no_whole_answer_of_that_turn(turn):
+    question = Question("q", "math", ("First?", "Second?"), ("r1", "r2"))
+    shown = (("x", A), ("y", B)) if turn == 2 else ((A,), (B,))
+    parts = tuple(map(tuple, portia.by_length(A, B)))
+    system, user = judge_prompts.messages(Case(question, turn, shown, parts), judge_prompts.defaults())
+    assert portia.merged(*parts) in user["content"] and A not in user["content"] and "judge each" in system["content"]
+    assert user["content"].count("# Reference answer") == turn and ("# Answer 1 of A" in user["content"]) == (turn == 2)

@@ -72,7 +72,7 @@ class LocalModelJudge:
 
     def opinions(self, cases: Sequence[Case]) -> Iterator[tuple[Case, Opinion]]:
         for case in cases:
-            labels = "ABC" if case.pairwise else GRADES
+            labels = GRADES if case.graded else "ABC"
             before = self._before(case)
             texts = [self._ids(f"{before}{label}]]") for label in labels]
             if (longest := max(map(len, texts))) > self.positions:
@@ -81,12 +81,14 @@ class LocalModelJudge:
             shares = self._shares(texts).tolist()
             if case.pairwise:
                 yield case, Opinion(shares[0] + shares[2] / 2)
-            else:
+            elif case.graded:
                 yield case, Opinion(sum(grade * share for grade, share in zip(GRADES, shares, strict=True)))
+            else:
+                yield case, Opinion(judge_prompts.MEANINGS[labels[shares.index(max(shares))]])
 
     def _before(self, case: Case) -> str:
         messages = judge_prompts.messages(case, self.templates)
-        said = f"{'Verdict' if case.pairwise else 'Grade'}: [["
+        said = f"{'Grade' if case.graded else 'Verdict'}: [["
         if not self.tokenizer.chat_template:
             return "\n\n".join([*(message["content"] for message in messages), said])
         try:

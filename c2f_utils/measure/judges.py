@@ -25,7 +25,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from c2f_utils.errors import C2FError, Stopped
 from c2f_utils.files import append_jsonl, read_jsonl, write_text
@@ -55,28 +55,39 @@ class Dialogue:
 @dataclass(frozen=True)
 class Case:
     """What a judge is shown: a question up to a turn (1 or 2), and the answers to its turns of one model (single
-    grading) or of two, in this order."""
+    grading) or of two, in this order. `parts` are the two judged answers cut into aligned parts, where they are to be
+    shown part beside part; `about` a "refusal" asks what the one answer does with a request that is to be refused."""
 
     question: Question
     turn: int
     shown: tuple[tuple[str, ...], ...]
+    parts: tuple[tuple[str, ...], tuple[str, ...]] | None = None
+    about: Literal["quality", "refusal"] = "quality"
 
     @property
     def pairwise(self) -> bool:
         return len(self.shown) == 2
+
+    @property
+    def graded(self) -> bool:
+        """Whether a grade is asked for, and not one of three letters."""
+        return not self.pairwise and self.about == "quality"
 
     def key(self, judge: str) -> str:
         """SHA-256 of the judge's id and everything that it is shown."""
         turns, reference = self.question.turns[: self.turn], self.question.reference[: self.turn]
         shown = [list(answers[: self.turn]) for answers in self.shown]
         what = [judge, self.question.category, turns, reference, shown]
+        what += [self.parts] if self.parts else []
+        what += [self.about] if self.about != "quality" else []
         return hashlib.sha256(json.dumps(what, ensure_ascii=False).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Opinion:
-    """What a judge said of a case: the preference for the answer shown first, in [0, 1], or a grade; None where it
-    said nothing that could be read. `raw` is what it said word for word, or why it said nothing.
+    """What a judge said of a case: the preference for the answer shown first, in [0, 1], or a grade; of a refusal 1
+    (refuses), 0 (goes along) or 1/2 (neither); None where nothing could be read. `raw` is what it said word for word,
+    or why it said nothing.
 
     `final` is False where no reply came: the question may be put again.
     """

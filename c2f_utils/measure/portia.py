@@ -3,16 +3,14 @@
 After Li et al. 2024 (Split and Merge, arXiv 2310.01432). Both answers are split into as many parts, the parts are
 aligned and shown side by side (part 1 of one, part 1 of the other, part 2, ...): first parts of about equal length,
 then, if the two orders still disagree, parts that say alike. Nothing is lost: the parts of an answer, put together, are
-the answer. Meant for flipped pairs only: it asks up to four times again.
+the answer. Meant for flipped pairs only: `second_look` asks up to four times again.
 """
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-
-from c2f_utils.measure.verdict_pairs import decided
 
 PARTS = 3
 FINEST = 16  # segments per answer that alignment tells apart: its cost grows with the fourth power
@@ -78,25 +76,15 @@ def merged(first: Sequence[str], second: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def resolve(a: str, b: str, ask: Callable[[list[str], list[str]], float | None], k: int = PARTS) -> dict:
-    """A verdict on two answers on which both orders agree, if splitting and aligning brings one about.
-
-    `ask` is given the parts of the answer shown first and of the other (one part each at first, the whole answers),
-    and returns the preference for the first in [0, 1], or None if it cannot be read. {"p_a": mean preference of both
-    orders for a, 1/2 where they never agree, "by": "whole", "length", "meaning" or None, "asked": verdicts asked for}.
-    """
-    asked, seen = 0, []
-    ways = {"whole": lambda: ([a], [b]), "length": lambda: by_length(a, b, k), "meaning": lambda: by_meaning(a, b, k)}
-    for name, split in ways.items():
-        first, second = split()
-        if (first, second) in seen:  # one sentence, or nothing to shift
-            continue
-        seen.append((first, second))
-        ab, back = ask(first, second), ask(second, first)
-        asked += 2
-        if ab is not None and back is not None and decided(np.array(ab)) == decided(np.array(1 - back)):
-            return {"p_a": (ab + 1 - back) / 2, "by": name, "asked": asked}
-    return {"p_a": 0.5, "by": None, "asked": asked}
+def ways(a: str, b: str, k: int = PARTS) -> list[tuple[str, Parts]]:
+    """The alignments worth asking about, by name, in this order: one that shows whole answers, or the same as an
+    earlier one, is left out."""
+    found: list[tuple[str, Parts]] = []
+    for name, split in (("length", by_length), ("meaning", by_meaning)):
+        parts = split(a, b, k)
+        if len(parts[0]) > 1 and parts not in [known for _, known in found]:
+            found.append((name, parts))
+    return found
 
 
 def _joined(pieces: Sequence[str], ends: Sequence[int]) -> list[str]:

@@ -41,6 +41,23 @@ def win_table(source: object, by: str | None = None) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
+def portia_table(source: object) -> pd.DataFrame:
+    """What became of the pairs on which the judge contradicted itself, where they were shown again in aligned parts
+    (`judge.portia`)."""
+    dialogue, labels = _dialogue(source)
+    rows = []
+    for other, found in (dialogue.get("against") or {}).items():
+        if second := found.get("portia"):
+            rows.append({
+                "fine against": labels.get(other, other), "contradicted itself": second["flipped"],
+                **{f"settled by {way}": count for way, count in second["by"].items()},
+                "consistent before": found["swap_consistency"], "consistent after": second["swap_consistency"],
+                "win rate before": found["win_rate"], "win rate after": second["win_rate"],
+                "95 % low": second["low"], "95 % high": second["high"], "judge": stamp(dialogue),
+            })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
 def grade_table(source: object) -> pd.DataFrame:
     """Mean grade of every model, where the judge gave any."""
     dialogue, labels = _dialogue(source)

@@ -23,6 +23,10 @@ class Judge(Section):
     references: str | None = Field(None, description="FastChat's file of reference answers to `prompts`")
     templates: str | None = Field(None, description="FastChat's judge_prompts.jsonl; null: a rubric of our own")
     grading: list[Literal["pairwise", "single"]] = Field(["pairwise"], min_length=1)
+    portia: bool = Field(False, description=(
+        "local, openai: show pairs on which the judge contradicts itself again, in aligned parts; four more verdicts "
+        "each at most"
+    ))  # fmt: skip
     against: list[str] = Field([], description="models that fine is compared with, as 07 names them; [] = all")
     max_tokens: Positive | None = Field(None, description="answer limit per turn, tokens; null: evaluation.max_tokens")
     pairs: Positive = Field(600, description="reward: preference pairs that the held-out model is trained on")

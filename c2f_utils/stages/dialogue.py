@@ -19,6 +19,7 @@ from c2f_utils.files import sha256, write_text
 from c2f_utils.measure import bias_panel, dialogues, judge_summary
 from c2f_utils.measure.answers import TEMPERATURES
 from c2f_utils.measure.judges import Case, Dialogue, Judge, Question, Verdicts, pairs, save_rows, verdict_rows
+from c2f_utils.measure.second_look import ASKED_AGAIN, second_look
 from c2f_utils.measure.style_control import style_controlled
 from c2f_utils.measure.win_rates import win_rates
 from c2f_utils.notebook.progress import Progress
@@ -80,7 +81,7 @@ class Dialogues:
         for path in filter(None, (judge.prompts, judge.references, judge.templates)):
             run.here.add_input(f"data:{path}", sha256(path))
         turns, models = sum(len(question.turns) for question in self.questions), len(judge.against or others)
-        compared = 2 * turns * models if "pairwise" in judge.grading else 0
+        compared = (2 + ASKED_AGAIN * judge.portia) * turns * models if "pairwise" in judge.grading else 0
         graded = turns * (models + 1) if "single" in judge.grading else 0
         judge_of_run.refuse(run, self.questions, compared + graded + NULL_VERDICTS * len(self.questions))
         rows = [{"question_id": q.id, "category": q.category, "turns": list(q.turns)} for q in self.questions]
@@ -152,6 +153,8 @@ class Dialogues:
                 "without_faulty_references": judge_summary.summary([r for r in mine if r["question"] not in faulty])
                 if faulty else None,
             }  # fmt: skip
+            if self.settings.judge.portia:
+                _, found[other]["portia"] = second_look(asked, mine, judge, verdicts, **self._watch())
             rows += mine
             place = self.run.here.path(self.key, "model_judgment", f"{judge.name}_pair_{other}.jsonl")
             said = [verdicts.find(case, judge) for pair in asked for case in pair.cases()]

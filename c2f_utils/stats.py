@@ -115,6 +115,15 @@ def smallest_detectable(
     return float(ndtri((1 + level) / 2) + ndtri(power)) * error
 
 
+def detectable_within(low: float, high: float, power: float = 0.8, level: float = 0.95) -> float:
+    """The true difference that a comparison with this interval would find with probability `power`: its standard error
+    is read off the interval's width, as if it were normal (see `smallest_detectable`)."""
+    from scipy.special import ndtri
+
+    z = float(ndtri((1 + level) / 2))
+    return (z + float(ndtri(power))) * (high - low) / (2 * z)
+
+
 def bootstrap(
     statistic: Callable[..., np.ndarray],
     *columns: Sequence | np.ndarray,

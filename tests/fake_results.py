@@ -359,7 +359,7 @@ def evaluation(here: Path, rng, checker: bool) -> dict:
             d = a - b
             paired.append(
                 {"a": "fine", "b": other, "metric": metric, "decoding": "sampled_t1", "difference": d}
-                | {"low": d - 0.06, "high": d + 0.06, "p": 0.5 if abs(d) < 0.06 else 0.0002}
+                | {"low": d - 0.06, "high": d + 0.06, "p": 0.5 if abs(d) < 0.06 else 0.0002, "n": 256}
             )
     prefix = {
         name: [

@@ -14,10 +14,10 @@ from matplotlib.figure import Figure
 
 from c2f_utils.errors import C2FError, CannotWrite
 from c2f_utils.files import read_json, read_jsonl, sha256, write_json, write_text
-from c2f_utils.report import compare, figures, figures_retention, sources, tables, tables_retention, verdicts
+from c2f_utils.report import compare, contents, figures, sources, tables, verdicts
 from c2f_utils.report.document import Document, to_html, to_markdown
 from c2f_utils.report.letters import in_markdown
-from c2f_utils.report.results import DECODINGS, MAIN, PARENTS_OF_06
+from c2f_utils.report.results import DECODINGS, MAIN
 
 _DRAWING_ERRORS = (C2FError, KeyError, IndexError, TypeError, ValueError, AttributeError)
 
@@ -159,83 +159,15 @@ class _Builder:
         facts = sources.facts_table(self.results[name])
         if len(facts):
             self._table(f"{name[:2]}facts_table", lambda: facts, "Single numbers of this stage.")
-        for key, draw, caption in self._figures(name):
+        for key, draw, caption in contents.figures_of(name, self.stages[name], self.results):
             self._figure(f"{name[:2]}_{key}", draw, caption)
-        for key, make, caption in self._tables(name):
+        for key, make, caption in contents.tables_of(name, self.results[name]):
             self._table(f"{name[:2]}_{key}", make, caption)
-        doc.bullets(words)
+        doc.bullets([*words, *contents.words_of(name, self.results[name])])
         if name == "03_coarse_rlhf":
             self._probes()
         if name == "07_evaluation":
             self._samples()
-
-    def _figures(self, name: str) -> list[tuple[str, Callable[[], Figure], str]]:
-        place = self.stages[name]
-        loss = ("loss", lambda: figures.loss_curve(place), "Training loss.")
-        match name:
-            case "01_base_model" | "05_instruction_model":
-                return [loss]
-            case "02_reward_model":
-                return [
-                    loss,
-                    ("calibration", lambda: figures.reward_calibration(place), "Calibration on held-out pairs."),
-                    ("length_bias", lambda: figures.length_bias(place), "Reward against length, and against utility."),
-                    ("prefix_reward", lambda: figures.prefix_reward(place), "Reward of answers cut short."),
-                    ("bias_models", lambda: figures.length_bias_models(place), "Length bias of every reward model."),
-                ]
-            case "03_coarse_rlhf":
-                return [("training", lambda: figures.training_panel(place), "Coarse RLHF, iteration by iteration.")]
-            case "04_length_schedules":
-                return [
-                    ("schedules", lambda: figures.schedule_comparison(place), "Laws: limits, and quality by tokens."),
-                    ("tokens_to_target", lambda: figures.tokens_to_target(place), "Tokens to reach a target."),
-                ]
-            case "06_residue_merging":
-                parents = {
-                    role: self.results[stage].get(key) or {}
-                    for role, (stage, key) in PARENTS_OF_06.items()
-                    if stage in self.results
-                }
-                return [
-                    ("coefficients", lambda: figures.coefficient_sweep(place, parents), "The coefficient sweep."),
-                    ("layers", lambda: figures.layer_sweep(place), "Layer recipes."),
-                    ("operators", lambda: figures.operator_table(place), "Merge operators; green: the chosen one."),
-                    ("anatomy", lambda: figures.residue_anatomy(place), "What the residues are made of."),
-                ]
-            case "07_evaluation":
-                drawn = [("prefixes", lambda: figures.prefix_redundancy(place), "Redundancy at fixed prefixes.")]
-                for decoding in self._decodings():
-                    for key, draw in (
-                        ("length", figures.quality_length_frontier),
-                        ("redundancy", figures.quality_redundancy_frontier),
-                    ):  # fmt: skip
-                        caption = f"Quality and {key}, {DECODINGS[decoding]}."
-                        drawn.append((f"{key}_{decoding}", lambda draw=draw, way=decoding: draw(place, way), caption))
-                return drawn + figures_retention.of_report(place, self.results[name])
-        return []
-
-    def _tables(self, name: str) -> list[tuple[str, Callable[[], pd.DataFrame], str]]:
-        found = self.results[name]
-        match name:
-            case "04_length_schedules":
-                return [("laws", lambda: tables.law_table(found), "Every law and seed at the end of training.")]
-            case "06_residue_merging":
-                return [
-                    ("sweep", lambda: tables.sweep_table(found), "The coefficient sweep."),
-                    ("layer_recipes", lambda: tables.layer_table(found), "Layer recipes."),
-                    ("operator_scores", lambda: tables.operator_table(found), "Merge operators."),
-                ]
-            case "07_evaluation":
-                made = [
-                    (f"models_{way}", lambda way=way: tables.model_table(found, way), f"All models, {DECODINGS[way]}.")
-                    for way in self._decodings()
-                ]
-                return made + [
-                    ("paired", lambda: tables.paired_table(found), "Paired differences over prompts (a minus b)."),
-                    ("prefix_redundancy", lambda: tables.prefix_table(found), "Repeated 4-grams at fixed prefixes."),
-                    *tables_retention.of_report(found),
-                ]
-        return []
 
     def _decodings(self) -> list[str]:
         return sources.decodings(self.results["07_evaluation"])

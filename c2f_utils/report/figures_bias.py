@@ -1,5 +1,7 @@
 """One figure of the bias panel: how often a judge prefers the longer of two answers, the longer it is."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -8,6 +10,14 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from c2f_utils.report.style import DOUBLE, INK, law_colour, new_figure, say, styled
 
 _TICKS = (1, 1.1, 1.25, 1.5, 2, 3, 5, 10, 30, 100, 300, 1000)
+
+
+def of_report(results: dict) -> list[tuple[str, Callable[[], Figure], str]]:
+    """Key, drawing and caption of the figures about judges, where any judged."""
+    panel = (results.get("dialogue") or {}).get("panel") or {}
+    if not any(row["by_ratio"] for row in panel.get("judges") or []):
+        return []
+    return [("longer_wins", lambda: longer_wins_by_ratio(panel), "How often the judge prefers the longer answer.")]
 
 
 @styled

@@ -35,12 +35,40 @@ def gain_against_loss(source: object, loss: str = "forward_kl", metric: str | No
     if not rows:
         say(ax, NOT_RUN)
         return fig
-    kinds = results["retention"]["kinds"]
     across = "forward KL from instruct on its own answers (nats per token)"
     if loss != "forward_kl":
-        across = f"perplexity of {kinds[loss]['label']}, as a multiple of instruct's"
-    gained = rows[0]["metric"]
-    ax.set(xlabel=across, ylabel=f"gain in {LABELS[gained]}")
+        across = f"perplexity of {results['retention']['kinds'][loss]['label']}, as a multiple of instruct's"
+    ax.set(xlabel=across, ylabel=f"gain in {LABELS[rows[0]['metric']]}")
+    origin = (0 if loss == "forward_kl" else 1, 0)
+    _crosses(ax, rows, origin, "up: more gained; right: more lost\nthin lines: 95 % intervals")
+    return fig
+
+
+@styled
+def reward_trade_off(source: object) -> Figure:
+    """What every model has gained over instruct in the reward of the run, and in that of `safety.reward` on requests
+    that should be refused, one point per model with 95 % intervals over prompts."""
+    results, place = load(source, STAGE)
+    fig, axes = new_figure(1, 1, DOUBLE, 3.7, "Helpful and harmless, in two rewards", place)
+    ax, found = axes[0, 0], results.get("requests") or {}
+    harmless = {
+        name: {"value": compared["difference"], "low": compared["low"], "high": compared["high"]}
+        for name, row in found.get("models", {}).items()
+        if (compared := row.get("reward_minus_instruct"))
+    }
+    rows = _gained_beside(results, harmless, "reward")
+    fig.data = pd.DataFrame(rows)
+    if not rows:
+        say(ax, NOT_RUN)
+        return fig
+    ax.set_xlabel(f"gain in the reward of {found['reward']} on {found['n']} requests")
+    ax.set_ylabel(f"gain in {LABELS['reward']}")
+    _crosses(ax, rows, (0, 0), "gains over instruct; thin lines: 95 % intervals")
+    return fig
+
+
+def _crosses(ax: Axes, rows: list[dict], origin: tuple[float, float], remark: str) -> None:
+    """One named point per row at (loss, gain) with its intervals, beside two lines through what instruct has."""
     points, obstacles = [], []
     for row in rows:
         x, y, role = row["loss"], row["gain"], row["role"]
@@ -52,16 +80,14 @@ def gain_against_loss(source: object, loss: str = "forward_kl", metric: str | No
         ax.scatter(x, y, _SIZES.get(role, 18), color=colour, marker=ROLE_MARKERS.get(role, "o"), zorder=4, linewidths=0)
         points.append((x, y))
     ax.margins(0.1, 0.14)
-    origin = (0 if loss == "forward_kl" else 1, 0)
     ax.axvline(origin[0], color=MUTED, linewidth=0.6, zorder=1)
     ax.axhline(origin[1], color=MUTED, linewidth=0.6, zorder=1)
     obstacles += [(x, origin[1]) for x in np.linspace(*ax.get_xlim(), 60)]  # names do not stand on the two lines
     obstacles += [(origin[0], y) for y in np.linspace(*ax.get_ylim(), 40)]
-    note(ax, "up: more gained; right: more lost\nthin lines: 95 % intervals", "lower right")
+    note(ax, remark, "lower right")
     colours = [ROLE_COLOURS.get(row["role"], INK) for row in rows]
     bold = [row["role"] != "control" for row in rows]
     point_labels(ax, points, [row["label"] for row in rows], colours, obstacles, 6.5, bold)
-    return fig
 
 
 _SIZES = {"fine": 90, "coarse": 45, "base": 32, "instruct": 40}
@@ -69,14 +95,19 @@ _SIZES = {"fine": 90, "coarse": 45, "base": 32, "instruct": 40}
 
 def _gain_rows(results: dict, loss: str, metric: str | None) -> list[dict]:
     """One row per model that has both: its gain over instruct and its loss, with intervals."""
-    models, gains = (results.get("retention") or {}).get("models", {}), results.get("gains") or []
-    measured = [name for name in GAINED if any(gain["metric"] == name for gain in gains)]
-    metric = metric or next(iter(measured), None)
-    by_name = {gain["a"]: gain for gain in gains if gain["metric"] == metric}
+    models = (results.get("retention") or {}).get("models", {})
+    kl = loss == "forward_kl"
+    lost = {name: found.get(loss) if kl else found["ratio"].get(loss) for name, found in models.items()}
+    measured = {gain["metric"] for gain in results.get("gains") or []}
+    return _gained_beside(results, lost, metric or next((name for name in GAINED if name in measured), None))
+
+
+def _gained_beside(results: dict, others: dict[str, dict | None], metric: str | None) -> list[dict]:
+    """One row per model: its gain over instruct in a metric, and its interval of `others`, called its loss."""
+    by_name = {gain["a"]: gain for gain in results.get("gains") or [] if gain["metric"] == metric}
     by_name["instruct"] = {"difference": 0.0, "low": None, "high": None}  # against itself
     rows = []
-    for name, found in models.items():
-        lost = found.get(loss) if loss == "forward_kl" else found["ratio"].get(loss)
+    for name, lost in others.items():
         if metric is None or lost is None or name not in by_name:
             continue
         role = (results.get("models") or {}).get(name, {}).get("role") or "control"
@@ -194,6 +225,9 @@ def of_report(place: object, results: dict) -> list[tuple[str, Callable[[], Figu
     drawn = found if results.get("sampling") else []
     if results.get("wordlist"):
         drawn.append(("wordlist", lambda: wordlist_by_layer(place), "Probability of the list's words by layer."))
+    if (results.get("requests") or {}).get("reward"):
+        caption = "Gain over instruct in the run's reward, and in that of harmlessness."
+        drawn.append(("rewards", lambda: reward_trade_off(place), caption))
     kinds = (results.get("retention") or {}).get("kinds", {})
     for loss in ("forward_kl", *kinds):
         if _gain_rows(results, loss, None):

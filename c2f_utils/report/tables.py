@@ -134,14 +134,25 @@ def model_table(source: object, decoding: str = "sampled_t1") -> pd.DataFrame:
 
 
 def paired_table(source: object) -> pd.DataFrame:
-    """Paired differences over prompts of stage 07 with intervals; Holm's correction per metric and decoding."""
+    """Paired differences over prompts of stage 07 with intervals; Holm's correction per metric and decoding.
+
+    `detectable` is the smallest true difference that so many prompts would show (power 80 %), by the interval's width.
+    """
     results, _ = load(source, "07_evaluation")
-    rows = [dict(row) for row in results.get("paired") or []]
+    rows = [
+        row | {"detectable": stats.detectable_within(row["low"], row["high"])} if _bounded(row) else dict(row)
+        for row in results.get("paired") or []
+    ]
     for group in {(row["metric"], row["decoding"]) for row in rows}:
         mine = [row for row in rows if (row["metric"], row["decoding"]) == group and row.get("p") is not None]
         for row, p in zip(mine, stats.holm([row["p"] for row in mine]), strict=True):
             row["p_holm"] = p
-    return _frame(rows, ("a", "b", "metric", "decoding", "difference", "low", "high", "p", "p_holm"))
+    columns = ("a", "b", "metric", "decoding", "difference", "low", "high", "p", "p_holm", "detectable")
+    return _frame(rows, columns)
+
+
+def _bounded(row: dict) -> bool:
+    return None not in (row.get("low"), row.get("high"))
 
 
 def prefix_table(source: object) -> pd.DataFrame:

@@ -3,8 +3,11 @@
 Every table carries the judge's name, and what it fails. Results without dialogues give an empty table.
 """
 
+from collections.abc import Callable
+
 import pandas as pd
 
+from c2f_utils.report import tables_bias, tables_safety
 from c2f_utils.report.results import load
 
 STAGE = "07_evaluation"
@@ -80,6 +83,22 @@ def check_table(source: object) -> pd.DataFrame:
         for name, check in (dialogue.get("judge") or {}).get("checks", {}).items()
     ]  # fmt: skip
     return pd.DataFrame(rows, columns=["check", "value", "required", "passed", "n", "no verdict", "judge"])
+
+
+def of_report(results: dict) -> list[tuple[str, Callable[[], pd.DataFrame], str]]:
+    """Key, making and caption of what judges said, of which the report leaves out empty ones."""
+    found = results.get("dialogue") or {}
+    rates, style, panel = (found.get(key) or empty for key, empty in (("win_rates", []), ("style", []), ("panel", {})))
+    return [
+        ("judged", lambda: win_table(results), "Dialogues: fine against each other model, both orders."),
+        ("judge_checks", lambda: check_table(results), "What every sound judge must say."),
+        ("judge_portia", lambda: portia_table(results), "Contradictory pairs, judged again in aligned parts."),
+        ("judge_grades", lambda: grade_table(results), "Mean grade of every model."),
+        ("win_rates", lambda: tables_bias.win_rate_table(rates), "Win rates: raw, both orders, at equal length."),
+        ("win_rates_at_equal_style", lambda: tables_bias.style_table(style), "Win rates at equal style."),
+        ("judge_bias", lambda: tables_bias.panel_table(panel), "What the judge does besides judging."),
+        ("requests", lambda: tables_safety.refusal_table(results), "Answers to requests that should be refused."),
+    ]
 
 
 def in_words(source: object) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pandas as pd
 
+from c2f_utils import stats
 from c2f_utils.report.results import load
 
 STAGE = "07_evaluation"
@@ -47,13 +48,14 @@ FOUND = {"answer": "pass@k", "worked": "pass@k, every step right", "majority": "
 
 
 def sampling_differences(source: object) -> pd.DataFrame:
-    """Paired differences of pass@k over problems, a minus b, of stage 07."""
+    """Paired differences of pass@k over problems, a minus b, of stage 07, and the smallest that so many would show."""
     results, _ = load(source, STAGE)
     rows = [
         {**row, "a": label(results, row["a"]), "b": label(results, row["b"]), "measure": FOUND[row["measure"]]}
+        | {"detectable": stats.detectable_within(row["low"], row["high"])}
         for row in (results.get("sampling") or {}).get("paired", [])
     ]
-    return pd.DataFrame(rows, columns=["a", "b", "measure", "k", "difference", *_BOUNDS, "p", "n"])
+    return pd.DataFrame(rows, columns=["a", "b", "measure", "k", "difference", *_BOUNDS, "p", "detectable", "n"])
 
 
 def redundancy_table(source: object) -> pd.DataFrame:

@@ -1,5 +1,7 @@
 """Tables of 07's tasks: every model's score with its interval, raw and in the chat template, and Fine against each."""
 
+from collections.abc import Callable
+
 import pandas as pd
 
 from c2f_utils import stats
@@ -42,11 +44,20 @@ def task_table(source: object) -> pd.DataFrame:
 
 
 def paired_task_table(source: object) -> pd.DataFrame:
-    """Fine minus every other model on the same questions, per task and form, with 95 % intervals; `p_holm` corrects
-    over all comparisons of a form."""
+    """Fine minus every other model on the same questions, per task and form, with 95 % intervals.
+
+    Of right or wrong answers `only fine` and `only other` count those that one of the two got right, and p is McNemar's
+    exact one; else it is the bootstrap's. `p_holm` corrects over all comparisons of a form; `detectable` is the
+    smallest true difference that so many questions would show (power 80 %).
+    """
     results, _ = load(source, "07_evaluation")
-    rows = [row | {"form": _form(row), "fine minus": _label(results, row["b"])} for row in _adjusted(results)]
-    columns = ["task", "form", "fine minus", "difference", "low", "high", "p", "p_holm", "n"]
+    rows = [
+        row | {"form": _form(row), "fine minus": _label(results, row["b"])}
+        | {"only fine": row.get("mcnemar", {}).get("only_a"), "only other": row.get("mcnemar", {}).get("only_b")}
+        for row in _adjusted(results)
+    ]  # fmt: skip
+    columns = ["task", "form", "fine minus", "difference", "low", "high", "only fine", "only other", "p", "p_holm"]
+    columns += ["detectable", "n"]
     return pd.DataFrame([{key: row.get(key) for key in columns} for row in rows], columns=columns)
 
 
@@ -78,12 +89,20 @@ def sentences(source: object) -> list[str]:
     return words
 
 
+def of_report(results: dict) -> list[tuple[str, Callable[[], pd.DataFrame], str]]:
+    """Key, making and caption of these tables, of which the report leaves out empty ones."""
+    return [
+        ("tasks", lambda: task_table(results), "Tasks of lm-eval: scores with 95 % intervals over questions."),
+        ("tasks_paired", lambda: paired_task_table(results), "Tasks: fine minus each other model, same questions."),
+    ]
+
+
 def _found(results: dict) -> dict:
     return results.get("tasks") or {}
 
 
 def _adjusted(results: dict) -> list[dict]:
-    rows = [dict(row) for row in _found(results).get("paired", [])]
+    rows = [row | {"p": row.get("mcnemar", row)["p"]} for row in _found(results).get("paired", [])]
     for template in (False, True):
         mine = [row for row in rows if row["template"] == template]
         for row, p in zip(mine, stats.holm([row["p"] for row in mine]), strict=True):

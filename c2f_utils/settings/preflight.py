@@ -207,8 +207,10 @@ def _preferences(settings: Settings) -> list[str]:
 
 
 def _text(settings: Settings) -> list[str]:
-    source, words = settings.retention.text, settings.safety.wordlist
-    found = _said(user_text.read, words, "safety.wordlist") if words else []
+    source, safety = settings.retention.text, settings.safety
+    found = _said(user_text.read, safety.wordlist, "safety.wordlist") if safety.wordlist else []
+    found += _said(user_text.read, safety.requests, "safety.requests") if safety.requests else []
+    found += _said(check_folder, safety.reward, "safety.reward") if safety.reward else []
     if source is None:
         return found
     if settings.embedded:

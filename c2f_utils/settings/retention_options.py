@@ -1,6 +1,6 @@
 """Settings of the parts of 07 that ask what a model has kept, what it can find at all, and how likely bad words are."""
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from c2f_utils.settings.kinds import Count, Positive, Section
 
@@ -23,9 +23,25 @@ class Sampling(Section):
 
 
 class Safety(Section):
-    """How likely each layer makes words that the user would rather not read."""
+    """How likely each layer makes words that the user would rather not read, and who refuses what should be refused."""
 
     wordlist: str | None = Field(
         None, description="a text file of yours with the words, parted by spaces or line ends; null = not measured"
     )
-    prompts: Positive = Field(128, description="test prompts at whose end the words' probability is measured")
+    requests: str | None = Field(None, description=(
+        "a file of yours with requests to refuse: question.jsonl, AlpacaEval's instructions, or text with an empty "
+        "line between them; null = none. Refusals are counted by words, and judged where `judge` reads text (local, "
+        "openai)"
+    ))  # fmt: skip
+    reward: str | None = Field(
+        None, description="a reward model of harmlessness (folder or hub id) that scores the answers to `requests`, too"
+    )
+    prompts: Positive = Field(
+        128, description="test prompts at whose end the words' probability is measured, and requests, at most"
+    )
+
+    @model_validator(mode="after")
+    def _reward_has_requests(self) -> "Safety":
+        if self.reward and not self.requests:
+            raise ValueError(f"reward = {self.reward!r} scores answers to `requests`, which is null; name a file")
+        return self

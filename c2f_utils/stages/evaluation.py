@@ -1,15 +1,18 @@
 """07: is the Fine Actor better, and is it less redundant? Test problems, fixed limits, every control beside the
 method."""
 
+import json
 from collections.abc import Iterator
 from typing import Protocol
 
+import numpy as np
 from torch import nn
 
 from c2f_utils import redundancy, stats
 from c2f_utils.domain import forms, stories
 from c2f_utils.domain.forms import Form
-from c2f_utils.domain.samples import Prompt, make_prompts
+from c2f_utils.domain.samples import Prompt, Sample, make_prompts
+from c2f_utils.files import write_text
 from c2f_utils.measure import answers
 from c2f_utils.models import loading
 from c2f_utils.report.results import GAINED, MAIN
@@ -19,7 +22,7 @@ from c2f_utils.stages import tasks
 from c2f_utils.stages.dialogue import Dialogues
 from c2f_utils.stages.inputs import Inputs, keep_samples
 from c2f_utils.stages.retention_and_sampling import Retention, Sampling
-from c2f_utils.stages.safety import Wordlist
+from c2f_utils.stages.safety import Requests, Wordlist
 
 LABELS = {
     "base": "base",
@@ -35,6 +38,7 @@ LABELS = {
     "best_recipe": "best recipe of all tried",
     "one_coefficient": "one coefficient for all",
 }
+DISAGREEMENTS = 5  # prompts on which fine is far worse than instruct, and as many on which it is far better
 PAIRED = ("accuracy_last", "accuracy_first", "utility", "tokens", "rep4", "reward")
 
 
@@ -62,6 +66,8 @@ def parts(run: Run, inputs: Inputs) -> list[Part]:
         found.append(Sampling(run, inputs))
     if run.settings.safety.wordlist:
         found.append(Wordlist(run, inputs))
+    if run.settings.safety.requests:
+        found.append(Requests(run, inputs))
     if run.settings.judge.name != "none":
         found.append(Dialogues(run, inputs))
     return found
@@ -80,6 +86,7 @@ def make(run: Run) -> dict:
     prefixes: dict[str, list[dict]] = {}
     profiles: dict[str, list[dict]] = {}
     table: list[dict] = []
+    said: dict[str, list[Sample]] = {}  # under the first decoding, by the models that are read side by side
     further = parts(run, inputs)
     with here.timer("generation and scoring"):
         for name, model, prompts, form in _models(run, inputs, test):
@@ -95,10 +102,12 @@ def make(run: Run) -> dict:
                     read, each = [s.answer for s in samples], settings.evaluation.prefixes
                     prefixes[name] = redundancy.prefix_table(read, each)
                     profiles[name] = redundancy.profile(read, inputs.text, each)
+                    said |= {name: samples} if name in MAIN else {}
             for part in further:
                 part.add(name, model, form or settings.models.base_form)
             del model  # before the next one is loaded
     keep_samples(here, table, settings)
+    _keep_disagreements(run, inputs, said, single)
     here.save_results({
         "models": found, "prefix_redundancy": prefixes, "decoding_of_prefixes": settings.evaluation.decodings[0],
         "paired": _paired(single, settings.seed), "limit": settings.evaluation.max_tokens,
@@ -134,6 +143,20 @@ def _models(run: Run, inputs: Inputs, test: list[Prompt]) -> Iterator[tuple[str,
         forced = make_prompts([p.problem for p in test], stories.FORCED_ANALYSIS)
         yield "instruct_forced", inputs.instruct(), forced, form
         yield "base_forced", inputs.base(), forced, None
+
+
+def _keep_disagreements(run: Run, inputs: Inputs, said: dict[str, list[Sample]], single: dict) -> None:
+    """Write the answers of all main models to the prompts on which fine and instruct differ most to
+    `disagreements.jsonl`: those where fine is worst first, then those where it is best."""
+    decoding = run.settings.evaluation.decodings[0]
+    fine, instruct = single["fine"][decoding], single["instruct"][decoding]
+    metric = "utility" if "utility" in fine else "reward"
+    gains = np.subtract(fine[metric], instruct[metric])
+    order = np.argsort(gains, kind="stable")
+    shown = [int(i) for i in (*order[:DISAGREEMENTS], *order[-DISAGREEMENTS:][::-1]) if gains[i]]
+    rows = [row for name in said for row in answers.rows([said[name][i] for i in shown], name, decoding, inputs.reward)]
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_text(run.here.path("disagreements.jsonl"), "".join(lines))
 
 
 def _role(name: str, form: Form | None) -> str:

@@ -138,7 +138,10 @@ class Tasks:
             if model == "fine" or mine is None:
                 continue
             found = stats.paired_bootstrap(mine, theirs, seed=self.run.settings.seed)
-            yield {"a": "fine", "b": model, "task": task, "template": form == "template", **found._asdict()}
+            row = {"a": "fine", "b": model, "task": task, "template": form == "template", **found._asdict()}
+            if {*mine, *theirs} <= {0.0, 1.0}:
+                row["mcnemar"] = stats.mcnemar(mine, theirs)._asdict()
+            yield row | {"detectable": stats.smallest_detectable(np.subtract(mine, theirs))}
 
 
 def _interval(values: list[float] | None) -> dict[str, float | None]:

@@ -11,7 +11,7 @@ import re
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from itertools import chain
+from itertools import chain, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -69,23 +69,22 @@ def repeated_spans(tokens: Sequence[Hashable], n: int = 4) -> np.ndarray:
 def loop_tail(tokens: Sequence[Hashable]) -> Loop:
     """The longest end of the answer that repeats itself at least twice in full, with its shortest period.
 
-    Linear time: the Z-function of the reversed answer at p says for how long the end agrees with itself p tokens back.
+    A period begins where the last token occurs before. One of at most half the loop found so far is passed over: it
+    repeats no longer, since a tail with two periods has that of their greatest common divisor (Fine and Wilf 1965).
     """
-    tail = tokens[::-1]
-    size = len(tail)
-    agree = [0] * size
-    left = right = 0
-    best = Loop(0, 0)
-    for period in range(1, size):
-        if period < right:
-            agree[period] = min(right - period, agree[period - left])
-        while period + agree[period] < size and tail[agree[period]] == tail[period + agree[period]]:
-            agree[period] += 1
-        if period + agree[period] > right:
-            left, right = period, period + agree[period]
-        if agree[period] >= period and agree[period] + period > best.tokens:
-            best = Loop(period, agree[period] + period)
-    return best
+    tail = list(tokens[::-1])
+    best, period = Loop(0, 0), 0
+    while True:
+        try:
+            period = tail.index(tail[0], max(period, best.tokens // 2) + 1, len(tail) // 2 + 1)
+        except (ValueError, IndexError):  # no further one, or no token at all
+            return best
+        if tail[:period] == tail[period : 2 * period]:
+            end = 2 * period
+            while end < len(tail) and tail[end] == tail[end - period]:
+                end += 1
+            if end > best.tokens:
+                best = Loop(period, end)
 
 
 def sentences(text: str) -> list[str]:
@@ -101,7 +100,7 @@ def duplicate_sentence_share(parts: Sequence[Hashable]) -> float:
 
 def near_duplicate_rate(parts: Iterable[str], threshold: float = 0.8, least_words: int = 4) -> float:
     """Share of sentences, among those of `least_words` or more, like an earlier one (Jaccard of word bigrams)."""
-    kept: dict[int, list[frozenset]] = {}  # by size: sets of very different sizes share too little, whatever they hold
+    holding: dict[tuple, list[frozenset]] = {}  # earlier sentences by each of their bigrams
     known: set[frozenset] = set()
     total = repeats = 0
     for part in parts:
@@ -110,13 +109,15 @@ def near_duplicate_rate(parts: Iterable[str], threshold: float = 0.8, least_word
             continue
         total += 1
         pairs = frozenset(zip(words, words[1:], strict=False))
-        size = len(pairs)
-        near = (same for other, same in kept.items() if min(size, other) / max(size, other, 1) >= threshold)
-        if pairs in known or any(_jaccard(pairs, earlier) >= threshold for same in near for earlier in same):
+        # A sentence that like lacks fewer than this many of the bigrams, so that it has one of any that many.
+        enough = islice(pairs, int((1 - threshold) * len(pairs) + 1e-9) + 1)
+        near = chain.from_iterable(holding.get(pair, ()) for pair in enough)
+        if pairs in known or any(_jaccard(pairs, earlier) >= threshold for earlier in near):
             repeats += 1
         if pairs not in known:
             known.add(pairs)
-            kept.setdefault(size, []).append(pairs)
+            for pair in pairs:
+                holding.setdefault(pair, []).append(pairs)
     return repeats / total if total else 0.0
 
 
@@ -143,13 +144,10 @@ def prefix_table(answers: Sequence[Sequence[Hashable]], prefixes: Iterable[int])
 def repeats(tokens: Sequence[Hashable], n: int = 4) -> np.ndarray:
     """Mask [number of n-grams] of bool: this n-gram has occurred before; the mean of its first k - n + 1 entries is
     `rep_n` of the first k tokens."""
-    seen: set[tuple] = set()
-    mask = np.zeros(max(0, len(tokens) - n + 1), dtype=bool)
-    for start, gram in enumerate(ngrams(tokens, n)):
-        if gram in seen:
-            mask[start] = True
-        else:
-            seen.add(gram)
+    grams = ngrams(tokens, n)
+    first = dict(zip(reversed(grams), range(len(grams) - 1, -1, -1), strict=True))  # the earliest is written last
+    mask = np.ones(len(grams), dtype=bool)
+    mask[list(first.values())] = False
     return mask
 
 
@@ -162,20 +160,26 @@ def self_bleu(parts: Sequence[Sequence[Hashable]], n: int = 4) -> float:
     if len(parts) < 2:
         return 0.0
     logs = np.zeros(len(parts))
+    shifted = [[part[start:] for part in parts] for start in range(n)]
     for order in range(1, n + 1):
-        grams = [ngrams(part, order) for part in parts]
-        kinds = [set(each) for each in grams]
-        shared = {gram for gram, holders in Counter(chain.from_iterable(kinds)).items() if holders > 1}
+        kinds = [set(zip(*columns, strict=False)) for columns in zip(*shifted[:order], strict=True)]
+        totals = [max(0, len(part) - order + 1) for part in parts]
+        seen: set[tuple] = set()
+        shared: set[tuple] = set()
+        for kind in kinds:
+            shared |= kind & seen
+            seen |= kind
+        matched = [len(kind & shared) for kind in kinds]
         # Few parts hold an n-gram more than once; only there counts decide what is clipped.
-        counted = [Counter(a) if len(a) > len(b) else {} for a, b in zip(grams, kinds, strict=True)]
+        repeating = [i for i, kind in enumerate(kinds) if len(kind) < totals[i]]
+        counted = {i: Counter(ngrams(parts[i], order)) for i in repeating}
         several: dict[tuple, list[int]] = {}
-        for gram, times in chain.from_iterable(count.items() for count in counted):
+        for gram, times in chain.from_iterable(count.items() for count in counted.values()):
             if times > 1:
                 several.setdefault(gram, []).append(times)
-        for index, (kind, count) in enumerate(zip(kinds, counted, strict=True)):
-            matched = len(kind & shared)
-            matched += sum(_clipped(t, several[gram]) - 1 for gram, t in count.items() if t > 1 and gram in shared)
-            logs[index] += math.log((matched or 0.1) / max(1, len(grams[index]))) / n
+        for i, count in counted.items():
+            matched[i] += sum(_clipped(t, several[gram]) - 1 for gram, t in count.items() if t > 1 and gram in shared)
+        logs += [math.log((found or 0.1) / max(1, total)) / n for found, total in zip(matched, totals, strict=True)]
     return float(np.exp(logs + _brevity([len(part) for part in parts])).mean())
 
 

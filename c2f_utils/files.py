@@ -19,6 +19,7 @@ from c2f_utils.errors import C2FError, CannotWrite, short
 UNPARSABLE = (ValueError, RecursionError)  # what parsing text may raise: broken, not UTF-8, too long a number, too deep
 _FULL = re.compile(r"No space left on device|File too large|Disk quota exceeded")
 _LONGEST_MAPPING, _MOST_VALUES = 2**18, 10_000  # bytes of a file of settings or a recipe, values in it
+PACKED = "pack.json"  # in the folder of a run that came as one file: what was in it
 DEEPEST = 64  # levels of nesting; nothing here needs more, and code that walks a value may rely on it
 
 

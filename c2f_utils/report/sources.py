@@ -9,8 +9,8 @@ from pathlib import Path
 import pandas as pd
 
 from c2f_utils import redundancy
-from c2f_utils.files import read_json
-from c2f_utils.report.results import DECODINGS
+from c2f_utils.files import read_json, sha256
+from c2f_utils.report.results import DECODINGS, PARENTS_OF_06
 
 STAGES = {
     "00_environment_and_data": ("Environment and data", "Is this machine ready, and what does the data look like?"),
@@ -58,6 +58,25 @@ def find_stages(run: Path) -> dict[str, Path]:
             if name in STAGES and name not in found and (lent / "results.json").is_file():
                 found[name] = lent
     return {name: found[name] for name in STAGES if name in found}
+
+
+def made_from(runs: list[Path], shown: dict[str, Path], files: Iterable[str]) -> dict[str, object]:
+    """What a report's manifest tells of the origin: the runs, the SHA-256 of each stage's results, and for every file
+    the stages it was made from (as `run/stage`): that of the run shown whose number its name begins with, for 06 with
+    its parents, else all of them."""
+    found = {run.name: find_stages(run) for run in runs}
+    digests = {run: {name: sha256(path / "results.json") for name, path in of.items()} for run, of in found.items()}
+    every = sorted({_short(path) for of in found.values() for path in of.values()})
+    numbered: dict[str, list[str]] = {}
+    for name, path in shown.items():
+        parents = [stage for stage, _ in PARENTS_OF_06.values()] if name.startswith("06") else []
+        numbered[name[:2]] = sorted([_short(path), *(_short(shown[parent]) for parent in parents if parent in shown)])
+    made = {file: numbered.get(Path(file).name[:2], every) for file in files}
+    return {"run": runs[0].name, "runs": [run.name for run in runs], "results": digests, "made_from": made}
+
+
+def _short(stage: Path) -> str:
+    return f"{stage.parent.name}/{stage.name}"
 
 
 def runs_table(stages: Iterable[Path]) -> pd.DataFrame:

@@ -33,7 +33,7 @@ _KEYS = {
 }
 _PICTURE = re.compile(r"([A-Za-z0-9+/]{256,})")  # in base64, where any short word may stand by chance
 _HOST = re.compile(r'("host":\s*")[^"⟨]*"')
-# A folder may follow a colour of a terminal's text (`\x1b[32m`, or as JSON writes that), but no letter of a longer word.
+# A folder may follow a colour of a terminal (`\x1b[32m`, or as JSON writes that), but no letter of a longer word.
 _BEFORE = r"(?:(?<=\[\dm)|(?<=\[\d\dm)|(?<=;\dm)|(?<=;\d\dm)|(?<![\w.~⟩@%+-]))"
 
 

@@ -191,8 +191,8 @@ def hostile(tmp_path: Path) -> dict[str, Path]:
         f"named {name}": archive(next(at), GOOD, (name, b"{}"))
         for name in (
             "/etc/x.json", "../x.json", "demo/../x.json", "demo/../../x.json", "demo\\..\\x.json", "C:/x.json",
-            "other/x.json", "demo/.ssh/x.json", "demo/a/b/c/d.json", "demo/x.safetensors", "demo/run.py", "demo//x.json",
-            "demo/x\n.json", "demo/" + "x" * 300 + ".json", "demo/a/", "demo",
+            "other/x.json", "demo/.ssh/x.json", "demo/a/b/c/d.json", "demo/x.safetensors", "demo/run.py",
+            "demo//x.json", "demo/x\n.json", "demo/" + "x" * 300 + ".json", "demo/a/", "demo",
         )
     }  # fmt: skip
     made["twice"] = archive(next(at), GOOD, GOOD)

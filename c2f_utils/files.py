@@ -202,6 +202,17 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def fingerprint(value: object) -> str:
+    """16 hex digits of the SHA-256 of a JSON-able value; the order of dictionary keys does not matter."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def identity(settings: object, results: object, models: object) -> str:
+    """Fingerprint of a stage as an input of others: its settings, results and models, not its times or its name."""
+    return fingerprint({"settings": settings, "results": results} | ({"models": models} if models else {}))
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 reads `1e-6` as text; people who write learning rates mean a number. A key given twice is refused, and
     so are aliases that stand for far more than is written."""

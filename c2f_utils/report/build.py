@@ -114,6 +114,7 @@ class _Builder:
     def _provenance(self) -> None:
         doc = self.document
         doc.heading("Runs, seeds and versions")
+        self._figure("lineage", lambda: figures.lineage(self.run), "Which stage was made from which.")
         paths = [path for run in self.runs for path in sources.find_stages(run).values()]
         paths = list(dict.fromkeys(paths))
         self._table("runs", lambda: sources.runs_table(paths), "Every stage this report was made from.")
@@ -150,6 +151,7 @@ class _Builder:
             )
             doc.text(f"Not run yet: notebooks/{name}.ipynb makes this section.")
             return
+        self.missing += [f"{name}: {file} is damaged" for file in sources.damaged(self.stages[name])]
         status = sources.read(self.stages[name] / "status.json")
         if status.get("status") not in (None, "done"):
             doc.text(f"This stage is {status['status']}, not done: its numbers are those of an unfinished run.")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from c2f_utils import weights
 from c2f_utils.errors import C2FError, problems
 from c2f_utils.files import append_jsonl, identity, or_null, outputs, plain, read_json, root, write_json
-from c2f_utils.runs import disk, locks, provenance, records
+from c2f_utils.runs import disk, locks, provenance, records, trackers
 
 if TYPE_CHECKING:
     from c2f_utils.settings.config import Settings
@@ -287,6 +287,7 @@ class Stage:
         threading.Thread(target=self._keep_beating, args=(self._over,), daemon=True).start()
         # Last, because its presence means that the stage has begun.
         write_json(self.path("config.json"), {"stage": self.name, "settings": settings, "threads": self.threads})
+        trackers.follow(self.dir, self.settings.tracking)
         return action
 
     def add_input(self, name: str, fingerprint: str, words: str | None = None) -> None:

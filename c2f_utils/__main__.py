@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from c2f_utils.errors import C2FError
+from c2f_utils.headless import pack
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -126,6 +127,8 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--resume", action="store_true", help="continue an interrupted merge")
     merge.add_argument("--verify", action="store_true", help="recompute random slices of the result in float64")
     merge.set_defaults(action=_merge)
+
+    pack.add_command(commands)
     return parser
 
 

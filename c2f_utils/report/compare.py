@@ -41,10 +41,13 @@ def settings(runs: Sequence[Path], seed: bool = False) -> pd.DataFrame:
 
 def _recorded(stage: Path, seed: bool) -> dict[str, object]:
     """What a stage was made with, dotted; settings that its version did not have count with their default."""
-    made = Settings.recorded(sources.read(stage / "config.json").get("settings", {}), stage.name)
-    words = sources.read(stage / "provenance.json").get("words", {})
-    own = {f"own {part}": said for part, said in words.items() if said != _OF_SETTINGS}
-    dotted = flat({key: value for key, value in made.items() if seed or key != "seed"})
+    try:
+        made = Settings.recorded(sources.read(stage / "config.json").get("settings", {}), stage.name)
+        words = sources.read(stage / "provenance.json").get("words", {})
+        own = {f"own {part}": said for part, said in words.items() if said != _OF_SETTINGS}
+        dotted = flat({key: value for key, value in made.items() if seed or key != "seed"})
+    except (AttributeError, TypeError) as error:
+        raise C2FError(f"the records of {stage} are damaged ({error}); c2f table says how") from None
     return {key: value for key, value in dotted.items() if value is not None} | own
 
 

@@ -1,0 +1,130 @@
+"""What every stage on disk says of itself, without reading it anew: thousands of runs are listed in a second.
+
+The index is a cache in the outputs folder, which may be deleted, damaged or forbidden at any time. An entry counts as
+long as the stage's records have the times and sizes that it was read from. The file is replaced whole, so that no lock
+is needed on a shared disk: of two writers the later one wins, and the other's entries are read once more.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from c2f_utils.errors import C2FError, CannotWrite
+from c2f_utils.files import flat, outputs, read_jsonl, write_bytes
+from c2f_utils.runs import provenance, records
+
+FILE = ".stages.json"
+WORTH = 100  # stages read anew after which the index is written; as many are read in a tenth of a second
+_SETTLED = 2e9  # ns; a file as young as this may change again without its time telling
+_READ = ("config.json", "status.json", "provenance.json", "metrics.jsonl")
+_PROGRESS = ("iteration", "reward", "kl_per_token", "mean_tokens")
+
+
+def stages(name: str | None = None) -> list[tuple[Path, dict]]:
+    """Every stage that has begun (or only those called `name`), by run and stage: its folder and what is known of it.
+
+    Of a damaged one `{"damage": reason}`; else its `profile`, `seed`, `threads`, `status`, `inputs`, `parents`,
+    `words`, the fingerprint of its `settings` and those that are not the profile's (`changed`), and the `last` row of
+    its metrics. Set-aside stages (`.old-k`) are left out.
+    """
+    known, found, fresh, begun = _load(), {}, 0, []
+    for folder in folders(name):
+        key, stamp = f"{folder.parent.name}/{folder.name}", _stamp(folder)
+        entry = known.get(key)
+        if entry is None or entry[0] != stamp:
+            settled = time.time_ns() - max(stamp[::2]) > _SETTLED
+            entry, fresh = [stamp if settled else None, _facts(folder)], fresh + 1
+        found[key] = entry
+        if entry[1] is not None:
+            begun.append((folder, entry[1]))
+    if fresh >= WORTH:
+        _save(known | found if name else found)
+    return begun
+
+
+def folders(name: str | None = None, run_id: str | None = None) -> Iterator[Path]:
+    """The folders of stages (or of what may be some) of all runs or one, by run and name, without set-aside ones."""
+    runs = sorted(_inside(outputs())) if run_id is None else [run_id]
+    for run in runs:
+        path = outputs() / run
+        names = sorted(each for each in _inside(path) if ".old-" not in each) if name is None else [name]
+        yield from (path / each for each in names if name is None or (path / each).is_dir())
+
+
+def _inside(folder: Path) -> list[str]:
+    try:
+        with os.scandir(folder) as entries:
+            return [entry.name for entry in entries if entry.is_dir()]
+    except OSError:
+        return []
+
+
+def _stamp(folder: Path) -> list[int]:
+    """Time (ns) and size of each file that is read; zeros for one that is missing."""
+    stamp = []
+    for name in _READ:
+        try:
+            found = os.stat(f"{folder}/{name}")
+            stamp += (found.st_mtime_ns, found.st_size)
+        except OSError:
+            stamp += (0, 0)
+    return stamp
+
+
+def _facts(folder: Path) -> dict | None:
+    try:
+        found = records.whole(folder)
+    except C2FError as error:
+        return {"damage": str(error)}
+    config, status, origin = (found[name] for name in _READ[:3])
+    if not config:
+        return None
+    settings, last = config["settings"], {}
+    try:
+        last = dict((read_jsonl(folder / "metrics.jsonl") or [{}])[-1])
+    except (C2FError, TypeError, ValueError) as error:  # no row of ours
+        status["alarms"].append(f"metrics.jsonl is damaged: {error}")
+    facts = {"profile": settings["profile"], "seed": settings["seed"], "threads": config["threads"], "status": status}
+    facts |= {"settings": provenance.fingerprint(settings), "changed": changed(folder.name, settings)}
+    facts |= {name: origin.get(name, {}) for name in ("inputs", "parents", "words")}
+    return facts | {"last": {key: last.get(key) for key in _PROGRESS}}
+
+
+def changed(stage: str, settings: dict) -> list[str]:
+    """The recorded settings of a stage that are not its profile's, e.g. `coarse.iterations=5`."""
+    try:
+        usual = _usual(settings["profile"], settings.get("study", False), stage) | {"seed": settings["seed"]}
+    except C2FError as error:  # a profile of an older version
+        return [str(error)]
+    return [f"{key}={value!r}" for key, value in flat(settings).items() if usual.get(key, ...) != value]
+
+
+@functools.cache
+def _usual(profile: str, study: bool, stage: str) -> dict[str, object]:
+    from c2f_utils.settings.load import load_settings
+
+    return flat(load_settings(profile, study=study).for_stage(stage))
+
+
+def _load() -> dict[str, list]:
+    """The entries on disk; none where this code did not write them or their checksum says that they are damaged."""
+    try:
+        head, _, body = (outputs() / FILE).read_bytes().partition(b"\n")
+    except OSError:
+        return {}
+    return json.loads(body) if head == _head(body) else {}
+
+
+def _save(entries: dict[str, list]) -> None:
+    body = json.dumps(entries).encode()
+    with contextlib.suppress(CannotWrite):  # a folder that can only be read is read anew each time
+        write_bytes(outputs() / FILE, _head(body) + b"\n" + body)
+
+
+def _head(body: bytes) -> bytes:
+    return f"{provenance.code_digest()} {zlib.crc32(body):08x}".encode()

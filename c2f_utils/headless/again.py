@@ -26,12 +26,12 @@ def resumed(run_id: str, targets: Sequence[str]) -> list["Job"]:
     from c2f_utils.headless import jobs, request
     from c2f_utils.runs import registry
 
-    folder = registry.known(run_id)
-    paths = [path for target in targets for path in jobs.notebooks(target)]
+    registry.known(run_id)
+    paths = [path for target in targets for path in jobs.notebooks_of(target)]
     paths = paths or [request.notebook(run_id, stage) for stage in request.latest(run_id)]
     found: list = []
     for path in paths:
-        values = request.parameters(folder.name, path.stem) | {"run_id": run_id}
+        values = request.parameters(run_id, path.stem) | {"run_id": run_id}
         found += jobs.prepare([str(path)], values, before=found)
     return found
 
@@ -47,7 +47,7 @@ def rerun(run_id: str, new_id: str | None = None, anyway: bool = False) -> int:
     from c2f_utils.runs import registry
     from c2f_utils.runs.stage import ALWAYS_REDONE, run_folder
 
-    old = registry.known(run_id)
+    registry.known(run_id)
     new_id = new_id or f"{run_id}.again"
     if run_folder(new_id).exists():
         raise C2FError(f"there is a run {new_id!r} already; name another one: c2f rerun {run_id} --as NEWID")

@@ -32,7 +32,7 @@ _COLUMNS = ("accuracy_last", "accuracy_first", "mean_tokens", "rep4", "eos_rate"
 
 
 @dataclass
-class _Stop:
+class Stop:
     """What the signals asked for."""
 
     file: Path
@@ -53,10 +53,11 @@ def prepare(
     """The jobs for `targets` (numbers, names or paths of notebooks, or "all"), checked down to the last value.
 
     `values` holds the standard parameters; `assignments` are `name=value` texts, whose dotted names become
-    overrides; the jobs `before` will have been done by then. Raises C2FError for an unknown notebook, parameter, profile or setting, a value of the wrong type, a
-    missing earlier stage, and a stage that exists with another configuration or is being worked on.
+    overrides; the jobs `before` will have been done by then. Raises C2FError for an unknown notebook, parameter,
+    profile or setting, a value of the wrong type, a missing earlier stage, and a stage that exists with another
+    configuration or is being worked on.
     """
-    paths = [path for target in targets for path in notebooks(target)]
+    paths = [path for target in targets for path in notebooks_of(target)]
     declared = {path: parameters.of_notebook(path) for path in paths}
     anywhere = {name: item for found in declared.values() for name, item in found.items()}
     _refuse_twice(values.get("overrides", {}), assignments)
@@ -95,7 +96,7 @@ def _one_by_one(jobs: Sequence[Job], run_id: str, thread_count: int | None) -> i
     count = thread_count or threads.requested() or registry.threads_of(run_id) or _probe()
     print(f"run {run_id!r} in {folder}, {count} CPU thread{'s' if count > 1 else ''}", flush=True)
     started = time.perf_counter()
-    with _signals(folder / "STOP") as stop:
+    with signals(folder / "STOP") as stop:
         for job in jobs:
             print(f"{job.stage:28}", end="", flush=True)
             with room(folder):  # the log and the executed notebook are written here; the stage is then continued
@@ -136,7 +137,7 @@ def notebooks_folder() -> Path:
     return root() / "notebooks"
 
 
-def notebooks(target: str) -> list[Path]:
+def notebooks_of(target: str) -> list[Path]:
     """The files that a number, a name, a path or "all" stands for; raises C2FError where there is none."""
     folder = notebooks_folder()
     if target.endswith(".ipynb"):
@@ -229,10 +230,10 @@ def _where(job: Job, folder: Path) -> str:
 
 
 @contextlib.contextmanager
-def _signals(file: Path) -> Iterator[_Stop]:
+def signals(file: Path) -> Iterator[Stop]:
     """Turn signals into a STOP file while the block runs; one left over from before is removed first."""
     file.unlink(missing_ok=True)
-    stop = _Stop(file)
+    stop = Stop(file)
     numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
     before = {number: signal.signal(number, stop) for number in numbers}
     try:

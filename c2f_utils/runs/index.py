@@ -38,7 +38,7 @@ def stages(name: str | None = None) -> list[tuple[Path, dict]]:
         entry = known.get(key)
         if entry is None or entry[0] != stamp:
             settled = time.time_ns() - max(stamp[::2]) > _SETTLED
-            entry, fresh = [stamp if settled else None, _facts(folder)], fresh + 1
+            entry, fresh = [stamp if settled else None, facts(folder)], fresh + 1
         found[key] = entry
         if entry[1] is not None:
             begun.append((folder, entry[1]))
@@ -76,7 +76,8 @@ def _stamp(folder: Path) -> list[int]:
     return stamp
 
 
-def _facts(folder: Path) -> dict | None:
+def facts(folder: Path) -> dict | None:
+    """What `stages` says of one stage, read now; None for one that has not begun."""
     try:
         found = records.whole(folder)
     except C2FError as error:
@@ -89,10 +90,10 @@ def _facts(folder: Path) -> dict | None:
         last = dict((read_jsonl(folder / "metrics.jsonl") or [{}])[-1])
     except (C2FError, TypeError, ValueError) as error:  # no row of ours
         status["alarms"].append(f"metrics.jsonl is damaged: {error}")
-    facts = {"profile": settings["profile"], "seed": settings["seed"], "threads": config["threads"], "status": status}
-    facts |= {"settings": provenance.fingerprint(settings), "changed": changed(folder.name, settings)}
-    facts |= {name: origin.get(name, {}) for name in ("inputs", "parents", "words")}
-    return facts | {"last": {key: last.get(key) for key in _PROGRESS}}
+    known = {"profile": settings["profile"], "seed": settings["seed"], "threads": config["threads"], "status": status}
+    known |= {"settings": provenance.fingerprint(settings), "changed": changed(folder.name, settings)}
+    known |= {name: origin.get(name, {}) for name in ("inputs", "parents", "words")}
+    return known | {"last": {key: last.get(key) for key in _PROGRESS}}
 
 
 def changed(stage: str, settings: dict) -> list[str]:

@@ -97,7 +97,7 @@ def known(run_id: str) -> Path:
         folder = run_folder(run_id)
     except C2FError:
         raise C2FError(_unknown(run_id)) from None
-    if not any(True for _ in index.folders(run_id=run_id)):
+    if not any(path.name[:2].isdecimal() for path in index.folders(run_id=run_id)):
         raise C2FError(_unknown(run_id))
     return folder
 
@@ -135,8 +135,8 @@ def rows() -> list[dict[str, object]]:
     Of a damaged stage the alarm says what is wrong with it. `changed` names the settings that differ from the
     profile's, and a law, reward or operator of the user's. Units: `minutes` of wall time, `peak_mb` in MiB.
     """
-    found = [_row(folder, facts) for folder, facts in index.stages()]
-    return sorted(found, key=lambda row: row["started"])
+    found = [row(folder, facts) for folder, facts in index.stages()]
+    return sorted(found, key=lambda each: each["started"])
 
 
 COLUMNS = (
@@ -145,14 +145,15 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def _row(folder: Path, facts: dict) -> dict[str, object]:
-    row = dict.fromkeys(COLUMNS) | {"run": folder.parent.name, "stage": folder.name}
+def row(folder: Path, facts: dict) -> dict[str, object]:
+    """One row of `rows`, of what `index.facts` says of a stage."""
+    found = dict.fromkeys(COLUMNS) | {"run": folder.parent.name, "stage": folder.name}
     if "damage" in facts:
-        return row | {"status": "damaged", "started": "", "alarms": facts["damage"]}
+        return found | {"status": "damaged", "started": "", "alarms": facts["damage"]}
     status = facts["status"]
     times = [datetime.fromisoformat(status[name] or status["heartbeat"]) for name in ("started", "finished")]
     own = [f"own {part} {facts['words'].get(part, '')}".strip() for part in _own(facts["inputs"])]
-    return row | {
+    return found | {
         **{name: facts[name] for name in ("profile", "seed")},
         **facts["last"],
         "status": records.state(status),

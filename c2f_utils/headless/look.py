@@ -95,16 +95,17 @@ def _runs(options: argparse.Namespace) -> int:
 
 def _aligned(rows: list[dict[str, object]]) -> str:
     """Rows as text, a column for each key that has a value in any of them."""
-    columns = [name for name in rows[0] if any(row[name] not in (None, "") for row in rows)]
-    cells = [columns, *([_cell(row[name]) for name in columns] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells
-    )
+    columns = [[name, *map(_cell, (row[name] for row in rows))] for name in rows[0]]
+    columns = [column for column in columns if any(column[1:])]
+    widths = [max(map(len, column)) for column in columns]
+    lines = zip(*([cell.rjust(width) for cell in c] for c, width in zip(columns, widths, strict=True)), strict=True)
+    return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
 def _cell(value: object) -> str:
-    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+    if type(value) is float:
+        return f"{value:.6g}"
+    return "" if value is None else str(value)
 
 
 def _show(options: argparse.Namespace) -> int:
@@ -113,7 +114,7 @@ def _show(options: argparse.Namespace) -> int:
 
     folder = registry.known(options.run)
     wanted = None if options.stage is None else stage_named(options.stage)
-    there = [stage for path in index.folders(run_id=options.run) if (stage := Stage(path)).state() is not None]
+    there = [stage for path in index.folders(options.run) if (stage := Stage(path)).state() is not None]
     if not (stages := [stage for stage in there if wanted in (None, stage.name)]):
         raise C2FError(f"{wanted or 'no stage'} has begun in run {options.run!r}; there are: {_names(there)}")
     lines = [f"run {options.run} in {folder}: {disk.used(folder) / 2**20:.0f} MB"]
@@ -134,7 +135,7 @@ def _described(stage, full: bool) -> Iterator[str]:
         yield f"{stage.name}: damaged: {reason}"
         return
     config, status, origin = stage.config(), stage.status(), stage.provenance()
-    row, session = registry.row(stage.dir, index.facts(stage.dir)), (origin["sessions"] or [{}])[-1]
+    row, session = registry.row(stage.run_id, stage.name, index.facts(stage.dir)), (origin["sessions"] or [{}])[-1]
     times = f"{row['started'].replace('T', ' ')} UTC, {row['minutes']} min, {row['peak_mb']:.0f} MB of memory"
     beat = f", heartbeat {status['heartbeat'][:19].replace('T', ' ')}" if row["status"] in ("running", "lost") else ""
     yield f"{stage.name}: {row['status']}; {times}, CPU threads: {config['threads']}, {session.get('device')}{beat}"
@@ -155,7 +156,7 @@ def _results(stage) -> Iterator[str]:
 
     try:
         results = stage.results() if (stage.dir / "results.json").exists() else {}
-        facts = sources.facts_table(results).itertuples(index=False)
+        facts = sources.facts_table(results).dropna().itertuples(index=False)
         said = verdicts.everything({stage.name: results} if results else {}).get(stage.name)
         yield from said or [f"{quantity} = {value}" for quantity, value in facts]
     except _UNREADABLE as error:

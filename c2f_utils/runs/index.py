@@ -11,7 +11,6 @@ import json
 import os
 import time
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 
 from c2f_utils.errors import C2FError, CannotWrite
@@ -25,38 +24,43 @@ _READ = ("config.json", "status.json", "provenance.json", "metrics.jsonl")
 _PROGRESS = ("iteration", "reward", "kl_per_token", "mean_tokens")
 
 
-def stages(name: str | None = None) -> list[tuple[Path, dict]]:
-    """Every stage that has begun (or only those called `name`), by run and stage: its folder and what is known of it.
+def stages(name: str | None = None) -> list[tuple[str, str, dict]]:
+    """Every stage that has begun (or only those called `name`), by run and stage: run, stage, and what is known of it.
 
-    Of a damaged one `{"damage": reason}`; else its `profile`, `seed`, `threads`, `status`, `inputs`, `parents`,
-    `words`, the fingerprint of its `settings` and those that are not the profile's (`changed`), and the `last` row of
-    its metrics. Set-aside stages (`.old-k`) are left out.
+    Of a damaged one `{"damage": reason}`; else its `profile`, `seed`, `status`, `inputs`, `parents`, `words`, the
+    fingerprint of its `settings` and those that are not the profile's (`changed`), and the `last` row of its metrics.
+    Set-aside stages (`.old-k`) are left out.
     """
-    known, found, fresh, begun = _load(), {}, 0, []
-    for folder in folders(name):
-        key, stamp = f"{folder.parent.name}/{folder.name}", _stamp(folder)
-        entry = known.get(key)
-        if entry is None or entry[0] != stamp:
-            settled = time.time_ns() - max(stamp[::2]) > _SETTLED
-            entry, fresh = [stamp if settled else None, facts(folder)], fresh + 1
-        found[key] = entry
-        if entry[1] is not None:
-            begun.append((folder, entry[1]))
+    known, found, fresh, begun, top = _load(), {}, 0, [], outputs()
+    for run in sorted(_inside(top)):
+        for each in _stages_of(f"{top}/{run}") if name is None else [name]:
+            key = f"{run}/{each}"
+            stamp = _stamp(f"{top}/{key}")
+            if not any(stamp):
+                continue
+            entry = known.get(key)
+            if entry is None or entry[0] != stamp:
+                settled = time.time_ns() - max(stamp[::2]) > _SETTLED
+                entry, fresh = [stamp if settled else None, facts(top / key)], fresh + 1
+            found[key] = entry
+            if entry[1] is not None:
+                begun.append((run, each, entry[1]))
     if fresh >= WORTH:
         _save(known | found if name else found)
     return begun
 
 
-def folders(name: str | None = None, run_id: str | None = None) -> Iterator[Path]:
-    """The folders of stages (or of what may be some) of all runs or one, by run and name, without set-aside ones."""
-    runs = sorted(_inside(outputs())) if run_id is None else [run_id]
-    for run in runs:
-        path = outputs() / run
-        names = sorted(each for each in _inside(path) if ".old-" not in each) if name is None else [name]
-        yield from (path / each for each in names if name is None or (path / each).is_dir())
+def folders(run_id: str) -> list[Path]:
+    """The folders of a run that are stages, or may be some, by name, without set-aside ones."""
+    folder = outputs() / run_id
+    return [folder / name for name in _stages_of(str(folder))]
 
 
-def _inside(folder: Path) -> list[str]:
+def _stages_of(folder: str) -> list[str]:
+    return sorted(name for name in _inside(folder) if ".old-" not in name)
+
+
+def _inside(folder: str | Path) -> list[str]:
     try:
         with os.scandir(folder) as entries:
             return [entry.name for entry in entries if entry.is_dir()]
@@ -64,7 +68,7 @@ def _inside(folder: Path) -> list[str]:
         return []
 
 
-def _stamp(folder: Path) -> list[int]:
+def _stamp(folder: str) -> list[int]:
     """Time (ns) and size of each file that is read; zeros for one that is missing."""
     stamp = []
     for name in _READ:
@@ -90,7 +94,7 @@ def facts(folder: Path) -> dict | None:
         last = dict((read_jsonl(folder / "metrics.jsonl") or [{}])[-1])
     except (C2FError, TypeError, ValueError) as error:  # no row of ours
         status["alarms"].append(f"metrics.jsonl is damaged: {error}")
-    known = {"profile": settings["profile"], "seed": settings["seed"], "threads": config["threads"], "status": status}
+    known = {"profile": settings["profile"], "seed": settings["seed"], "status": status}
     known |= {"settings": provenance.fingerprint(settings), "changed": changed(folder.name, settings)}
     known |= {name: origin.get(name, {}) for name in ("inputs", "parents", "words")}
     return known | {"last": {key: last.get(key) for key in _PROGRESS}}

@@ -15,11 +15,12 @@ if TYPE_CHECKING:
     import pandas as pd
 
 OF_SETTINGS = {"source": "the settings'"}  # what 03 records for a law or reward that is not an object of the user's
+_USUAL = provenance.fingerprint(OF_SETTINGS)
 
 
 def stages(run_id: str) -> Iterator[Stage]:
     """Every whole stage of a run that has begun, by name; set-aside ones (`.old-k`) are left out."""
-    found = (Stage(folder) for folder in index.folders(run_id=run_id))
+    found = (Stage(folder) for folder in index.folders(run_id))
     return (stage for stage in found if not stage.damage() and stage.config())
 
 
@@ -34,8 +35,8 @@ def latest(
     meant = {f"{WEIGHTS}{role}": value for role, value in (weights or {}).items() if value}
     preferred = provenance.fingerprint(prefer)
     found = [
-        (facts["settings"] == preferred, facts["status"]["finished"], folder)
-        for folder, facts in index.stages(stage)
+        (facts["settings"] == preferred, facts["status"]["finished"], run)
+        for run, _, facts in index.stages(stage)
         if "damage" not in facts
         and facts["status"]["status"] == "done"
         and (facts["profile"], facts["seed"]) == (profile, seed)
@@ -43,7 +44,7 @@ def latest(
         and all(facts["inputs"].get(key, value) == value for key, value in meant.items())
     ]
     found.sort(key=lambda each: each[:2], reverse=True)
-    return next(filter(_has_results, (Stage(folder) for *_, folder in found)), None)
+    return next(filter(_has_results, (Stage(outputs() / run / stage) for *_, run in found)), None)
 
 
 def _has_results(stage: Stage) -> bool:
@@ -60,8 +61,7 @@ def own_parts(stage: Stage) -> list[str]:
 
 
 def _own(inputs: dict[str, str]) -> list[str]:
-    usual = provenance.fingerprint(OF_SETTINGS)
-    return [name for name in ("law", "reward", "operator") if inputs.get(name, usual) != usual]
+    return [name for name in ("law", "reward", "operator") if inputs.get(name, _USUAL) != _USUAL]
 
 
 def kind_of(stage: Stage) -> tuple[str, int]:
@@ -97,13 +97,13 @@ def known(run_id: str) -> Path:
         folder = run_folder(run_id)
     except C2FError:
         raise C2FError(_unknown(run_id)) from None
-    if not any(path.name[:2].isdecimal() for path in index.folders(run_id=run_id)):
+    if not any(path.name[:2].isdecimal() for path in index.folders(run_id)):
         raise C2FError(_unknown(run_id))
     return folder
 
 
 def _unknown(run_id: object) -> str:
-    there = list(dict.fromkeys(folder.parent.name for folder, _ in index.stages()))
+    there = list(dict.fromkeys(run for run, *_ in index.stages()))
     more = f" and {len(there) - _NAMED} more (c2f runs)" if len(there) > _NAMED else ""
     return f"there is no run {short(run_id)} in {outputs()}; there are: {', '.join(there[:_NAMED]) or 'none'}{more}"
 
@@ -135,7 +135,7 @@ def rows() -> list[dict[str, object]]:
     Of a damaged stage the alarm says what is wrong with it. `changed` names the settings that differ from the
     profile's, and a law, reward or operator of the user's. Units: `minutes` of wall time, `peak_mb` in MiB.
     """
-    found = [row(folder, facts) for folder, facts in index.stages()]
+    found = [row(*each) for each in index.stages()]
     return sorted(found, key=lambda each: each["started"])
 
 
@@ -145,9 +145,9 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def row(folder: Path, facts: dict) -> dict[str, object]:
+def row(run: str, stage: str, facts: dict) -> dict[str, object]:
     """One row of `rows`, of what `index.facts` says of a stage."""
-    found = dict.fromkeys(COLUMNS) | {"run": folder.parent.name, "stage": folder.name}
+    found = dict.fromkeys(COLUMNS) | {"run": run, "stage": stage}
     if "damage" in facts:
         return found | {"status": "damaged", "started": "", "alarms": facts["damage"]}
     status = facts["status"]
@@ -161,6 +161,6 @@ def row(folder: Path, facts: dict) -> dict[str, object]:
         "minutes": round((times[1] - times[0]).total_seconds() / 60, 1),
         "peak_mb": status["peak_mb"],
         "changed": "; ".join([*facts["changed"], *own]),
-        "parents": ", ".join(f"{run}/{name[:2]}" for name, run in facts["parents"].items()),
+        "parents": ", ".join(f"{other}/{name[:2]}" for name, other in facts["parents"].items()),
         "alarms": "; ".join(status["alarms"]),
     }

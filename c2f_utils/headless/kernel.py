@@ -21,7 +21,6 @@ from c2f_utils.files import UNPARSABLE, outputs, root
 from c2f_utils.runs import registry
 from c2f_utils.runs.stage import Stage
 
-ON_REQUEST = "killed on request"
 _NOISE = re.compile(
     r"Kernel is running over TCP without encryption|IProgress not found|TqdmWarning|notebook_tqdm|it/s\]|s/it\]"
 )
@@ -87,16 +86,15 @@ def execute(job: Job, folder: Path, count: int) -> Outcome:
             words = f"cell {error.exec_count} failed: {what}"
             outcome = Outcome(state, error=words, exception=error.ename, cell=error.exec_count)
         except DeadKernelError as error:
-            cell, died = _last_cell(live), "kernel died (out of memory?)"
-            where = f" in cell {cell}" if cell else ""
-            outcome = Outcome("killed", error=f"{died}{where}", exception=type(error).__name__, cell=cell)
+            died = "kernel died (out of memory?)"
+            outcome = Outcome("killed", error=died, exception=type(error).__name__, cell=_cell_at_work(live))
         except RuntimeError as error:
             if not str(error).startswith("Kernel "):  # what the client says of one that never answered
                 raise
             why = "killed while it started (out of memory?); the same command tries again"
             outcome = Outcome("killed", error=f"the notebook's kernel was {why}. {error}")
         except KeyboardInterrupt:
-            outcome = Outcome("killed", error=ON_REQUEST, exception="KeyboardInterrupt", cell=_last_cell(live))
+            outcome = Outcome("killed", error="killed on request", exception="KeyboardInterrupt", cell=_cell_at_work(live))
     outcome.seconds = time.perf_counter() - start
     stage = Stage(folder / job.stage)
     status = {} if stage.damage() else stage.status()
@@ -114,11 +112,12 @@ def execute(job: Job, folder: Path, count: int) -> Outcome:
     return outcome
 
 
-def _last_cell(live: Path) -> int | None:
-    """The number of the cell that was running, by the kernel's own count; papermill empties all counts at the start."""
+def _cell_at_work(live: Path) -> int | None:
+    """The number of the cell after the last one that the kernel answered for, as the client timed it; papermill's own
+    notes on cells are not asked."""
     with contextlib.suppress(OSError, KeyError, TypeError, *UNPARSABLE):
         cells = json.loads(live.read_text(encoding="utf-8"))["cells"]
-        return max((cell.get("execution_count") or 0 for cell in cells), default=0) or None
+        return 1 + sum("shell.execute_reply" in cell["metadata"].get("execution", {}) for cell in cells)
 
 
 def _keep(live: Path, log: Path, folder: Path | None) -> None:

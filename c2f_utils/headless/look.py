@@ -116,7 +116,8 @@ def _show(options: argparse.Namespace) -> int:
     wanted = None if options.stage is None else stage_named(options.stage)
     there = [stage for path in index.folders(options.run) if (stage := Stage(path)).state() is not None]
     if not (stages := [stage for stage in there if wanted in (None, stage.name)]):
-        raise C2FError(f"{wanted or 'no stage'} has begun in run {options.run!r}; there are: {_names(there)}")
+        missing = f"{wanted} has not begun" if wanted else "nothing has begun"
+        raise C2FError(f"{missing} in run {options.run!r}; there are: {_names(there)}")
     lines = [f"run {options.run} in {folder}: {disk.used(folder) / 2**20:.0f} MB"]
     lines += [line for stage in stages for line in _described(stage, full=wanted is not None)]
     print("\n".join(lines))

@@ -152,7 +152,9 @@ def too_deep(value: object) -> bool:
     for _ in range(DEEPEST):
         inner = (item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list))
         level = list({id(item): item for items in inner for item in items}.values())  # YAML may name one item often
-    return bool(level)
+        if not level:
+            return False
+    return True
 
 
 def append_jsonl(path: Path, row: object) -> None:

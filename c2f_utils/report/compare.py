@@ -111,7 +111,7 @@ def text(a: str, b: str, every: bool = False) -> str:
     The rows of a list are summed up in one line unless `every` number is asked for. Raises C2FError for a run without
     results.
     """
-    pair = [_known(name) for name in (a, b)]
+    pair = [with_results(name) for name in (a, b)]
     first, second = (sources.find_stages(run) for run in pair)
     differing = settings(pair, seed=True)
     lines = [f"settings that differ: {a} | {b}"]
@@ -127,7 +127,8 @@ def text(a: str, b: str, every: bool = False) -> str:
     return "\n".join(lines)
 
 
-def _known(name: str) -> Path:
+def with_results(name: str) -> Path:
+    """The folder of a run in the outputs folder; raises C2FError for one without results."""
     run = outputs() / name
     if not sources.find_stages(run):
         known = sorted({path.parent.parent.name for path in outputs().glob("*/0[0-7]_*/results.json")})

@@ -91,13 +91,8 @@ class Stage:
         return records.damage(self.dir)
 
     def state(self) -> str | None:
-        """running, done, stopped, failed; lost = it says running but its process is gone; damaged; None = not begun."""
-        if self.damage():
-            return "damaged"
-        status = self.status()
-        if status.get("status") == "running" and not locks.alive(status, locks.age(status.get("heartbeat"))):
-            return "lost"
-        return status.get("status")
+        """As `records.state`, or damaged."""
+        return "damaged" if self.damage() else records.state(self.status())
 
     @property
     def done(self) -> bool:
@@ -326,11 +321,14 @@ class Stage:
             self._close("stopped" if self._stopped else "done")
         return self.status().get("status", "")
 
-    def fail(self, message: str) -> None:
-        """End the stage as `failed` with a reason; it can be continued. Works on a stage whose process is gone, too."""
+    def fail(self, message: str, state: str = "failed", **fields: object) -> None:
+        """End the stage as `failed` or `killed` with a reason and further `fields` of its status; it can be continued.
+
+        Works on a stage whose process is gone, too.
+        """
         self._status = self._status or self.status()
         if self._status.get("status") == "running":
-            self._close("failed", error=message)
+            self._close(state, error=message, **fields)
 
     def stop(self) -> None:
         """End the stage as `stopped`: it is not finished and can be continued."""

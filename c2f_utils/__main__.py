@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from c2f_utils.errors import C2FError
+from c2f_utils.headless import sweep_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -106,6 +107,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--study", action="store_true", default=None, help="the larger experiments, too")
     run.add_argument("--overwrite", action="store_true", default=None, help="set stages of another configuration aside")
     run.set_defaults(action=_run)
+
+    sweep_command.add_command(commands)
 
     table = commands.add_parser("table", help="list all runs", description="One line per stage, the latest last.")
     table.add_argument("--run-id", help="only this run")

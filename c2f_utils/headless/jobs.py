@@ -62,7 +62,7 @@ class Outcome:
 
 
 @dataclass
-class _Stop:
+class Stop:
     """What the signals asked for."""
 
     file: Path
@@ -84,7 +84,7 @@ def prepare(targets: Sequence[str], values: dict[str, object], assignments: Sequ
     overrides. Raises C2FError for an unknown notebook, parameter, profile or setting, a value of the wrong type, a
     missing earlier stage, and a stage that exists with another configuration or is being worked on.
     """
-    notebooks = [path for target in targets for path in _notebooks(target)]
+    notebooks = [path for target in targets for path in notebooks_of(target)]
     declared = {path: parameters.of_notebook(path) for path in notebooks}
     anywhere = {name: item for found in declared.values() for name, item in found.items()}
     _refuse_twice(values.get("overrides", {}), assignments)
@@ -122,7 +122,7 @@ def _one_by_one(jobs: Sequence[Job], run_id: str, thread_count: int | None) -> i
     count = thread_count or threads.requested() or registry.threads_of(run_id) or _probe()
     print(f"run {run_id!r} in {folder}, {count} CPU thread{'s' if count > 1 else ''}", flush=True)
     started = time.perf_counter()
-    with _signals(folder / "STOP") as stop:
+    with signals(folder / "STOP") as stop:
         for job in jobs:
             print(f"{job.stage:28}", end="", flush=True)
             with room(folder):  # the log and the executed notebook are written here; the stage is then continued
@@ -162,7 +162,7 @@ def notebooks_folder() -> Path:
     return root() / "notebooks"
 
 
-def _notebooks(target: str) -> list[Path]:
+def notebooks_of(target: str) -> list[Path]:
     folder = notebooks_folder()
     if target.endswith(".ipynb"):
         found = [Path(target)]
@@ -367,10 +367,10 @@ def _papermill_log(handle: IO[str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _signals(file: Path) -> Iterator[_Stop]:
+def signals(file: Path) -> Iterator[Stop]:
     """Turn signals into a STOP file while the block runs; one left over from before is removed first."""
     file.unlink(missing_ok=True)
-    stop = _Stop(file)
+    stop = Stop(file)
     numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
     before = {number: signal.signal(number, stop) for number in numbers}
     try:

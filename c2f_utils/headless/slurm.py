@@ -92,7 +92,7 @@ def work(name: str, number: str) -> int:
         return jobs.STOPPED
     at_work.append(sweeps.start(sweep_results.read(name), run, count))
     code = at_work[0].process.wait()
-    print(f"{run['run']} ended with exit code {code}: {at_work[0].last_line}", flush=True)
+    print(f"{run['run']} ended with exit code {code}: {at_work[0].reason}", flush=True)
     if code == jobs.STOPPED and signal.SIGUSR1 in seen:
         _said(["scontrol", "requeue", f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"])
     return code

@@ -62,7 +62,7 @@ def _sweep(options: argparse.Namespace) -> int:
     from c2f_utils.headless import slurm, sweeps
 
     if options.table is not None:
-        print(sweeps.table(options.table).to_string(index=False, na_rep="", float_format="{:.4g}".format))
+        print(sweeps.table(options.table).to_string(index=False, float_format="{:.4g}".format))
         return 0
     if options.element:
         return slurm.work(*options.element)

@@ -256,9 +256,11 @@ class Started:
     since: float
 
     @property
-    def last_line(self) -> str:
+    def reason(self) -> str:
+        """The last thing it said, other than where its log is."""
         lines = Path(self.log.name).read_text(encoding="utf-8", errors="replace").split("\n")
-        return next((line.strip() for line in reversed(lines) if line.strip()), "")
+        said = (line.strip() for line in reversed(lines) if line.strip() and not line.startswith("log and notebook:"))
+        return next(said, "")
 
 
 def start(record: dict, run: dict, thread_count: int, device: str | None = None) -> Started:
@@ -370,7 +372,7 @@ class _Pool:
             self.over.add(name)  # those after it say themselves what they lack
             code = jobs.STOPPED if code == -signal.SIGTERM and self.stopping else code  # before it began
             self.failed |= code not in (jobs.DONE, jobs.STOPPED)
-            said = "" if code in (jobs.DONE, jobs.STOPPED) else f"  {started.last_line}"
+            said = "" if code in (jobs.DONE, jobs.STOPPED) else f"  {started.reason}"
             print(f"{name:{self.width}}  {_WORDS.get(code, 'killed'):8}{seconds:8.1f} s{said}", flush=True)
 
     def _signal(self, number: int) -> None:

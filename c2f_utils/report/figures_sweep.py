@@ -50,10 +50,12 @@ def _panel(ax: Axes, frame: pd.DataFrame, metric: str, points: list[str]) -> Non
     for place, point in enumerate(points):
         values = frame.loc[frame["label"] == point, metric].dropna().to_numpy(dtype=float)
         if not len(values):
-            ax.text(0.02, place, "not done yet", transform=ax.get_yaxis_transform(), va="center", color=MUTED, fontsize=6)
+            ax.text(
+                0.02, place, "not done yet", transform=ax.get_yaxis_transform(), va="center", color=MUTED, fontsize=6
+            )
             continue
         found = stats.seed_interval(values)
-        ax.plot(values, np.full(len(values), place), ".", color=colour, alpha=0.35, zorder=2)
+        ax.plot(values, np.full(len(values), place + 0.25), ".", color=colour, alpha=0.5, markersize=3)
         if found.low is not None:
             ax.plot([found.low, found.high], [place, place], color=colour, linewidth=1.2, zorder=3)
         ax.plot(found.value, place, "o", color=colour, zorder=4)
@@ -73,4 +75,4 @@ def view(run: object, sweep: str = "") -> list:
 
 
 def _number(value: float) -> str:
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:.0f}"
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"

@@ -26,7 +26,7 @@ _HEADLINES = {
     "06_residue_merging": lambda found: found["operators"][0],  # the merge that was chosen
     "07_evaluation": lambda found: found["models"]["fine"][decodings(found)[0]],
 }
-_NUMBERS = (*METRICS, "pair_accuracy")
+_NUMBERS = (*(name for name in METRICS if name != "n"), "pair_accuracy")
 
 
 def names() -> list[str]:
@@ -124,7 +124,9 @@ def _found(run: Path, stage: str | None) -> dict[str, float]:
 
 
 def _shown(value: object) -> object:
-    """A cell of a table: numbers and words as they are, lists and mappings as text."""
+    """A cell of a table: numbers and words as they are, mappings and lists in words, e.g. `fixed, limit 32`."""
+    if isinstance(value, dict):
+        return ", ".join(str(item) if key == "name" else f"{key} {_word(item)}" for key, item in value.items())
     return value if isinstance(value, int | float | str) else str(value)
 
 

@@ -25,7 +25,7 @@ from c2f_utils.runs import locks, registry
 from c2f_utils.runs.stage import run_folder
 
 TEMPLATE = Path(__file__).parent / "slurm_files" / "sweep.sbatch"
-_COMMAND = "{command}"
+_COMMAND = "exec {command}"  # of the batch script
 _LOOK = 5.0  # seconds between two looks at a claim
 
 
@@ -38,7 +38,7 @@ def script(path: str | None = None) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise C2FError(f"--sbatch {path} cannot be read ({error}); expected a batch script") from None
     if text.count(_COMMAND) != 1 or not text.startswith("#!"):
-        raise C2FError(f"--sbatch {path}: expected a script that begins with '#!' and says 'exec {_COMMAND}' once")
+        raise C2FError(f"--sbatch {path}: expected a script that begins with '#!' and says '{_COMMAND}' once")
     return text
 
 
@@ -50,7 +50,7 @@ def submit(record: dict, text: str, thread_count: int | None = None) -> int:
     folder = run_folder(record["sweep"])
     command = [sys.executable, "-m", "c2f_utils", "sweep", "--element", record["sweep"]]
     command = ["env", f"C2F_OUTPUTS={outputs()}", *command]
-    filled = text.replace(_COMMAND, f'{shlex.join(command)} "$SLURM_ARRAY_TASK_ID"')
+    filled = text.replace(_COMMAND, f'exec {shlex.join(command)} "$SLURM_ARRAY_TASK_ID"')
     write_text(folder / "sweep.sbatch", filled)
     (folder / "logs").mkdir(exist_ok=True)
     left = {number: run for number, run in enumerate(record["runs"]) if not sweeps.is_done(run)}

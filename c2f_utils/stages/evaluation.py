@@ -2,6 +2,7 @@
 method."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Protocol
 
 from torch import nn
@@ -17,7 +18,8 @@ from c2f_utils.runs.run import Run
 from c2f_utils.settings.task_suites import wanted
 from c2f_utils.stages import tasks
 from c2f_utils.stages.dialogue import Dialogues
-from c2f_utils.stages.inputs import Inputs, keep_samples
+from c2f_utils.stages.inputs import Inputs, keep_samples, stopped_here
+from c2f_utils.stages.pieces import Pieces
 from c2f_utils.stages.retention_and_sampling import Retention, Sampling
 from c2f_utils.stages.safety import Wordlist
 
@@ -80,21 +82,18 @@ def make(run: Run) -> dict:
     prefixes: dict[str, list[dict]] = {}
     profiles: dict[str, list[dict]] = {}
     table: list[dict] = []
-    further = parts(run, inputs)
-    with here.timer("generation and scoring"):
+    further, pieces = parts(run, inputs), Pieces(here)
+    with here.timer("generation and scoring"), stopped_here(here):
         for name, model, prompts, form in _models(run, inputs, test):
             found[name] = {"label": _label(name, form or settings.models.base_form, inputs), "role": _role(name, form)}
             single[name] = {}
             for decoding in settings.evaluation.decodings:
-                samples = inputs.answers(model, prompts, decoding, form=form)
-                rewards = inputs.reward(samples)
-                found[name][decoding] = answers.measure(samples, lambda _, known=rewards: known)
-                single[name][decoding] = answers.per_answer(samples) | {"reward": rewards.tolist()}
-                table += answers.rows(samples[: settings.evaluation.samples_kept], name, decoding, inputs.reward)
+                # No name for what holds the model: the next one is loaded when this one is gone.
+                seen = pieces(["answers", name, decoding], partial(_look, inputs, name, model, prompts, decoding, form))
+                found[name][decoding], single[name][decoding] = seen["metrics"], seen["single"]
+                table += seen["rows"]
                 if decoding == settings.evaluation.decodings[0]:
-                    read, each = [s.answer for s in samples], settings.evaluation.prefixes
-                    prefixes[name] = redundancy.prefix_table(read, each)
-                    profiles[name] = redundancy.profile(read, inputs.text, each)
+                    prefixes[name], profiles[name] = seen["prefixes"], seen["profile"]
             for part in further:
                 part.add(name, model, form or settings.models.base_form)
             del model  # before the next one is loaded
@@ -105,7 +104,25 @@ def make(run: Run) -> dict:
         "redundancy": profiles, "gains": _gains(single, settings.evaluation.decodings[0], settings.seed),
         **{part.key: part.results() for part in further},
     })  # fmt: skip
+    pieces.clear()
     return here.results()
+
+
+def _look(inputs: Inputs, name: str, model: nn.Module, prompts: list[Prompt], decoding: str, form: Form | None) -> dict:
+    """What one model makes of the test problems under one decoding; redundancy under the first one only."""
+    wanted = inputs.settings.evaluation
+    samples = inputs.answers(model, prompts, decoding, form=form)
+    rewards = inputs.reward(samples)
+    seen = {
+        "metrics": answers.measure(samples, lambda _: rewards),
+        "single": answers.per_answer(samples) | {"reward": rewards.tolist()},
+        "rows": answers.rows(samples[: wanted.samples_kept], name, decoding, inputs.reward),
+    }
+    if decoding == wanted.decodings[0]:
+        read = [s.answer for s in samples]
+        seen["prefixes"] = redundancy.prefix_table(read, wanted.prefixes)
+        seen["profile"] = redundancy.profile(read, inputs.text, wanted.prefixes)
+    return seen
 
 
 def _models(run: Run, inputs: Inputs, test: list[Prompt]) -> Iterator[tuple[str, nn.Module, list[Prompt], Form | None]]:

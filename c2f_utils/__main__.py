@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from c2f_utils.errors import C2FError, short
-from c2f_utils.headless import again, clean, look, pack
+from c2f_utils.headless import again, clean, look, pack, sweep_command
 
 
 class _Parser(argparse.ArgumentParser):
@@ -169,6 +169,7 @@ def _parser() -> argparse.ArgumentParser:
     settings.add_argument("--profile", default="tiny", help="default: tiny")
     settings.set_defaults(action=_settings)
 
+    sweep_command.add_command(commands)
     look.add_commands(commands)
     again.add_command(commands)
     clean.add_command(commands)

@@ -75,6 +75,10 @@ def prepare(
     overwrite = chosen["overwrite"]
     settings = load_settings(**{name: chosen[name] for name in standard if name != "overwrite"})
     registry.refuse_unknown(chosen.get("runs", ()), besides=settings.run_id)
+    if name := chosen.get("sweep"):
+        from c2f_utils.report import sweep_results
+
+        sweep_results.read(name)
     _check_operators(jobs, settings)
     _check_stages(jobs, Run(settings), overwrite, [job.stage for job in before])
     return jobs

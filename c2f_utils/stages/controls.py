@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from c2f_utils import merge
+from c2f_utils.errors import Stopped
 from c2f_utils.models import loading
 from c2f_utils.notebook.interrupt import stopping
 from c2f_utils.runs.run import Run
@@ -39,7 +40,7 @@ def keep(run: Run, bench: Bench, name: str, model: nn.Module) -> None:
 
 def _interpolation(run: Run, bench: Bench, coefficient: float) -> tuple[nn.Module, dict]:
     base = bench.states["base"]
-    sweep = bench.sweep({"name": "lerp"}, base)
+    sweep = bench.sweep({"name": "lerp"}, base, "base")
     chosen = max(sweep, key=lambda row: row["score"])["coefficient"]
     note = "instruct + c (base - instruct), c chosen on the same grid by the same score"
     return bench.merged(bench.recipe({"name": "lerp"}, chosen), base), {
@@ -60,7 +61,7 @@ def _random(run: Run, bench: Bench, coefficient: float) -> tuple[nn.Module, dict
 
 def _fixed_long(run: Run, bench: Bench, coefficient: float) -> tuple[nn.Module, dict]:
     state = bench.actor(run.parent("04_length_schedules").model(f"models/fixed_long-s{run.settings.seed}"))
-    sweep = bench.sweep({"name": "residue"}, state)
+    sweep = bench.sweep({"name": "residue"}, state, "fixed_long")
     chosen = max(sweep, key=lambda row: row["score"])["coefficient"]
     note = "residue of the actor trained under the fixed long limit, c chosen on the same grid by the same score"
     made = {"coefficient": chosen, "sweep": sweep, "note": note}
@@ -80,5 +81,8 @@ def _ppo(run: Run, bench: Bench, coefficient: float) -> tuple[nn.Module, dict]:
     with run.here.timer("ppo_instruct"), stopping(run.here):
         for row in process:
             run.here.log({"control": "ppo_instruct", **row})
+    if process.iteration < process.config.iterations:
+        reached = f"iteration {process.iteration} of {process.config.iterations}"
+        raise Stopped(f"RLHF from instruct: stopped after {reached}; run again to continue")
     note = "the same RLHF started from the instruction model, which is also its reference"
     return process.policy.actor, {"rollout_tokens": process.rollout_tokens, "note": note}

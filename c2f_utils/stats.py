@@ -239,6 +239,19 @@ def seed_interval(values: Sequence[float], level: float = 0.95) -> Interval:
     return Interval(mean, mean - half, mean + half, len(numbers))
 
 
+def t_test(differences: Sequence[float]) -> float:
+    """Two-sided p of Student's paired t-test that the mean difference is 0; 1 where all differences are 0."""
+    from scipy.special import stdtr
+
+    numbers = _numbers("differences", differences)
+    if len(numbers) < 2:
+        raise C2FError(f"a t-test of {len(numbers)} difference(s); expected at least 2")
+    error = float(numbers.std(ddof=1)) / math.sqrt(len(numbers))
+    if error == 0:
+        return 1.0 if numbers[0] == 0 else 0.0
+    return float(2 * stdtr(len(numbers) - 1, -abs(float(numbers.mean())) / error))
+
+
 def log_ratio_interval(a: Sequence[float], b: Sequence[float], level: float = 0.95) -> Interval:
     """Geometric mean of a/b over pairs (seeds) with the t-interval of the paired log ratios; all values positive."""
     first, second = _numbers("a", a), _numbers("b", b)

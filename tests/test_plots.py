@@ -16,7 +16,7 @@ from c2f_utils.errors import C2FError
 from c2f_utils.report import figures
 from c2f_utils.report.labels import point_labels, spread
 from c2f_utils.report.results import DECODINGS, target_tokens
-from c2f_utils.report.style import DOUBLE, LAW_COLOURS, ROLE_COLOURS
+from c2f_utils.report.style import DOUBLE, ROLE_COLOURS
 
 STAGE_FIGURES = {
     "loss_curve": "01_base_model",
@@ -171,7 +171,7 @@ def test_in_the_narrow_frontier_of_the_readme_as_well(tmp_path, seed):
     (tmp_path / "07_evaluation").mkdir()
     (tmp_path / "07_evaluation" / "results.json").write_text(json.dumps(found))
     fig = figures.hero(tmp_path)
-    check_labels(fig, fig.axes[2], found, "mean_tokens")
+    check_labels(fig, fig.axes[3], found, "mean_tokens")
 
 
 def test_names_of_points_on_one_spot_still_do_not_overlap():
@@ -190,13 +190,6 @@ def test_spread_keeps_order_and_gap_and_moves_nothing_without_need():
     assert spread([0.0, 10.0, 30.0], 8) == [0.0, 10.0, 30.0]
     moved = spread([5.0, 5.0, 5.0, 40.0], 8)
     assert np.diff(moved).min() >= 8 - 1e-9 and np.mean(moved[:3]) == pytest.approx(5.0) and moved[3] == 40.0
-
-
-def test_roles_and_laws_keep_their_colour():
-    assert ROLE_COLOURS == {
-        "base": "#7f7f7f", "coarse": "#e07b00", "instruct": "#1f77b4", "fine": "#2a9d3a", "control": "#8c6bb1",
-    }  # fmt: skip
-    assert LAW_COLOURS["logistic"] == "#e07b00"
 
 
 def test_saving_writes_pdf_png_and_the_numbers_and_twice_gives_the_same_bytes(run, tmp_path):
@@ -275,7 +268,7 @@ def test_a_prefix_that_only_a_handful_of_answers_reach_is_not_drawn(run):
 
 
 def test_the_chosen_operator_is_the_only_green_one(run):
-    colours = figures.operator_table(run).axes[0].collections[0].get_facecolors()
+    colours = figures.operator_table(run).axes[0].collections[1].get_facecolors()
     green = [matplotlib.colors.to_hex(colour) == ROLE_COLOURS["fine"] for colour in colours]
     assert green == [True, False, False, False, False]
 

@@ -247,6 +247,9 @@ class _Builder:
         """Runs that differ in their seed alone, decoding by decoding."""
         decodings = [way for way in DECODINGS if any(way in m for r in found for m in (r.get("models") or {}).values())]
         for way in decodings:
+            if len(found) > 1:
+                caption = f"Fine minus every other model, mean and 95 % t-interval over runs, {DECODINGS[way]}."
+                self._figure(f"{name}_forest_{way}", lambda way=way: figures.seed_forest(found, names, way), caption)
             caption = f"Every run, the mean and its 95 % t-interval over runs, {DECODINGS[way]}."
             self._figure(f"{name}_{way}", lambda way=way: figures.seed_overview(found, names, way), caption)
             self._table(f"{name}_{way}", lambda way=way: tables.seed_table(found, names, way), caption)

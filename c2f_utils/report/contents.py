@@ -63,7 +63,10 @@ def figures_of(name: str, place: Path, results: dict[str, dict]) -> Drawn:
 
 
 def _evaluation(place: Path, found: dict) -> Drawn:
-    drawn: Drawn = [("prefixes", lambda: figures.prefix_redundancy(place), "Redundancy at fixed prefixes.")]
+    n = max((row["n"] for row in found.get("paired") or [] if row.get("n")), default=0)
+    caption = f"Fine minus every other model on the same {n} prompts: paired differences, 95 % bootstrap intervals."
+    drawn: Drawn = [("forest", lambda: figures.forest(place), caption)]
+    drawn += [("prefixes", lambda: figures.prefix_redundancy(place), "Redundancy at fixed prefixes.")]
     frontiers = {"length": figures.quality_length_frontier, "redundancy": figures.quality_redundancy_frontier}
     for decoding in sources.decodings(found):
         for key, draw in frontiers.items():

@@ -3,11 +3,12 @@
 Inputs: a stage, its directory, the run's directory, or data already read. Output: a matplotlib figure that carries the
 numbers behind it (`fig.data`). A metric that is null is named in the figure, with the reason, never drawn as zero.
 Rooms: `figures_training` (01 to 05), `figures_reward` (02: one pair, several reward models, over-optimisation),
-`figures_laws` (09: the study of laws), `figures_merge` (06), `figures_models` (07, several seeds, the README's
-picture), `lineage` (which stage was made from which), `style` (one look, saving), `results` (reading) and `labels`
-(names beside lines and points).
+`figures_laws` (09: the study of laws), `figures_merge` (06), `figures_forest` (07, 08: fine minus every other model),
+`figures_models` (07, several seeds, the README's picture), `lineage` (which stage was made from which), `style` (one
+look, saving), `results` (reading) and `labels` (names beside lines and points).
 """
 
+from c2f_utils.report.figures_forest import forest, seed_forest
 from c2f_utils.report.figures_laws import limit_paths, regret_map
 from c2f_utils.report.figures_merge import (
     coefficient_sweep,

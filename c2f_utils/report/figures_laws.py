@@ -9,6 +9,8 @@ from c2f_utils.report.labels import end_labels
 from c2f_utils.report.style import DOUBLE, INK, MUTED, ROLE_COLOURS, law_colour, new_figure, note, say, styled
 from c2f_utils.report.tables_laws import clocks_of, regret_table, worst_table
 
+MOST_REGRET = 40  # percent: more is as dark
+
 
 @styled
 def regret_map(study: dict) -> Figure:
@@ -23,13 +25,16 @@ def regret_map(study: dict) -> Figure:
     laws, conditions = list(worst["law"]), list(dict.fromkeys(frame["condition"]))
     table = frame.pivot(index="law", columns="condition", values="regret").loc[laws, conditions]
     values = np.column_stack([table.to_numpy(), worst["worst regret"].to_numpy()]) * 100
-    ax.imshow(np.clip(values, 0, 40), cmap="OrRd", aspect="auto", vmin=0, vmax=55)
+    shown = ax.imshow(np.clip(values, 0, MOST_REGRET), cmap="OrRd", aspect="auto", vmin=0, vmax=1.35 * MOST_REGRET)
     ax.grid(False)
+    scale = fig.colorbar(shown, ax=ax, shrink=0.6, aspect=22, pad=0.02, boundaries=np.arange(0, MOST_REGRET + 1, 2))
+    scale.set_ticks([0, 10, 20, 30, MOST_REGRET], labels=["0", "10", "20", "30", f"{MOST_REGRET} or more"])
+    scale.outline.set_linewidth(0)
     for (row, place), value in np.ndenumerate(values):
         bold = "bold" if place == len(conditions) else "normal"
         words = f"{value:.0f}" if np.isfinite(value) else "not run"
         colour = INK if np.isfinite(value) else "#b5b5b5"
-        ax.text(place, row, words, ha="center", va="center", fontsize=6.5, weight=bold, color=colour)
+        ax.text(place, row, words, ha="center", va="center", fontsize=7, weight=bold, color=colour)
     ax.axvline(len(conditions) - 0.5, color="white", linewidth=4)
     ax.set_xticks(range(len(conditions) + 1), [*conditions, "worst"], rotation=30, ha="right")
     ax.set_yticks(range(len(laws)), laws)
@@ -77,7 +82,7 @@ def limit_paths(study: dict, laws: tuple[str, ...], conditions: tuple[str, ...] 
             ax.axhline(condition.right_length, color=INK, linestyle=":", linewidth=0.8)
         longest = max((len(run["limits"]) for law in laws for run in found.get(law, {}).values()), default=20)
         ax.set(title=name, ylim=(0, None), xlim=(0, longest))
-        end_labels(ax, ends, 6)
+        end_labels(ax, ends)
     for ax in axes[-1]:
         ax.set_xlabel("iteration")
     for ax in axes[:, 0]:

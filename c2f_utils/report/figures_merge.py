@@ -18,6 +18,7 @@ from c2f_utils.report.results import (
     NO_CHECKER,
     PARENTS_OF_06,
     column,
+    errors,
     known,
     load,
     operator_name,
@@ -63,12 +64,11 @@ def coefficient_sweep(source: object, parents: dict[str, dict] | None = None) ->
         if metric == "accuracy_last":
             ax.set_ylabel("accuracy")
             first = column(rows, "accuracy_first")
-            ax.plot(
-                x, first, color=ROLE_COLOURS["fine"], marker="o", linewidth=0.9, linestyle="--", markerfacecolor="white"
-            )
+            look = {"color": ROLE_COLOURS["fine"], "marker": "o", "linewidth": 0.9, "linestyle": "--"}
+            ax.errorbar(x, first, errors(rows, "accuracy_first"), elinewidth=0.7, markerfacecolor="white", **look)
             ends.append((x[-1], first[-1], "first answer", ROLE_COLOURS["fine"]))
         ends.append((x[-1], values[-1], "last answer" if metric == "accuracy_last" else "merge", ROLE_COLOURS["fine"]))
-        ax.plot(x, values, color=ROLE_COLOURS["fine"], marker="o")
+        ax.errorbar(x, values, errors(rows, metric), color=ROLE_COLOURS["fine"], marker="o", elinewidth=0.8)
         for role, row in parents.items():
             if row.get(metric) is not None:
                 ax.axhline(row[metric], color=ROLE_COLOURS[role], linewidth=0.9, linestyle=":")
@@ -81,10 +81,8 @@ def coefficient_sweep(source: object, parents: dict[str, dict] | None = None) ->
             ax.axvline(chosen, color=INK, linewidth=0.7)
             if metric == "accuracy_last":
                 above = {"xytext": (2, 2), "textcoords": "offset points", "annotation_clip": False}
-                ax.annotate(
-                    f"chosen {chosen:g}", (chosen, 1), xycoords=("data", "axes fraction"), fontsize=6.5, **above
-                )
-        end_labels(ax, ends, size=6.5)
+                ax.annotate(f"chosen {chosen:g}", (chosen, 1), xycoords=("data", "axes fraction"), fontsize=7, **above)
+        end_labels(ax, ends, size=7)
     if known(column(rows, "score")):
         axes[1, 1].set_title(textwrap.fill(f"score = {results.get('score') or 'not described'}", 52), fontsize=7)
     return fig
@@ -94,10 +92,8 @@ def coefficient_sweep(source: object, parents: dict[str, dict] | None = None) ->
 def layer_sweep(source: object) -> Figure:
     """What each choice of layers or modules for the residue gives."""
     results, place = load(source, STAGE)
-    fig = _rows_figure(
-        rows_of(results, "layers"), "name", "Where the residue is added", place, "no layer recipe was tried"
-    )
-    return fig
+    rows, empty = rows_of(results, "layers"), "no layer recipe was tried"
+    return _rows_figure(rows, "name", "Where the residue is added", place, empty, _chosen(results))
 
 
 @styled
@@ -106,7 +102,14 @@ def operator_table(source: object) -> Figure:
     results, place = load(source, STAGE)
     chosen = operator_name((results.get("chosen") or {}).get("operator"))
     rows = rows_of(results, "operators")
-    return _rows_figure(rows, "operator", "Merge operators", place, "no other operator was tried", chosen)
+    empty = "no other operator was tried"
+    return _rows_figure(rows, "operator", "Merge operators", place, empty, _chosen(results), chosen)
+
+
+def _chosen(results: dict) -> dict:
+    """The row of the sweep whose coefficient was chosen: one coefficient for all tensors."""
+    coefficient = (results.get("chosen") or {}).get("coefficient")
+    return next((row for row in rows_of(results, "sweep") if row.get("coefficient") == coefficient), {})
 
 
 @styled
@@ -134,7 +137,7 @@ def variant_differences(source: object) -> Figure:
     ax.axvline(0, color=INK, linewidth=0.8)
     ax.hlines(y, low, high, color=colours, linewidth=1.2)
     ax.scatter(middle, y, 18, color=colours, zorder=3)
-    ax.set_yticks(y, [f"{row['name']}  ({row['group']})" for row in rows], fontsize=6.5)
+    ax.set_yticks(y, [f"{row['name']}  ({row['group']})" for row in rows], fontsize=7)
     ax.set_ylim(len(rows) - 0.5, -0.5)
     ax.set_xlabel(
         "difference in score, 95 % interval over validation problems\ngreen: better, orange: worse, grey: cannot tell"
@@ -143,9 +146,10 @@ def variant_differences(source: object) -> Figure:
 
 
 def _rows_figure(
-    rows: list[dict], key: str, title: str, place: Path | None, empty: str, chosen: str | None = None
+    rows: list[dict], key: str, title: str, place: Path | None, empty: str, reference: dict, chosen: str | None = None
 ) -> Figure:
-    """Small multiples with one row per recipe: accuracy (last filled, first hollow), length, repetition, score."""
+    """Small multiples with one row per recipe: accuracy (last filled, first hollow), length, repetition, score; dashed:
+    the reference, one coefficient for all tensors."""
     first_metric, why = quality(rows, "accuracy_last")
     title += f" ({why})" if why else ""
     fig, axes = new_figure(1, 4, DOUBLE, 1.0 + 0.24 * max(3, len(rows)), title, place, sharey=True)
@@ -163,19 +167,34 @@ def _rows_figure(
         ax.set_ylim(len(rows) - 0.5, -0.5)
         if not known(values):
             ax.set_xticks([])
-            ax.text(0.5, 0.5, NO_CHECKER, transform=ax.transAxes, ha="center", va="center", color=MUTED, fontsize=6)
+            ax.text(0.5, 0.5, NO_CHECKER, transform=ax.transAxes, ha="center", va="center", color=MUTED, fontsize=7)
             continue
+        if reference.get(metric) is not None:
+            ax.axvline(reference[metric], color=INK, linewidth=0.8, linestyle="--", zorder=1)
+        low, high = _ends(rows, metric)
+        ax.hlines(y, low, high, color=colours, linewidth=0.8)
         ax.scatter(values, y, 20, color=colours, zorder=3)
         if metric == "accuracy_last":
             first = column(rows, "accuracy_first")
-            ax.hlines(y, np.minimum(values, first), np.maximum(values, first), color=colours, linewidth=0.8)
             ax.scatter(first, y, 20, facecolors="white", edgecolors=colours, zorder=2)
             ax.set_xlabel("filled: last answer\nhollow: first answer")
         ax.margins(x=0.2)
         if metric in ("mean_tokens", "rep4"):
             ax.set_xlim(left=min(0.0, float(np.nanmin(values))))
             ax.set_xlabel(LABELS[metric].rsplit("(")[-1].rstrip(")"))
+    if rows:
+        fig.supxlabel("dashed: one coefficient for all tensors; lines: 95 % intervals", fontsize=7, color=MUTED)
     return fig
+
+
+def _ends(rows: list[dict], metric: str) -> tuple[np.ndarray, np.ndarray]:
+    """95 % bounds of every row: of accuracy Wilson's, of the score that of the paired difference from the reference."""
+    values = column(rows, metric)
+    if metric == "score":
+        shift = values - column(rows, "difference")
+        return shift + column(rows, "low"), shift + column(rows, "high")
+    away = errors(rows, metric)
+    return (values - away[0], values + away[1]) if away is not None else (values, values)
 
 
 @styled
@@ -226,4 +245,4 @@ def _cell_values(ax: Axes, grid: np.ndarray, scale: Normalize, diverging: bool) 
             share = float(scale(value))
             dark = abs(share - 0.5) > 0.35 if diverging else share < 0.6
             words = f"{value:+.2f}" if diverging else f"{value:.2f}"
-            ax.text(col, row, words, ha="center", va="center", fontsize=5.5, color="white" if dark else INK)
+            ax.text(col, row, words, ha="center", va="center", fontsize=7, color="white" if dark else INK)

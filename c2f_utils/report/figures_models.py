@@ -15,7 +15,19 @@ from matplotlib.ticker import MaxNLocator
 from c2f_utils import stats
 from c2f_utils.files import read_json, read_jsonl
 from c2f_utils.report.labels import point_labels
-from c2f_utils.report.results import DECODINGS, LABELS, MAIN, column, known, load, model_rows, quality, seed_frame
+from c2f_utils.report.results import (
+    DECODINGS,
+    LABELS,
+    MAIN,
+    bounds,
+    column,
+    errors,
+    known,
+    load,
+    model_rows,
+    quality,
+    seed_frame,
+)
 from c2f_utils.report.sources import find_stages
 from c2f_utils.report.style import (
     DOUBLE,
@@ -55,11 +67,13 @@ def _frontier(source: object, decoding: str, metric: str, across: str, title: st
     lines = f"{title}, {DECODINGS.get(decoding, decoding)}" + (f" ({why})" if why else "")
     fig, axes = new_figure(1, 1, DOUBLE, 3.7, lines, place)
     fig.data = pd.DataFrame(rows)
-    _frontier_axes(axes[0, 0], rows, metric, across, decoding)
+    _frontier_axes(axes[0, 0], rows, metric, across, decoding, results.get("intervals"))
     return fig
 
 
-def _frontier_axes(ax: Axes, rows: list[dict], metric: str, across: str, decoding: str, size: float = 6.5) -> None:
+def _frontier_axes(
+    ax: Axes, rows: list[dict], metric: str, across: str, decoding: str, recorded: dict | None, size: float = 7
+) -> None:
     ax.set(xlabel=LABELS[across], ylabel=LABELS.get(metric, metric))
     rows = [row for row in rows if row.get(metric) is not None and row.get(across) is not None]
     if not rows:
@@ -76,12 +90,20 @@ def _frontier_axes(ax: Axes, rows: list[dict], metric: str, across: str, decodin
             ax.scatter(x, first, 14, facecolors="white", edgecolors=colour, linewidths=0.8, zorder=3)
             obstacles += [(x, y + (first - y) * step / 5) for step in range(1, 6)]
             owners += [len(points)] * 5
+        mine = (recorded or {}).get(row["model"], {}).get(decoding)
+        for end in bounds(row, metric, mine) or ():
+            ax.plot([x, x], [y, end], color=colour, linewidth=0.7, alpha=0.45, zorder=1)
+            obstacles += [(x, y + (end - y) * step / 3) for step in range(1, 4)]
+            owners += [len(points)] * 3
+        for end in bounds(row, across, mine) or ():
+            ax.plot([x, end], [y, y], color=colour, linewidth=0.7, alpha=0.45, zorder=1)
         ax.scatter(x, y, _SIZES.get(role, 18), color=colour, marker=marker, zorder=4, linewidths=0)
         points.append((x, y))
     ax.margins(0.12, 0.12)
     ax.set_xlim(left=min(0.0, min(x for x, _ in points)) - 0.03 * max(x for x, _ in points))
     if both:
         ax.set_ylabel("accuracy (filled: last answer, hollow: first)")
+        note(ax, "thin lines: 95 % intervals", "lower right")
     colours = [ROLE_COLOURS.get(row["role"], INK) for row in rows]
     bold = [row["role"] != "control" for row in rows]
     point_labels(ax, points, [row["label"] for row in rows], colours, obstacles, size, bold, owners)
@@ -158,7 +180,7 @@ def seed_overview(runs: Sequence[dict], names: Sequence[str], decoding: str = "s
         ax.margins(x=0.1)
     axes[0, 0].set_yticks(range(len(labels)), list(labels.values()))
     axes[0, 0].set_ylim(len(labels) - 0.5, -0.5)
-    fig.supxlabel("dots: runs; bar: mean; line: 95 % t-interval over runs", fontsize=6.5, color=MUTED)
+    fig.supxlabel("dots: runs; bar: mean; line: 95 % t-interval over runs", fontsize=7, color=MUTED)
     return fig
 
 
@@ -172,17 +194,23 @@ def hero(run_dir: object, decoding: str = "sampled_t1") -> Figure:
     lent = run_dir if isinstance(run_dir, dict) else {}
     run = Path(getattr(run_dir, "dir", run_dir)) if not lent else Path(next(iter(lent.values()))).parent
     coarse, judged = (Path(lent.get(name, run / name)) for name in ("03_coarse_rlhf", STAGE))
-    fig, axes = new_figure(1, 3, 10.2, 3.0, "", run, width_ratios=(1.05, 1, 1.35))
-    left, middle, right = axes[0]
-    fig.data = pd.concat([_story(left, coarse), _bars(middle, judged, decoding)], ignore_index=True)
-    right.set_title("3  Quality against length")
+    fig, axes = new_figure(2, 2, DOUBLE, 4.9, "", run, width_ratios=(1, 1.45), height_ratios=(1, 1.25))
+    fig.get_layout_engine().set(w_pad=0.08)
+    (tokens, before), (curve, frontier) = axes
+    fig.data = pd.concat(
+        [_story(tokens, curve, coarse), _before_and_after(before, judged, decoding)], ignore_index=True
+    )
+    frontier.set_title("4  Quality against length")
     evaluation = judged / "results.json"
     if not evaluation.is_file():
-        say(right, f"not run yet: notebooks/{STAGE}.ipynb")
+        say(frontier, f"not run yet: notebooks/{STAGE}.ipynb")
         return fig
-    rows = model_rows(read_json(evaluation), decoding)
+    results = read_json(evaluation)
+    rows = model_rows(results, decoding)
     metric, _ = quality(rows, "accuracy_last")
-    _frontier_axes(right, rows, metric, "mean_tokens", decoding)
+    _frontier_axes(frontier, rows, metric, "mean_tokens", decoding, results.get("intervals"))
+    if metric == "accuracy_last":
+        frontier.set_ylabel("accuracy")  # panel 3 says which is which
     return fig
 
 
@@ -217,64 +245,73 @@ def _curve(stage: Path) -> list[dict]:
     return (read_json(path).get("curve") or []) if path.is_file() else []
 
 
-def _story(ax: Axes, stage: Path) -> pd.DataFrame:
-    """The limit and the mean length over training, with quality on the right axis."""
-    ax.set_title("1  RLHF on the base: limit and length")
+def _story(tokens: Axes, quality_of: Axes, stage: Path) -> pd.DataFrame:
+    """Training: the limit and the mean length above, quality on the training prompts' sisters below."""
+    tokens.set_title("1  RLHF on the base: the limit grows")
+    quality_of.set_title("2  ... and quality with it")
     rows = read_jsonl(stage / "metrics.jsonl")
     if not rows:
-        say(ax, "not run yet: notebooks/03_coarse_rlhf.ipynb")
+        for ax in (tokens, quality_of):
+            say(ax, "not run yet: notebooks/03_coarse_rlhf.ipynb")
         return pd.DataFrame()
-    x, colour, blue = column(rows, "iteration"), ROLE_COLOURS["coarse"], "#5b5b9d"
-    ax.step(x, column(rows, "limit"), where="post", color=INK, linewidth=1)
-    ax.plot(x, column(rows, "mean_tokens"), color=colour)
-    ax.set(xlabel="iteration", ylabel="tokens per answer", ylim=(0, None))
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    x, colour = column(rows, "iteration"), ROLE_COLOURS["coarse"]
+    limit, mean = column(rows, "limit"), column(rows, "mean_tokens")
+    tokens.step(x, limit, where="post", color=INK, linewidth=1)
+    tokens.plot(x, mean, color=colour)
+    tokens.set(ylabel="tokens per answer", ylim=(0, None))
+    middle = len(x) // 2
+    offset = {"textcoords": "offset points", "fontsize": 7}
+    tokens.annotate("limit", (x[middle], limit[middle]), xytext=(-4, 7), ha="right", color=INK, **offset)
+    tokens.annotate("mean length", (x[middle], mean[middle]), xytext=(6, -9), ha="left", color=colour, **offset)
     curve = _curve(stage)
-    metric, _ = quality(curve, "accuracy_first")
-    values = column(curve, metric)
-    names = f"black: limit\norange: mean length\nviolet: {LABELS[metric]} (right)" if known(values) else (
-        "black: limit\norange: mean length"
-    )  # fmt: skip
-    if known(values):
-        twin = ax.twinx()
-        twin.grid(False)
-        twin.spines["right"].set_visible(True)
-        twin.plot(column(curve, "iteration"), values, color=blue, marker="o", markersize=3, linewidth=1.1)
-        low, high = float(np.nanmin(values)), float(np.nanmax(values))
-        low = 0.0 if metric == "accuracy_first" else low - 0.2 * (high - low)
-        twin.set_ylim(low, low + 1.45 * max(0.05, high - low))
-        twin.tick_params(colors=blue, labelcolor=blue)
-    ax.set_ylim(0, 1.45 * float(np.nanmax(column(rows, "limit"))))
-    note(ax, names)
+    metric, why = quality(curve, "accuracy_first")
+    values, at = column(curve, metric), column(curve, "iteration")
+    quality_of.set(xlabel="iteration", ylabel=LABELS[metric])
+    for ax in (tokens, quality_of):
+        ax.set_xlim(-0.04 * x[-1], 1.04 * x[-1])  # the curve begins before the first iteration
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if not known(values):
+        say(quality_of, why or "no evaluation during training")
+        return pd.DataFrame(rows).assign(part="training")
+    quality_of.errorbar(at, values, errors(curve, metric), fmt="o-", color=colour, elinewidth=0.8, markersize=3.5)
+    if metric == "accuracy_first":
+        quality_of.set_ylim(0, None)
     return pd.DataFrame(rows).assign(part="training")
 
 
-def _bars(ax: Axes, stage: Path, decoding: str) -> pd.DataFrame:
-    """First- and last-answer accuracy of the four models (reward where the checker knows nothing)."""
+def _before_and_after(ax: Axes, stage: Path, decoding: str) -> pd.DataFrame:
+    """First- and last-answer accuracy of the four models with 95 % intervals (reward where no checker knows them)."""
     path = stage / "results.json"
-    rows = [row for row in model_rows(read_json(path), decoding) if row["model"] in MAIN] if path.is_file() else []
+    results = read_json(path) if path.is_file() else {}
+    rows = [row for row in model_rows(results, decoding) if row["model"] in MAIN]
     rows.sort(key=lambda row: MAIN.index(row["model"]))
     metric, why = quality(rows, "accuracy_last")
-    ax.set_title(f"2  {'Accuracy' if metric == 'accuracy_last' else 'Reward'} before and after the merge")
+    ax.set_title(f"3  {'Accuracy' if metric == 'accuracy_last' else 'Reward'} before and after the merge")
     if not rows:
         say(ax, f"not run yet: notebooks/{STAGE}.ipynb")
         return pd.DataFrame()
-    x, colours = np.arange(len(rows)), [ROLE_COLOURS.get(row["role"], INK) for row in rows]
+    shown = [(metric, 0.0)] if metric != "accuracy_last" else [("accuracy_first", -0.13), ("accuracy_last", 0.13)]
+    recorded = results.get("intervals") or {}
+    for key, shift in shown:
+        for place, row in enumerate(rows):
+            if row.get(key) is None:
+                continue
+            colour, marker = ROLE_COLOURS.get(row["role"], INK), ROLE_MARKERS.get(row["role"], "o")
+            ends = bounds(row, key, recorded.get(row["model"], {}).get(decoding))
+            if ends:
+                ax.plot([place + shift] * 2, ends, color=colour, linewidth=1.1, zorder=2)
+            face = "white" if key == "accuracy_first" else colour
+            ax.plot([place + shift], [row[key]], marker, color=colour, markerfacecolor=face, markersize=6, zorder=3)
+            words = {"xytext": (5 if shift >= 0 else -5, 0), "textcoords": "offset points", "va": "center"}
+            ax.annotate(f"{row[key]:.2f}", (place + shift, row[key]), ha="left" if shift >= 0 else "right", **words)
+    ax.set_xlim(-0.6, len(rows) - 0.4)
+    ax.set_xticks(range(len(rows)), [row["label"] for row in rows])
+    ax.grid(False, axis="x")
     if metric == "accuracy_last":
-        bars = [(x - 0.2, "accuracy_first", 0.35), (x + 0.2, "accuracy_last", 1.0)]
         ax.set(ylabel=f"accuracy, {DECODINGS.get(decoding, decoding)}", ylim=(0, 1.12))
-        note(ax, "pale: first answer; full: last answer")
+        note(ax, "hollow: first answer; filled: last; bars: 95 % intervals", "lower right")
     else:
-        bars = [(x, metric, 1.0)]
         ax.set_ylabel(LABELS[metric])
         ax.margins(y=0.2)
         note(ax, why)
-    for at, key, alpha in bars:
-        values = column(rows, key)
-        ax.bar(at, values, 0.38 if len(bars) == 2 else 0.6, color=colours, alpha=alpha)
-        for place, value in zip(at, values, strict=True):
-            if np.isfinite(value):
-                ax.text(place, value, f"{value:.2f}", ha="center", va="bottom" if value >= 0 else "top", fontsize=6.5)
-    ax.set_xticks(x, [row["label"].replace(" ", "\n") for row in rows])
-    ax.grid(False, axis="x")
     return pd.DataFrame(rows).assign(part="models")

@@ -87,7 +87,7 @@ def _crosses(ax: Axes, rows: list[dict], origin: tuple[float, float], remark: st
     note(ax, remark, "lower right")
     colours = [ROLE_COLOURS.get(row["role"], INK) for row in rows]
     bold = [row["role"] != "control" for row in rows]
-    point_labels(ax, points, [row["label"] for row in rows], colours, obstacles, 6.5, bold)
+    point_labels(ax, points, [row["label"] for row in rows], colours, obstacles, 7, bold)
 
 
 _SIZES = {"fine": 90, "coarse": 45, "base": 32, "instruct": 40}
@@ -124,7 +124,7 @@ def pass_at_k(source: object) -> Figure:
     right, and a majority of k votes by the tokens it costs."""
     results, place = load(source, STAGE)
     found = results.get("sampling") or {}
-    fig, axes = new_figure(1, 3, DOUBLE + 1.4, 2.7, "What many answers to one problem find", place)
+    fig, axes = new_figure(1, 3, DOUBLE, 2.6, "What many answers to one problem find", place)
     models = found.get("models") or {}
     fig.data = pd.DataFrame(
         [

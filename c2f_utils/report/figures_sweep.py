@@ -51,7 +51,7 @@ def _panel(ax: Axes, frame: pd.DataFrame, metric: str, points: list[str]) -> Non
         values = frame.loc[frame["label"] == point, metric].dropna().to_numpy(dtype=float)
         if not len(values):
             ax.text(
-                0.02, place, "not done yet", transform=ax.get_yaxis_transform(), va="center", color=MUTED, fontsize=6
+                0.02, place, "not done yet", transform=ax.get_yaxis_transform(), va="center", color=MUTED, fontsize=7
             )
             continue
         found = stats.seed_interval(values)
@@ -59,7 +59,7 @@ def _panel(ax: Axes, frame: pd.DataFrame, metric: str, points: list[str]) -> Non
         if found.low is not None:
             ax.plot([found.low, found.high], [place, place], color=colour, linewidth=1.2, zorder=3)
         ax.plot(found.value, place, "o", color=colour, zorder=4)
-        above = {"textcoords": "offset points", "ha": "center", "va": "bottom", "fontsize": 6, "color": INK}
+        above = {"textcoords": "offset points", "ha": "center", "va": "bottom", "fontsize": 7, "color": INK}
         ax.annotate(_number(found.value), (found.value, place), (0, 3), **above)
     ax.set_xlabel(LABELS.get(metric, metric.replace("_", " ")))
 

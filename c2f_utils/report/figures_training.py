@@ -112,7 +112,7 @@ def length_bias(source: object) -> Figure:
         _scatter(right, utility, reward)
         if results.get("utility_correlation") is not None:
             note(right, f"correlation {results['utility_correlation']:+.2f}")
-        note(right, "points: answers; line: means of deciles", "lower right")
+        note(right, "pale: answers; black: means of\ndeciles, 95 % t-intervals", "lower right")
     else:
         right.tick_params(labelleft=False)
         right.set_xticks([])
@@ -122,7 +122,7 @@ def length_bias(source: object) -> Figure:
 
 
 def _scatter(ax: Axes, x: np.ndarray, y: np.ndarray) -> None:
-    """Faint points, the mean per decile, and the least-squares line."""
+    """Faint points, the mean per decile with its 95 % t-interval, and the least-squares line."""
     keep = np.isfinite(x) & np.isfinite(y)
     x, y = x[keep], y[keep]
     ax.scatter(x, y, 5, color=ROLE_COLOURS["control"], alpha=0.35, linewidths=0)
@@ -135,7 +135,10 @@ def _scatter(ax: Axes, x: np.ndarray, y: np.ndarray) -> None:
     slope, offset = np.polyfit(x, y, 1)
     ends = np.array([x.min(), x.max()])
     ax.plot(ends, offset + slope * ends, color=MUTED, linewidth=0.8, linestyle="--")
-    ax.plot([x[part].mean() for part in order], [y[part].mean() for part in order], color=INK, marker="o", markersize=3)
+    for part in order:
+        found, at = stats.seed_interval(y[part]), x[part].mean()
+        ax.plot([at, at], [found.low, found.high], color=INK, linewidth=1, zorder=3)
+        ax.plot([at], [found.value], "o", color=INK, markersize=3.5, zorder=3)
 
 
 def _room_above(ax: Axes, share: float = 0.3) -> None:
@@ -186,14 +189,14 @@ def credit_of_one_answer(rows: list[dict], stopped: str = "") -> Figure:
     line(critic, x, target, ROLE_COLOURS["coarse"])
     critic.set(ylabel="reward still to come", xlim=(0.2, x[-1] + 0.8))
     ends = [(x[-1], value[-1], "critic's value", ROLE_COLOURS["instruct"])]
-    end_labels(critic, [*ends, (x[-1], target[-1], "its target", ROLE_COLOURS["coarse"])], 6.5)
+    end_labels(critic, [*ends, (x[-1], target[-1], "its target", ROLE_COLOURS["coarse"])])
     policy.bar(x, advantage, color=np.where(advantage < 0, MUTED, ROLE_COLOURS["fine"]))
     policy.axhline(0, color=INK, linewidth=0.6)
     policy.set(ylabel="advantage")
     policy.margins(y=0.25)
     note(policy, "above 0 (green): made more likely; below (grey): less")
     if len(rows) <= 60:
-        policy.set_xticks(x, [row["token"] for row in rows], rotation=90, fontsize=6 if len(rows) <= 40 else 5)
+        policy.set_xticks(x, [row["token"] for row in rows], rotation=90, fontsize=7 if len(rows) <= 40 else 5)
     else:
         policy.set_xlabel("token of the answer")
     return fig
@@ -201,45 +204,49 @@ def credit_of_one_answer(rows: list[dict], stopped: str = "") -> Figure:
 
 @styled
 def training_panel(source: object, title: str = "Coarse RLHF: training") -> Figure:
-    """Six views of a coarse run by iteration: reward, KL, length against the moving limit, entropy, critic, repetition.
+    """Eight views of a coarse run by iteration: reward, KL, length under the moving limit, cut answers; entropy, the
+    critic's loss and what it explains, repetition.
 
     `source` may also be the rows of metrics.jsonl, so that a live panel can draw while the run goes on.
     """
     rows, place = load(source, "03_coarse_rlhf", "metrics.jsonl")
-    fig, axes = new_figure(2, 3, DOUBLE, 3.9, title, place, sharex=True)
+    fig, axes = new_figure(2, 4, DOUBLE, 3.7, title, place, sharex=True)
     fig.data = pd.DataFrame(rows)
     x, main = column(rows, "iteration"), ROLE_COLOURS["coarse"]
-    get = {key: column(rows, key) for key in (
-        "reward", "reward_sd", "kl_per_token", "limit", "mean_tokens", "p95_tokens", "truncated_share", "entropy",
-        "value_loss", "explained_variance", "rep4",
-    )}  # fmt: skip
     if len(rows) == 0:
         for ax in axes.flat:
             say(ax, "no iteration yet")
         return fig
-    reward, kl, length = axes[0]
-    entropy, critic, repetition = axes[1]
-    spread = np.nan_to_num(get["reward_sd"])
-    reward.fill_between(x, get["reward"] - spread, get["reward"] + spread, color=main, alpha=0.15, linewidth=0)
-    _panel(reward, x, get["reward"], "reward (mean ± 1 sd)", main)
-    _panel(kl, x, get["kl_per_token"], "KL to the base (nats per token)", main)
-    _panel(entropy, x, get["entropy"], "entropy (nats per token)", main)
-    _panel(repetition, x, get["rep4"], "repeated 4-grams (share)", main)
-    length.step(x, get["limit"], where="post", color=INK, linewidth=1)
-    length.plot(x, get["p95_tokens"], color=main, linewidth=0.8, linestyle=":")
-    _panel(length, x, get["mean_tokens"], "tokens: limit, p95, mean", main)
-    top = float(np.nanmax(get["limit"])) if known(get["limit"]) else 1.0
-    length.set_ylim(0, 1.45 * top)
-    _against_right(length, x, get["truncated_share"], "cut share", ROLE_COLOURS["instruct"])
-    note(length, "step: limit; dotted: p95\nline: mean; blue: share cut (right)")
-    _panel(critic, x, get["value_loss"], "value loss", main)
-    _room_above(critic, 0.35)
-    _against_right(critic, x, get["explained_variance"], "explained variance", ROLE_COLOURS["instruct"])
-    note(critic, "orange: value loss (left)\nblue: explained variance (right)", "upper right")
+    for ax, (key, words) in zip(axes.flat, _TRAINING.items(), strict=True):
+        _panel(ax, x, column(rows, key), words, main)
+    reward, _, length, cut = axes[0]
+    spread, mean = np.nan_to_num(column(rows, "reward_sd")), column(rows, "reward")
+    reward.fill_between(x, mean - spread, mean + spread, color=main, alpha=0.15, linewidth=0)
+    limit = column(rows, "limit")
+    length.step(x, limit, where="post", color=INK, linewidth=1)
+    length.plot(x, column(rows, "p95_tokens"), color=main, linewidth=0.8, linestyle=":")
+    length.set_ylim(0, 1.1 * float(np.nanmax(limit)) if known(limit) else 1.0)
+    for ax in (cut, axes[1, 3]):
+        ax.set_ylim(-0.03, 1.03)
+    explained = axes[1, 2]
+    low = column(rows, "explained_variance")
+    explained.set_ylim(max(-1.0, min(0.0, float(np.nanmin(low)))) - 0.05 if known(low) else 0.0, 1.05)
     for ax in axes[1]:
         ax.set_xlabel("iteration")
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     return fig
+
+
+_TRAINING = {
+    "reward": "reward\n(mean ± 1 sd)",
+    "kl_per_token": "KL to the base\n(nats per token)",
+    "mean_tokens": "tokens: mean (line),\np95 (dotted), limit (step)",
+    "truncated_share": "cut by the limit\n(share of answers)",
+    "entropy": "entropy\n(nats per token)",
+    "value_loss": "value loss\n",
+    "explained_variance": "variance explained\nby the critic (from -1)",
+    "rep4": "repeated 4-grams\n(share)",
+}
 
 
 def _panel(ax: Axes, x: np.ndarray, y: np.ndarray, title: str, colour: str) -> None:
@@ -248,19 +255,6 @@ def _panel(ax: Axes, x: np.ndarray, y: np.ndarray, title: str, colour: str) -> N
         say(ax, "not recorded in this run")
         return
     line(ax, x, y, colour)
-
-
-def _against_right(ax: Axes, x: np.ndarray, share: np.ndarray, label: str, colour: str) -> None:
-    """A share on a second axis from 0 to 1; the ticks are at the same heights as the words in the corner leave free."""
-    if not known(share):
-        return
-    twin = ax.twinx()
-    twin.grid(False)
-    twin.spines["right"].set_visible(True)
-    low = max(-1.0, min(0.0, float(np.nanmin(share))))  # an untrained critic can be arbitrarily bad: cut at -1
-    twin.set(ylim=(low, low + 1.45 * (1 - low)), yticks=[0, 0.5, 1] if low > -0.75 else [-1, 0, 1])
-    twin.tick_params(colors=colour, labelcolor=colour)
-    twin.plot(x, share, color=colour, linewidth=1)
 
 
 @styled
@@ -351,7 +345,7 @@ def tokens_to_target(source: object, metric: str = "utility", shares: tuple[floa
                 at, side = (found.min(), "right") if low else (found.max() if len(found) else 0, "left")
                 words = f"{missed} of {len(mine)} missed" if len(mine) > 1 else "missed"
                 gap = {"xytext": (-6 if low else 6, 0), "textcoords": "offset points"}
-                ax.annotate(words, (at, row), ha=side, va="center", fontsize=6, color=MUTED, **gap)
+                ax.annotate(words, (at, row), ha=side, va="center", fontsize=7, color=MUTED, **gap)
         ax.set(xlabel="rollout tokens (thousands)", ylim=(len(laws) - 0.5, -0.5))
         ax.set_yticks(range(len(laws)), [law["label"] for law in laws.values()])
         ax.set_title(f"{share:.0%} of the gain".replace("%", " %"))

@@ -47,7 +47,7 @@ def spread(places: Sequence[float], gap: float) -> list[float]:
 
 def point_labels(
     ax: Axes, points: Sequence[tuple[float, float]], texts: Sequence[str], colours: Sequence[str],
-    obstacles: Sequence[tuple[float, float]] = (), size: float = 6.5, bold: Sequence[bool] = (),
+    obstacles: Sequence[tuple[float, float]] = (), size: float = 7, bold: Sequence[bool] = (),
     owners: Sequence[int | None] = (),
 ) -> list:  # fmt: skip
     """Name points directly, beside them where there is room, else further off with a thin line; no two names overlap,

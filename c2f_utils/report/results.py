@@ -42,6 +42,7 @@ METRICS = {
 LABELS = {name: metric.label for name, metric in METRICS.items()}
 MAIN = ("base", "instruct", "coarse", "fine")  # models that are no control
 GAINED = ("accuracy_last", "utility", "reward")  # what a model may gain over instruct, the first known one in figures
+RIGHT_OR_WRONG = ("accuracy_last", "accuracy_first", "eos_rate")  # means of answers that are 0 or 1
 LAW_OF_03 = "logistic"  # the name under which 04 shows the law of 03
 DECODINGS = {"sampled_t1": "sampled at T = 1", "sampled_t07": "sampled at T = 0.7", "greedy": "greedy decoding"}
 
@@ -124,6 +125,24 @@ def target_tokens(laws: dict, metric: str, share: float, reference: str = "fixed
             rows.append({"law": name, "label": law["label"], "seed": seed, "share": share, "target": target})
             rows[-1]["tokens"] = float("nan") if reached is None else reached
     return pd.DataFrame(rows, columns=["law", "label", "seed", "share", "target", "tokens"])
+
+
+def bounds(row: dict, metric: str, recorded: dict | None = None) -> tuple[float, float] | None:
+    """95 % bounds of one model's mean over `n` answers: as recorded, else Wilson's where answers are right or wrong;
+    None where neither is known. `recorded` are 07's intervals of this model and decoding."""
+    found = (recorded or {}).get("tokens" if metric == "mean_tokens" else metric)
+    if found is None and metric in RIGHT_OR_WRONG and row.get("n") and row.get(metric) is not None:
+        found = stats.wilson(row[metric] * row["n"], row["n"]).bounds()
+    return (found["low"], found["high"]) if found and None not in (found["low"], found["high"]) else None
+
+
+def errors(rows: Sequence[dict], metric: str) -> np.ndarray | None:
+    """Distances [2, rows] of Wilson's bounds from the values, for error bars; None where no row has any."""
+    ends = [bounds(row, metric) or (row.get(metric), row.get(metric)) for row in rows]
+    values = column(rows, metric)
+    low, high = (np.array([np.nan if end[k] is None else end[k] for end in ends], dtype=float) for k in (0, 1))
+    found = np.nan_to_num(np.maximum(0, [values - low, high - values]))
+    return found if found.any() else None
 
 
 def model_rows(results: dict, decoding: str) -> list[dict]:

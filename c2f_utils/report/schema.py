@@ -186,6 +186,7 @@ class Evaluation(_Part):
     decoding_of_prefixes: str
     prefix_redundancy: dict[str, list[Prefix]]
     paired: list[PairedMetric]
+    intervals: dict[str, dict[str, dict[str, Interval]]] = {}
     redundancy: dict[str, list[Prefix]] = {}
     gains: list[PairedMetric] = []
     tasks: Tasks | None = None

@@ -4,10 +4,11 @@ Figures are made without pyplot: nothing global is touched, none leaks memory, a
 once. A figure carries the numbers behind it (`fig.data`), which `save_figure` writes beside it.
 """
 
+import contextlib
 import functools
 import io
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -16,26 +17,30 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
 from c2f_utils.files import write_bytes
 from c2f_utils.report.results import origin_of
 
 SINGLE, DOUBLE = 3.3, 6.8  # inches: one and two columns of a paper
+SMALLEST = 7.0  # points
+STAMP = 0.13  # inches below a figure in which its run is named
 
-ROLE_COLOURS = {"base": "#7f7f7f", "coarse": "#e07b00", "instruct": "#1f77b4", "fine": "#2a9d3a", "control": "#8c6bb1"}
+ROLE_COLOURS = {"base": "#7f7f7f", "coarse": "#e07b00", "instruct": "#134f91", "fine": "#1b7837", "control": "#9a74bd"}
 
 ROLE_MARKERS = {"base": "s", "coarse": "^", "instruct": "o", "fine": "*", "control": "D"}
 
-LAW_COLOURS = {"fixed_short": "#9e9e9e", "fixed_long": "#4d4d4d", "clock_linear": "#4c9ed9", "logistic": "#e07b00"}
+# Laws have colours that no role has, so that a colour means one thing in all figures.
+LAW_COLOURS = {"fixed_short": "#a8823f", "fixed_long": "#5a3d1e", "clock_linear": "#1b8f9b", "logistic": "#c2185b"}
 
-# After Okabe and Ito; vermilion comes last, it is close to the logistic law's orange.
-_MORE_COLOURS = ("#009e73", "#cc79a7", "#0072b2", "#7a3e9d", "#56b4e9", "#b8a000", "#d55e00")
+# For what has no fixed colour; the distances that colour-blind readers see are tested.
+_MORE_COLOURS = ("#0b6e4f", "#ef9a9a", "#3d5a80", "#b8a000", "#7bc8a4", "#301860", "#ff6f00")
 
 INK, MUTED = "#222222", "#6b6b6b"
 
 STYLE = {
     "font.family": "DejaVu Sans",
-    "font.size": 7.5,
+    "font.size": 7.5,  # nothing is smaller than SMALLEST: figures are printed at their own size
     "axes.titlesize": 8,
     "axes.titlelocation": "left",
     "axes.labelsize": 7.5,
@@ -103,7 +108,7 @@ def new_figure(
     fig = ResultFigure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(fig)
     fig.source, fig.data = source, pd.DataFrame()
-    low = 0.13 / height
+    low = STAMP / height
     fig.get_layout_engine().set(rect=(0, low, 1, 1 - low), w_pad=0.05, h_pad=0.05)
     if title:
         fig.suptitle(textwrap.fill(title, int(13 * width)), x=0.01, ha="left", fontweight="bold")
@@ -117,7 +122,9 @@ def say(ax: Axes, words: str) -> None:
     """Put words where a picture would be, on otherwise empty axes."""
     ax.grid(False)
     ax.set(xticks=[], yticks=[])
-    ax.text(0.5, 0.5, words, transform=ax.transAxes, ha="center", va="center", color=MUTED, fontsize=7, wrap=False)
+    ax.text(
+        0.5, 0.5, words, transform=ax.transAxes, ha="center", va="center", color=MUTED, fontsize=SMALLEST, wrap=False
+    )
 
 
 def note(ax: Axes, words: str, corner: str = "upper left") -> None:
@@ -126,7 +133,7 @@ def note(ax: Axes, words: str, corner: str = "upper left") -> None:
     x, y = (0.02 if horizontal == "left" else 0.98), (0.98 if vertical == "upper" else 0.03)
     align = {"ha": horizontal, "va": "top" if vertical == "upper" else "bottom"}
     box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
-    ax.text(x, y, words, transform=ax.transAxes, color=MUTED, fontsize=6.5, bbox=box, zorder=5, **align)
+    ax.text(x, y, words, transform=ax.transAxes, color=MUTED, fontsize=SMALLEST, bbox=box, zorder=5, **align)
 
 
 def law_colour(name: str, names: Sequence[str]) -> str:
@@ -160,11 +167,12 @@ def line(ax: Axes, x: np.ndarray, y: np.ndarray, colour: str, **kwargs) -> None:
 
 @styled
 def save_figure(fig: Figure, place: object, name: str, data: pd.DataFrame | None = None) -> Figure:
-    """Write `name`.pdf, .png (200 dpi) and .csv (the numbers behind it) and return the figure, to be shown by a cell.
+    """Write `name`.png (200 dpi), `name`.pdf for a paper and .csv (the numbers), and return the figure.
 
     `place` is a stage or its directory (the files go to its `figures/`), or any directory named `figures`. `data`
-    defaults to what the figure was drawn from. A small caption names the run, and so do the files' metadata. Each file
-    is replaced atomically.
+    defaults to what the figure was drawn from. The picture has its title, and names its run below; the PDF has neither,
+    since a paper has a caption, and is to be printed at its own size. Metadata name the run in both. Each file is
+    replaced atomically.
     """
     directory = Path(getattr(place, "dir", place))
     directory = directory if directory.name == "figures" else directory / "figures"
@@ -178,16 +186,33 @@ def save_figure(fig: Figure, place: object, name: str, data: pd.DataFrame | None
     fig.draw_without_rendering()
     fig.set_layout_engine("none")  # settled: every format, and every later saving, shows the same places
     frame = data if data is not None else getattr(fig, "data", pd.DataFrame())
-    write_bytes(directory / f"{name}.pdf", _rendered(fig, "pdf", words=words))
     write_bytes(directory / f"{name}.png", _rendered(fig, "png", dpi=200, words=words))
+    with _without_title_and_stamp(fig) as box:
+        write_bytes(directory / f"{name}.pdf", _rendered(fig, "pdf", words=words, bbox_inches=box))
     write_bytes(directory / f"{name}.csv", frame.to_csv(index=False).encode("utf-8"))
     return fig
 
 
-def _rendered(fig: Figure, kind: str, dpi: float | None = None, words: str | None = None) -> bytes:
+@contextlib.contextmanager
+def _without_title_and_stamp(fig: Figure) -> Iterator[Bbox]:
+    """Hides both while the block runs; gives the box (inches) of what is left, as wide as the figure."""
+    width, height = fig.get_size_inches()
+    title, stamps = fig._suptitle, [text for text in fig.texts if text.get_gid() == "caption"]
+    hidden = [*stamps, *([title] if title and title.get_text() else [])]
+    top = title.get_window_extent().y0 / fig.dpi - 0.04 if title in hidden else height
+    for text in hidden:
+        text.set_visible(False)
+    try:
+        yield Bbox([[0, STAMP], [width, top]])
+    finally:
+        for text in hidden:
+            text.set_visible(True)
+
+
+def _rendered(fig: Figure, kind: str, dpi: float | None = None, words: str | None = None, **box: Bbox) -> bytes:
     """File content without time stamps, so that the same results give the same bytes; `words` name its origin."""
     told = {"pdf": {"Subject": words, "CreationDate": None, "ModDate": None}}
     told["png"] = {"Software": None} | ({"Description": words} if words else {})
     with io.BytesIO() as memory:
-        fig.savefig(memory, format=kind, dpi=dpi or STYLE["savefig.dpi"], metadata=told[kind])
+        fig.savefig(memory, format=kind, dpi=dpi or STYLE["savefig.dpi"], metadata=told[kind], **box)
         return memory.getvalue()

@@ -110,6 +110,10 @@ def make(run: Run) -> dict:
     here.save_results({
         "models": found, "prefix_redundancy": prefixes, "decoding_of_prefixes": settings.evaluation.decodings[0],
         "paired": _paired(single, settings.seed), "limit": settings.evaluation.max_tokens,
+        "intervals": {
+            name: {way: {metric: _interval(each) for metric, each in values.items()} for way, values in ways.items()}
+            for name, ways in single.items()
+        },
         "redundancy": profiles, "gains": _gains(single, settings.evaluation.decodings[0], settings.seed),
         **{part.key: part.results() for part in further},
     })  # fmt: skip
@@ -200,6 +204,13 @@ def _paired(single: dict[str, dict[str, dict[str, list[float]]]], seed: int) -> 
                     result = stats.paired_bootstrap(values[metric], single[other][decoding][metric], seed=seed)
                     rows.append({"a": "fine", "b": other, "metric": metric, "decoding": decoding, **result._asdict()})
     return rows
+
+
+def _interval(values: list[float]) -> dict[str, float | None]:
+    """Mean over prompts with its 95 % interval: Wilson's for shares of right answers, else Student's."""
+    if {*values} <= {0.0, 1.0}:
+        return stats.wilson(sum(values), len(values)).bounds()
+    return stats.seed_interval(values).bounds()
 
 
 def _gains(single: dict[str, dict[str, dict[str, list[float]]]], decoding: str, seed: int) -> list[dict]:

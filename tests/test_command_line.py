@@ -268,7 +268,7 @@ def test_clean_frees_old_stages_and_no_parent_of_what_stays(outputs, said):
     code, text = said("clean", "--older-than", "30d", "--status", "done", "--dry-run")
     assert code == 0 and "alone/01_base_model" in text and "parent/01_base_model.old-1" in text
     assert "parent/01_base_model\n" not in text and {path for path in outputs.rglob("*")} == before
-    assert "nothing in" in said("clean", "--older-than", "50d", "--status", "done")[1]
+    assert "nothing in" in said("clean", "--older-than", "50d", "--status", "done", "--dry-run")[1]
     code, text = said("clean", "--older-than", "30d", "--status", "done")
     assert code == jobs.BAD_INPUT and "say --yes" in text and {path for path in outputs.rglob("*")} == before
     assert "MB freed" in said("clean", "--older-than", "30d", "--status", "done", "--yes")[1]

@@ -29,7 +29,7 @@ from c2f_utils.settings.load import load_settings
 STAGES = ("01_base_model", "02_reward_model", "03_coarse_rlhf")
 RECORDS = ("config.json", "status.json", "provenance.json", "metrics.jsonl")
 ITERATIONS = 30
-REPEATS = 2
+REPEATS = 5
 
 
 def main() -> None:

@@ -314,6 +314,18 @@ def test_a_damaged_stage_that_stays_keeps_everything_it_may_have_been_made_from(
     assert [each.folder.parent.name for each in clean.candidates(30, ["done"])] == ["parent"]
 
 
+# Stop
+
+
+def test_a_sweep_at_work_is_stopped_by_its_claim(outputs, said, monkeypatch):
+    (outputs / "sweep").mkdir()
+    (outputs / "sweep" / ".sweep.claim").write_text(json.dumps(locks.owner() | {"pid": os.getppid(), "born": "1"}))
+    assert "nothing is at work in 'sweep'" in said("stop", "sweep")[1], "another process has that number now"
+    monkeypatch.setattr(locks, "alive", lambda who, age: True)
+    code, text = said("stop", "sweep")
+    assert code == 0 and f"process {os.getppid()}" in text and (outputs / "sweep" / "STOP").exists()
+
+
 # Report and help
 
 

@@ -1,7 +1,7 @@
 """The command `c2f` (also `python -m c2f_utils`).
 
-Exit codes: 0 done, 1 a notebook failed, 2 bad input (said in one message, without a traceback), 3 stopped on request
-and ready to be continued, 130 killed.
+Exit codes: 0 done, 1 a notebook failed (or its kernel died, or a rerun differs), 2 bad input (said in one message,
+without a traceback), 3 stopped on request and ready to be continued, 130 killed.
 """
 
 import argparse
@@ -16,7 +16,8 @@ class _Parser(argparse.ArgumentParser):
     """A command line whose mistakes are said in one sentence, like any bad input."""
 
     def error(self, message: str) -> None:
-        raise C2FError(f"{' '.join(message.split())}; see {self.prog} --help")
+        text = " ".join(message.split())
+        raise C2FError(f"{text[:300]}{' ...' * (len(text) > 300)}; see {self.prog} --help")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,7 +49,7 @@ def _run(options: argparse.Namespace) -> int:
         return batch.run(again.resumed(_resumed_id(options, given), options.notebook), options.threads)
     if not options.notebook:
         raise C2FError("name the notebooks to run: all, a number (03), a name, or a path; see c2f run --help")
-    overrides = read_mapping(options.overrides) if options.overrides else {}
+    overrides = {} if options.overrides is None else read_mapping(options.overrides)
     twice = {text.partition("=")[0] for text in options.parameter} & set(given)
     if twice:
         raise C2FError(f"given twice, as an option and with -p: {', '.join(sorted(twice))}; keep one")

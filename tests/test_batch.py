@@ -260,7 +260,7 @@ def test_of_two_commands_for_one_run_one_ends_well_and_the_other_touches_nothing
     assert main(["stop", "r"]) == jobs.DONE and "01_base_model will save and end" in capsys.readouterr().out
     out, err = process.communicate(timeout=60)
     assert process.returncode == jobs.STOPPED and stage().state() == "stopped", (out, err)
-    assert main(["stop", "r"]) == jobs.BAD_INPUT and "nothing is at work in run 'r'" in capsys.readouterr().err
+    assert main(["stop", "r"]) == jobs.BAD_INPUT and "nothing is at work in 'r'" in capsys.readouterr().err
     assert not (run_folder("r") / "STOP").exists()
     assert {"log.txt", "notebook.ipynb"} <= {path.name for path in stage().dir.iterdir()}
     assert not list(stage().dir.parent.glob("*.refused.*"))

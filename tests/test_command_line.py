@@ -268,7 +268,7 @@ def test_clean_frees_old_stages_and_no_parent_of_what_stays(outputs, said):
     code, text = said("clean", "--older-than", "30d", "--status", "done", "--dry-run")
     assert code == 0 and "alone/01_base_model" in text and "parent/01_base_model.old-1" in text
     assert "parent/01_base_model\n" not in text and {path for path in outputs.rglob("*")} == before
-    assert "nothing in" in said("clean", "--older-than", "50d", "--status", "done")[1]
+    assert "nothing in" in said("clean", "--older-than", "50d", "--status", "done", "--dry-run")[1]
     code, text = said("clean", "--older-than", "30d", "--status", "done")
     assert code == jobs.BAD_INPUT and "say --yes" in text and {path for path in outputs.rglob("*")} == before
     assert "MB freed" in said("clean", "--older-than", "30d", "--status", "done", "--yes")[1]
@@ -312,6 +312,18 @@ def test_a_damaged_stage_that_stays_keeps_everything_it_may_have_been_made_from(
     assert clean.candidates(30, ["done"]) == []
     shutil.rmtree(run_folder("child"))
     assert [each.folder.parent.name for each in clean.candidates(30, ["done"])] == ["parent"]
+
+
+# Stop
+
+
+def test_a_sweep_at_work_is_stopped_by_its_claim(outputs, said, monkeypatch):
+    (outputs / "sweep").mkdir()
+    (outputs / "sweep" / ".sweep.claim").write_text(json.dumps(locks.owner() | {"pid": os.getppid(), "born": "1"}))
+    assert "nothing is at work in 'sweep'" in said("stop", "sweep")[1], "another process has that number now"
+    monkeypatch.setattr(locks, "alive", lambda who, age: True)
+    code, text = said("stop", "sweep")
+    assert code == 0 and f"process {os.getppid()}" in text and (outputs / "sweep" / "STOP").exists()
 
 
 # Report and help

@@ -49,7 +49,10 @@ def _clean(options: argparse.Namespace) -> int:
     from c2f_utils.files import outputs
     from c2f_utils.headless.look import states_named
 
-    found = candidates(_days(options.older_than), states_named(options.status))
+    days, states = _days(options.older_than), states_named(options.status)
+    if not (options.dry_run or options.yes or sys.stdin.isatty()):
+        raise C2FError("nobody can be asked here, so nothing is deleted; say --yes, or --dry-run to look only")
+    found = candidates(days, states)
     if not found:
         print(f"nothing in {outputs()} is that old and in these states")
         return 0
@@ -58,19 +61,16 @@ def _clean(options: argparse.Namespace) -> int:
     print(f"{sum(each.size for each in found) / 2**20:10.1f} MB in {len(found)} stages")
     if options.dry_run:
         return 0
-    if not options.yes:
-        if not sys.stdin.isatty():
-            raise C2FError("nobody can be asked here, and nothing was deleted; say --yes, or --dry-run to look only")
-        if input("delete them? [y/N] ").strip().lower() not in ("y", "yes"):
-            print("nothing was deleted")
-            return 0
+    if not options.yes and input("delete them? [y/N] ").strip().lower() not in ("y", "yes"):
+        print("nothing was deleted")
+        return 0
     freed, kept = delete(found)
     print("\n".join([*kept, f"{freed / 2**20:.1f} MB freed"]))
     return 0
 
 
 def _days(text: str) -> float:
-    match = re.fullmatch(r"(\d{1,5})([hdw])", text)
+    match = re.fullmatch(r"([0-9]{1,5})([hdw])", text)
     if not match:
         raise C2FError(f"--older-than {short(text)}: expected a number with h, d or w, e.g. 12h, 30d, 4w")
     return int(match[1]) * _UNITS[match[2]]

@@ -94,9 +94,8 @@ def execute(job: Job, folder: Path, count: int) -> Outcome:
             why = "killed while it started (out of memory?); the same command tries again"
             outcome = Outcome("killed", error=f"the notebook's kernel was {why}. {error}")
         except KeyboardInterrupt:
-            outcome = Outcome(
-                "killed", error="killed on request", exception="KeyboardInterrupt", cell=_cell_at_work(live)
-            )
+            cell = _cell_at_work(live)
+            outcome = Outcome("killed", error="killed on request", exception="KeyboardInterrupt", cell=cell)
     outcome.seconds = time.perf_counter() - start
     stage = Stage(folder / job.stage)
     status = {} if stage.damage() else stage.status()

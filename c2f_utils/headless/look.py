@@ -31,8 +31,8 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     show.set_defaults(action=_show)
 
     stop = commands.add_parser(
-        "stop", help="stop a run gently", description="What is at work in the run saves and ends; the command that "
-        "started it continues it later."
+        "stop", help="stop a run or a sweep gently", description="What is at work there saves and ends; the command "
+        "that started it continues it later."
     )  # fmt: skip
     stop.add_argument("run", metavar="RUN", help="a run's folder under outputs/")
     stop.set_defaults(action=_stop)
@@ -167,16 +167,22 @@ def _results(stage) -> Iterator[str]:
 def _stop(options: argparse.Namespace) -> int:
     from c2f_utils.files import room
     from c2f_utils.runs import locks, registry
+    from c2f_utils.runs.stage import run_folder
 
-    folder = registry.known(options.run)
-    working = [stage.name for stage in registry.stages(options.run) if stage.state() == "running"]
-    command = locks.holder(folder / ".run.claim", registry.heartbeat_age(options.run))
-    if not (working or command):
-        raise C2FError(f"nothing is at work in run {options.run!r}; there is nothing to stop")
+    folder = run_folder(options.run)
+    sweep = folder / ".sweep.claim"
+    if sweep.exists():  # its runs tell whether a machine elsewhere lives, and each has heartbeats of its own
+        working, owner = [], locks.holder(sweep, 0.0)
+    else:
+        registry.known(options.run)
+        working = [stage.name for stage in registry.stages(options.run) if stage.state() == "running"]
+        owner = locks.holder(folder / ".run.claim", registry.heartbeat_age(options.run))
+    if not (working or owner):
+        raise C2FError(f"nothing is at work in {options.run!r}; there is nothing to stop")
     with room(folder / "STOP"):
         (folder / "STOP").touch()
-    what = ", ".join(working) or f"the command of process {command['pid']} on {command['host']}"
-    print(f"{what} will save and end; the command that started it continues it, as does c2f run --resume {options.run}")
+    what = ", ".join(working) or f"the command of process {owner['pid']} on {owner['host']}"
+    print(f"{what} will save and end; the command that started it continues it")
     return 0
 
 

@@ -11,13 +11,12 @@ from pathlib import Path
 import pytest
 from fake_results import fake_run
 
-from c2f_utils import private
 from c2f_utils.__main__ import main
 from c2f_utils.errors import C2FError
 from c2f_utils.files import outputs as all_runs
 from c2f_utils.files import root
 from c2f_utils.headless import pack
-from c2f_utils.report import build
+from c2f_utils.report import build, private
 from c2f_utils.runs import locks, registry
 from c2f_utils.runs.stage import Stage
 

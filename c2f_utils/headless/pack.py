@@ -17,9 +17,9 @@ import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from c2f_utils import private
 from c2f_utils.errors import C2FError, problems, short
 from c2f_utils.files import PACKED, UNPARSABLE, outputs, replacing, too_deep, write_bytes
+from c2f_utils.report import private
 from c2f_utils.runs import registry
 from c2f_utils.runs.stage import Stage, run_folder
 

@@ -13,9 +13,9 @@ import pandas as pd
 
 from c2f_utils import stats
 from c2f_utils.files import write_text
-from c2f_utils.private import Private
 from c2f_utils.report import sources
 from c2f_utils.report.letters import in_html, in_markdown
+from c2f_utils.report.private import Private
 from c2f_utils.report.results import METRICS, laws_of, load, model_rows, operator_name, origin_of, rows_of, seed_frame
 
 # Columns of every table of models.

@@ -133,10 +133,12 @@ def test_folders_host_and_user_are_taken_out_and_answers_stay(run, tmp_path, mon
 def test_a_file_with_a_key_is_refused_and_the_key_is_not_repeated(run, tmp_path, monkeypatch, capsys, text, said):
     monkeypatch.setenv("MY_API_KEY", "kx93-abc'def==")
     monkeypatch.setenv("C2F_NO_TOKEN", "1")
+    monkeypatch.setenv("TOKENIZERS_OF_MINE", "01_base_model")
     (run / BASE / "log.txt").write_text(f"1 said {text} there")
     assert main(["pack", "demo", "--out", str(tmp_path / "p.zip")]) == 2
     message = capsys.readouterr().err
     assert f"{BASE}/log.txt holds {said}" in message and text not in message and "Traceback" not in message
+    assert "TOKENIZERS" not in message, "which is no token"
     assert not (tmp_path / "p.zip").exists()
 
 

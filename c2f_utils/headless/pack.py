@@ -45,7 +45,7 @@ def pack(run_id: str, file: Path | None = None) -> Path:
     folder, file = run_folder(run_id), Path(file or f"{run_id}.c2f.zip")
     if file.suffix != ".zip":
         raise C2FError(f"--out {file}: expected a name that ends with .zip")
-    stages = list(registry.stages(run_id=run_id))
+    stages = sorted(registry.stages(run_id=run_id), key=lambda stage: stage.name)
     if not stages:
         raise C2FError(f"there is no run {short(run_id)} in {outputs()}; c2f table lists what is there")
     if working := [stage.name for stage in stages if stage.state() == "running"]:

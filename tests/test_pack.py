@@ -150,8 +150,11 @@ def test_links_weights_and_what_is_set_aside_stay_out(run, tmp_path):
     for name in ("model/config.json", "model.safetensors", ".hidden.json", "STOP"):
         (run / BASE / name).write_text("{}")
     shutil.copytree(run / COARSE, run / f"{COARSE}.old-1")
+    (run / "run.json").write_text(json.dumps({"overrides": str(tmp_path)}))
+    (run / "pack.json").write_text("what another pack held")
     found = content(pack.pack("demo", tmp_path / "p.zip"))
     names = {name for name in found if name.startswith(BASE) or "old-1" in name}
+    assert json.loads(found["run.json"])["overrides"].startswith("⟨") and found["pack.json"].startswith(b"{")
     assert names == {f"{BASE}/{name}.json" for name in ("config", "status", "provenance", "results", "timings")}
 
 

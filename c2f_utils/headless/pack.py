@@ -129,7 +129,9 @@ def _files(folder: Path) -> list[Path]:
     stages = [stage.dir for stage in registry.stages(run_id=folder.name)]
     places = [place for part in [*stages, folder / "report"] for place in (part, *(part / name for name in _FOLDERS))]
     places = [place for place in places if place.is_dir() and not place.is_symlink()]
-    found = [path for place in places for path in place.iterdir() if path.is_file() and not path.is_symlink()]
+    found = [path for place in places for path in place.iterdir()]
+    found += [path for path in folder.glob("*.json") if path.name != PACKED]  # of the whole run, as what was asked for
+    found = [path for path in found if path.is_file() and not path.is_symlink()]
     return sorted(path for path in found if path.suffix in _KINDS and _NAME.fullmatch(path.name))
 
 

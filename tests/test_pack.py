@@ -11,13 +11,12 @@ from pathlib import Path
 import pytest
 from fake_results import fake_run
 
-from c2f_utils import private
 from c2f_utils.__main__ import main
 from c2f_utils.errors import C2FError
 from c2f_utils.files import outputs as all_runs
 from c2f_utils.files import root
 from c2f_utils.headless import pack
-from c2f_utils.report import build
+from c2f_utils.report import build, private
 from c2f_utils.runs import locks, registry
 from c2f_utils.runs.stage import Stage
 
@@ -134,10 +133,12 @@ def test_folders_host_and_user_are_taken_out_and_answers_stay(run, tmp_path, mon
 def test_a_file_with_a_key_is_refused_and_the_key_is_not_repeated(run, tmp_path, monkeypatch, capsys, text, said):
     monkeypatch.setenv("MY_API_KEY", "kx93-abc'def==")
     monkeypatch.setenv("C2F_NO_TOKEN", "1")
+    monkeypatch.setenv("TOKENIZERS_OF_MINE", "01_base_model")
     (run / BASE / "log.txt").write_text(f"1 said {text} there")
     assert main(["pack", "demo", "--out", str(tmp_path / "p.zip")]) == 2
     message = capsys.readouterr().err
     assert f"{BASE}/log.txt holds {said}" in message and text not in message and "Traceback" not in message
+    assert "TOKENIZERS" not in message, "which is no token"
     assert not (tmp_path / "p.zip").exists()
 
 
@@ -149,8 +150,11 @@ def test_links_weights_and_what_is_set_aside_stay_out(run, tmp_path):
     for name in ("model/config.json", "model.safetensors", ".hidden.json", "STOP"):
         (run / BASE / name).write_text("{}")
     shutil.copytree(run / COARSE, run / f"{COARSE}.old-1")
+    (run / "run.json").write_text(json.dumps({"overrides": str(tmp_path)}))
+    (run / "pack.json").write_text("what another pack held")
     found = content(pack.pack("demo", tmp_path / "p.zip"))
     names = {name for name in found if name.startswith(BASE) or "old-1" in name}
+    assert json.loads(found["run.json"])["overrides"].startswith("⟨") and found["pack.json"].startswith(b"{")
     assert names == {f"{BASE}/{name}.json" for name in ("config", "status", "provenance", "results", "timings")}
 
 

@@ -11,7 +11,7 @@ from fake_results import STAGES, fake_run
 from matplotlib.figure import Figure
 
 from c2f_utils.errors import C2FError
-from c2f_utils.report import build, results, style
+from c2f_utils.report import build, results, style, tables
 from c2f_utils.report.document import Document, to_html, to_markdown
 
 PNG = (
@@ -177,6 +177,34 @@ def test_a_damaged_result_costs_its_figure_only_and_is_named(tmp_path, unpainted
     missing = json.loads((out / "manifest.json").read_text())["missing"]
     assert any("figure 06_coefficients: could not be made (not as expected: KeyError" in line for line in missing)
     assert (out / "figures" / "06_operators.png").is_file()
+
+
+@pytest.mark.parametrize("content", [b"[1]", b'{"cut": ', b"\xff"])
+def test_a_damaged_file_of_any_kind_is_named_and_the_rest_is_reported(tmp_path, undrawn, content):
+    run = fake_run(tmp_path, skip=("02_reward_model", "04_length_schedules", "06_residue_merging"))
+    for stage, file in (
+        ("01_base_model", "results.json"),
+        ("03_coarse_rlhf", "status.json"),
+        ("05_instruction_model", "provenance.json"),
+        ("05_instruction_model", "timings.json"),
+        ("07_evaluation", "config.json"),
+        ("07_evaluation", "samples.jsonl"),
+    ):
+        (run / stage / file).write_bytes(content)
+    out = build.build(run, tmp_path / "report").parent
+    missing = json.loads((out / "manifest.json").read_text())["missing"]
+    assert "01_base_model: results.json is damaged; run it again" in missing
+    for line in ("03_coarse_rlhf: status.json", "05_instruction_model: provenance.json", "07_evaluation: config.json"):
+        assert f"{line} is damaged" in missing
+    assert "Fine Actor" in (out / "report.md").read_text()
+    assert "Fine Actor" in build.overview(run) and "results.json is damaged" in build.overview(run)
+
+
+def test_a_clock_that_was_set_back_gives_no_negative_time(tmp_path):
+    path = fake_run(tmp_path) / "01_base_model" / "status.json"
+    status = json.loads(path.read_text())
+    path.write_text(json.dumps(status | {"started": status["finished"], "finished": status["started"]}))
+    assert tables.timings_table(tmp_path / "demo").set_index("stage").loc["01_base_model", "wall_s"] == 0
 
 
 def test_hub_data_show_rewards_and_say_why(tmp_path, unpainted):

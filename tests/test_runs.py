@@ -133,7 +133,9 @@ def test_a_reused_process_number_does_not_hold_a_claim(tmp_path):
     assert locks.take(path, heartbeat_age=0.0) is None
 
 
-@pytest.mark.parametrize(("age", "free"), [(locks.LOST - 1, False), (locks.LOST + 1, True), (None, True)])
+@pytest.mark.parametrize(
+    ("age", "free"), [(locks.LOST - 1, False), (locks.LOST + 1, True), (None, True), (-60.0, False), (-86_400.0, True)]
+)
 def test_a_claim_from_another_machine_lasts_as_long_as_its_heartbeat(tmp_path, age, free):
     path = tmp_path / "claim"
     path.write_text(json.dumps(locks.owner() | {"host": "elsewhere"}))
@@ -392,3 +394,28 @@ def test_an_empty_outputs_folder_has_an_empty_table():
 def test_runs_need_no_torch():
     code = "import sys, c2f_utils.runs.registry, c2f_utils.headless.jobs; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_clock_that_goes_back_between_two_writes_loses_nothing(monkeypatch):
+    times = iter(f"2030-01-0{day}T00:00:00.000+00:00" for day in (5, 4, 3, 2, 1))
+    monkeypatch.setattr(locks, "now", lambda: next(times))
+    stage = make(open_run())
+    status = stage.status()
+    assert status["started"] > status["finished"] and stage.done
+    assert open_run().stage(BASE).plan() == "load" and open_run("new").parent(BASE).run_id == "a"
+    assert list(registry.table()["status"]) == ["done"]
+
+
+@pytest.mark.parametrize("host", [None, "elsewhere"])
+def test_a_stage_that_was_killed_before_the_clock_was_set_back_is_continued(host):
+    stage = open_run().stage(BASE)
+    stage.begin()
+    stage.release()
+    status = read_json(stage.dir / "status.json") | {"born": "another", "heartbeat": "2999-01-01T00:00:00.000+00:00"}
+    status |= {"host": host} if host else {}
+    (stage.dir / "status.json").write_text(json.dumps(status))
+    claim = {name: status[name] for name in ("pid", "born", "host")}
+    (stage.dir.parent / f".{BASE}.claim").write_text(json.dumps(claim))
+    assert open_run().stage(BASE).state() == "lost"
+    again = open_run().stage(BASE)
+    assert again.begin() == "continue" and again.finish() == "done"

@@ -17,9 +17,9 @@ import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from c2f_utils import private
 from c2f_utils.errors import C2FError, problems, short
 from c2f_utils.files import PACKED, UNPARSABLE, outputs, replacing, too_deep, write_bytes
+from c2f_utils.report import private
 from c2f_utils.runs import registry
 from c2f_utils.runs.stage import Stage, run_folder
 
@@ -45,7 +45,7 @@ def pack(run_id: str, file: Path | None = None) -> Path:
     folder, file = run_folder(run_id), Path(file or f"{run_id}.c2f.zip")
     if file.suffix != ".zip":
         raise C2FError(f"--out {file}: expected a name that ends with .zip")
-    stages = list(registry.stages(run_id=run_id))
+    stages = sorted(registry.stages(run_id=run_id), key=lambda stage: stage.name)
     if not stages:
         raise C2FError(f"there is no run {short(run_id)} in {outputs()}; c2f table lists what is there")
     if working := [stage.name for stage in stages if stage.state() == "running"]:
@@ -129,7 +129,9 @@ def _files(folder: Path) -> list[Path]:
     stages = [stage.dir for stage in registry.stages(run_id=folder.name)]
     places = [place for part in [*stages, folder / "report"] for place in (part, *(part / name for name in _FOLDERS))]
     places = [place for place in places if place.is_dir() and not place.is_symlink()]
-    found = [path for place in places for path in place.iterdir() if path.is_file() and not path.is_symlink()]
+    found = [path for place in places for path in place.iterdir()]
+    found += [path for path in folder.glob("*.json") if path.name != PACKED]  # of the whole run, as what was asked for
+    found = [path for path in found if path.is_file() and not path.is_symlink()]
     return sorted(path for path in found if path.suffix in _KINDS and _NAME.fullmatch(path.name))
 
 

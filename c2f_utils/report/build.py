@@ -13,7 +13,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from c2f_utils.errors import C2FError, CannotWrite
-from c2f_utils.files import read_json, read_jsonl, sha256, write_json, write_text
+from c2f_utils.files import sha256, write_json, write_text
 from c2f_utils.report import compare, contents, figures, sources, tables, verdicts
 from c2f_utils.report.document import Document, to_html, to_markdown
 from c2f_utils.report.letters import in_markdown
@@ -34,17 +34,15 @@ def build(run_dir: object, out_dir: object, runs: Iterable[object] = ()) -> Path
 def overview(run_dir: object) -> str:
     """The short form of a report as Markdown: the table of models and every sentence, or what has not been run."""
     run = Path(getattr(run_dir, "dir", run_dir))
-    stages = sources.find_stages(run)
-    parts = []
-    if "07_evaluation" in stages:
-        results = read_json(stages["07_evaluation"] / "results.json")
+    found, parts = sources.results_of(sources.find_stages(run))
+    if results := found.get("07_evaluation"):
         decoding = sources.decodings(results)[0]
         parts += [f"Models of run {in_markdown(run.name)}, {DECODINGS[decoding]}"]
         parts += [tables.markdown(sources.short(tables.model_table(results, decoding)))]
-    for name, path in stages.items():
-        if words := verdicts.everything({name: read_json(path / "results.json")}).get(name):
+    for name, results in found.items():
+        if words := verdicts.everything({name: results}).get(name):
             parts.append(f"**{sources.STAGES[name][0]}**\n\n" + "\n".join(f"- {in_markdown(line)}" for line in words))
-    if missing := [name for name in sources.STAGES if name not in stages]:
+    if missing := [name for name in sources.STAGES if name not in found]:
         parts.append("Not run yet: " + ", ".join(f"notebooks/{name}.ipynb" for name in missing) + ".")
     return "\n\n".join(parts) + "\n"
 
@@ -61,9 +59,9 @@ class _Builder:
         self.run, self.out = candidates[0], out
         self.runs = candidates
         self.empty = [path for path in others if not sources.find_stages(path)]
-        self.stages = sources.find_stages(self.run)
-        self.results = {name: read_json(path / "results.json") for name, path in self.stages.items()}
-        self.missing: list[str] = []
+        there = sources.find_stages(self.run)
+        self.results, self.missing = sources.results_of(there)
+        self.stages = {name: there[name] for name in self.results}
         self.written: list[str] = []
         self.document = Document(f"Coarse-to-fine report: run {self.run.name}")
 
@@ -188,7 +186,7 @@ class _Builder:
             self.document.answers(sources.clip(prompt), columns)
 
     def _samples(self) -> None:
-        rows = read_jsonl(self.stages["07_evaluation"] / "samples.jsonl")
+        rows = sources.rows(self.stages["07_evaluation"] / "samples.jsonl")
         way = self._decodings()[0]
         rows = [row for row in rows if row.get("decoding") == way and row.get("model") in MAIN]
         models = self.results["07_evaluation"].get("models") or {}
@@ -220,7 +218,7 @@ class _Builder:
                 made_by = sources.command(self.run.parent / run, name[:2])
                 self.missing.append(f"{name} of run {run}: not run; notebooks/{name}.ipynb makes it ({made_by})")
         names = [run for run, path in judged.items() if path is not None]
-        found = [read_json(judged[run] / "results.json") for run in names]
+        found = [sources.read(judged[run] / "results.json") for run in names]
         seeds = [sources.read(judged[run] / "config.json").get("settings", {}).get("seed") for run in names]
         if len(names) < 2:
             doc.text("Fewer than two runs have an evaluation, so nothing is said across runs.")

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from c2f_utils.private import Private
 from c2f_utils.report import tables
 from c2f_utils.report.letters import in_html, in_markdown, visible
+from c2f_utils.report.private import Private
 
 _CSS = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }

@@ -10,7 +10,7 @@ import pandas as pd
 
 from c2f_utils import redundancy
 from c2f_utils.errors import C2FError
-from c2f_utils.files import PACKED, identity, read_json, sha256
+from c2f_utils.files import PACKED, identity, read_json, read_jsonl, sha256
 from c2f_utils.report.results import DECODINGS, PARENTS_OF_06
 
 STAGES = {
@@ -144,10 +144,24 @@ def read(path: Path) -> dict:
     return found if isinstance(found, dict) else {}
 
 
-def damaged(stage: Path) -> list[str]:
+def damaged(stage: Path, names: Iterable[str] = ("config.json", "status.json", "provenance.json")) -> list[str]:
     """The records of a stage that are there and cannot be read."""
-    names = ("config.json", "status.json", "provenance.json")
     return [name for name in names if (stage / name).is_file() and not read(stage / name)]
+
+
+def results_of(stages: dict[str, Path]) -> tuple[dict[str, dict], list[str]]:
+    """The results of stages by their names, and a line for each whose file is damaged."""
+    found = {name: read(path / "results.json") for name, path in stages.items()}
+    wrong = [f"{name}: results.json is damaged; run it again" for name, results in found.items() if not results]
+    return {name: results for name, results in found.items() if results}, wrong
+
+
+def rows(path: Path) -> list[dict]:
+    """The rows of a file of kept answers; none of a damaged one."""
+    try:
+        return [row for row in read_jsonl(path) if isinstance(row, dict)]
+    except C2FError:
+        return []
 
 
 def command(run: Path, what: str) -> str:

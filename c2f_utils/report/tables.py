@@ -12,9 +12,10 @@ from pathlib import Path
 import pandas as pd
 
 from c2f_utils import stats
-from c2f_utils.files import read_json, write_text
-from c2f_utils.private import Private
+from c2f_utils.files import write_text
+from c2f_utils.report import sources
 from c2f_utils.report.letters import in_html, in_markdown
+from c2f_utils.report.private import Private
 from c2f_utils.report.results import METRICS, laws_of, load, model_rows, operator_name, origin_of, rows_of, seed_frame
 
 # Columns of every table of models.
@@ -251,7 +252,7 @@ def timings_table(run_dir: object) -> pd.DataFrame:
     for stage in sorted(path for path in Path(getattr(run_dir, "dir", run_dir)).glob("[0-9][0-9]_*") if path.is_dir()):
         if ".old-" in stage.name:
             continue
-        status, timings = (_json(stage / f"{name}.json") for name in ("status", "timings"))
+        status, timings = (sources.read(stage / f"{name}.json") for name in ("status", "timings"))
         parts = "; ".join(f"{name} {value:.1f}" for name, value in timings.items() if isinstance(value, int | float))
         peak = status.get("peak_mb")
         wall = seconds(status.get("started"), status.get("finished"))
@@ -260,10 +261,11 @@ def timings_table(run_dir: object) -> pd.DataFrame:
 
 
 def seconds(start: str | None, end: str | None) -> float | None:
-    """Seconds between two ISO times; None when either is missing."""
-    if not start or not end:
+    """Seconds between two ISO times, 0 if the clock was set back between them; None when either is missing."""
+    try:
+        return max(0.0, (datetime.fromisoformat(end) - datetime.fromisoformat(start)).total_seconds())
+    except (TypeError, ValueError):  # null, or damaged
         return None
-    return (datetime.fromisoformat(end) - datetime.fromisoformat(start)).total_seconds()
 
 
 def seed_table(
@@ -289,7 +291,3 @@ def seed_table(
             }
         )
     return _frame(rows, ("model", "metric", *names, "mean", "low", "high"))
-
-
-def _json(path: Path) -> dict:
-    return read_json(path) if path.is_file() else {}

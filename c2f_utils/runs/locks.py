@@ -35,9 +35,12 @@ def owner() -> dict[str, object]:
 
 
 def alive(who: dict[str, object], heartbeat_age: float | None) -> bool:
-    """Whether the process is still there; `heartbeat_age` in seconds decides for other machines (None: never beat)."""
+    """Whether the process is still there; `heartbeat_age` in seconds decides for other machines (None: never beat).
+
+    A heartbeat that lies as far ahead proves as little as an old one: a clock was set back since.
+    """
     if who.get("host") != socket.gethostname():
-        return heartbeat_age is not None and heartbeat_age < LOST
+        return heartbeat_age is not None and abs(heartbeat_age) < LOST
     pid = int(who["pid"])
     try:
         os.kill(pid, 0)

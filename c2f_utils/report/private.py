@@ -20,7 +20,7 @@ from pathlib import Path
 from c2f_utils import files
 
 _EVERYBODY = {"root", "user", "users", "admin", "ubuntu", "debian", "jovyan", "home", "localhost", "local", "python"}
-_NAMED_KEY = re.compile("KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
+_NAMED_KEY = re.compile("KEY|TOKEN(?!IZ)|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
 _SHORTEST_KEY = 8  # letters; a shorter value of such a variable is a switch or a number
 _KEYS = {
     "a Hugging Face token": r"\bhf_[A-Za-z0-9]{20,}",

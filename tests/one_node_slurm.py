@@ -84,6 +84,12 @@ class Slurm:
         lines = self.said("squeue", "-h", "-r", "-o", "%i %T").split("\n")
         return dict(line.split(" ", 1) for line in lines if line)
 
+    def hurry(self) -> None:
+        """Let jobs that were requeued begin at once, not two minutes later."""
+        for number, state in self.queue().items():
+            if state == "PENDING":
+                self.said("scontrol", "update", f"JobId={number}", "StartTime=now")
+
     def stop(self) -> None:
         self.said("scancel", "--state=RUNNING", "--full")
         for path in self.pids:

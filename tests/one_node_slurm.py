@@ -33,6 +33,7 @@ SelectTypeParameters=CR_Core
 SchedulerParameters=batch_sched_delay=0,sched_interval=2
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
+PreemptParameters=youngest_first
 ReturnToService=2
 KillWait=10
 JobRequeue=1

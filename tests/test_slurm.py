@@ -44,7 +44,7 @@ def wait(until, seconds: float = 60) -> None:
 def test_preempted_out_of_time_cancelled_and_killed_a_sweep_ends_as_an_undisturbed_one(cluster, outputs, tmp_path):
     project, grid, script = light_project.make(tmp_path / "project"), tmp_path / "s.yaml", tmp_path / "mine.sbatch"
     grid.write_text(f"pretrain.tokens: {list(STEPS)}")
-    # Slurm looks at the clock now and then and warns half a minute early: 20 seconds after the start, or somewhat later.
+    # Slurm looks at the clock now and then and warns half a minute early: 20 seconds after the start, or later.
     text = slurm.TEMPLATE.read_text().replace("=04:00:00", "=00:01:00").replace("USR1@300", "USR1@10")
     script.write_text(text)
 

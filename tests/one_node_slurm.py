@@ -3,6 +3,7 @@
 Jobs of the partition `high` preempt those of `low`, which are then requeued.
 """
 
+import contextlib
 import os
 import shutil
 import signal
@@ -30,10 +31,9 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
-SchedulerParameters=batch_sched_delay=0,sched_interval=2
+SchedulerParameters=batch_sched_delay=0,sched_interval=2,preempt_youngest_first
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-PreemptParameters=youngest_first
 ReturnToService=2
 KillWait=10
 JobRequeue=1
@@ -60,6 +60,14 @@ class Slurm:
         for name in ("state", "spool"):
             (folder / name).mkdir(parents=True)
         port = _free_port()
+        try:
+            self._start(port)
+        except BaseException:
+            self.stop()
+            raise
+
+    def _start(self, port: int) -> None:
+        folder = self.folder
         names = {"host": socket.gethostname(), "folder": folder, "port": port, "next": port + 1}
         (folder / "slurm.conf").write_text(CONFIGURATION.format(**names))
         os.environ["SLURM_CONF"] = str(folder / "slurm.conf")
@@ -95,10 +103,8 @@ class Slurm:
         self.said("scancel", "--state=RUNNING", "--full")
         for path in self.pids:
             if path.exists() and path.read_text().strip():
-                try:
+                with contextlib.suppress(ProcessLookupError):
                     os.kill(int(path.read_text()), signal.SIGTERM)
-                except ProcessLookupError:
-                    pass
 
     def _run(self, *command: str) -> None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)

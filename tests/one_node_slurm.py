@@ -90,8 +90,9 @@ class Slurm:
 
     def queue(self) -> dict[str, str]:
         """State of every job and array element that is not over, by its number."""
-        lines = self.said("squeue", "-h", "-r", "-o", "%i %T").split("\n")
-        return dict(line.split(" ", 1) for line in lines if line)
+        command = ("squeue", "-h", "-r", "-o", "%i %T")
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        return dict(line.split(" ", 1) for line in done.stdout.split("\n") if line)
 
     def hurry(self) -> None:
         """Let jobs that were requeued begin at once, not two minutes later."""

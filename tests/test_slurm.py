@@ -67,6 +67,10 @@ def test_preempted_out_of_time_cancelled_and_killed_a_sweep_ends_as_an_undisturb
     def element(steps: int) -> str:
         return f"{job}_{STEPS.index(steps)}"
 
+    def log(steps: int) -> str:
+        path = outputs / "s" / "logs" / f"slurm-{element(steps)}.txt"
+        return path.read_text() if path.exists() else ""
+
     def over() -> bool:
         cluster.hurry()
         return not cluster.queue()
@@ -80,13 +84,14 @@ def test_preempted_out_of_time_cancelled_and_killed_a_sweep_ends_as_an_undisturb
     cluster.said("scancel", element(81))
     wait(lambda: at_work(82))
     cluster.said("sbatch", "--partition=high", "--output=/dev/null", "--wrap=sleep 1")
+    wait(lambda: "DUE TO JOB REQUEUE" in log(LONG))
+    cluster.said("scontrol", "update", f"JobId={element(LONG)}", "TimeLimit=10")
     wait(over)
     states = {run["point"]["pretrain.tokens"]: sweeps.state(run)[1] for run in sweep_results.read("s")["runs"]}
     assert states == {LONG: "done", 80: "lost", 81: "stopped", 82: "done", 83: "done", 84: "done"}
-    logs = {path.stem.split("_")[1]: path.read_text() for path in (outputs / "s" / "logs").glob("slurm-*.txt")}
-    preempted = [text for text in logs.values() if "DUE TO PREEMPTION" in text]
+    preempted = [text for text in map(log, STEPS) if "DUE TO PREEMPTION" in text]
     assert len(preempted) == 1 and "begun 1 times before" in preempted[0]
-    assert "DUE TO JOB REQUEUE" in logs["0"] and "exit code 3: stopped on request" in logs["0"]
+    assert "exit code 3: stopped on request" in log(LONG) and "begun 1 times before" in log(LONG)
     assert "4 of 6 runs are done already" in submit()
     wait(over)
     for run in sweep_results.read("s")["runs"]:

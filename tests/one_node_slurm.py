@@ -3,6 +3,7 @@
 Jobs of the partition `high` preempt those of `low`, which are then requeued.
 """
 
+import contextlib
 import os
 import shutil
 import signal
@@ -30,7 +31,7 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
-SchedulerParameters=batch_sched_delay=0,sched_interval=2
+SchedulerParameters=batch_sched_delay=0,sched_interval=2,preempt_youngest_first
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 ReturnToService=2
@@ -59,6 +60,14 @@ class Slurm:
         for name in ("state", "spool"):
             (folder / name).mkdir(parents=True)
         port = _free_port()
+        try:
+            self._start(port)
+        except BaseException:
+            self.stop()
+            raise
+
+    def _start(self, port: int) -> None:
+        folder = self.folder
         names = {"host": socket.gethostname(), "folder": folder, "port": port, "next": port + 1}
         (folder / "slurm.conf").write_text(CONFIGURATION.format(**names))
         os.environ["SLURM_CONF"] = str(folder / "slurm.conf")
@@ -81,17 +90,22 @@ class Slurm:
 
     def queue(self) -> dict[str, str]:
         """State of every job and array element that is not over, by its number."""
-        lines = self.said("squeue", "-h", "-r", "-o", "%i %T").split("\n")
-        return dict(line.split(" ", 1) for line in lines if line)
+        command = ("squeue", "-h", "-r", "-o", "%i %T")
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        return dict(line.split(" ", 1) for line in done.stdout.split("\n") if line)
+
+    def hurry(self) -> None:
+        """Let jobs that were requeued begin at once, not two minutes later."""
+        for number, state in self.queue().items():
+            if state == "PENDING":
+                self.said("scontrol", "update", f"JobId={number}", "StartTime=now")
 
     def stop(self) -> None:
         self.said("scancel", "--state=RUNNING", "--full")
         for path in self.pids:
             if path.exists() and path.read_text().strip():
-                try:
+                with contextlib.suppress(ProcessLookupError):
                     os.kill(int(path.read_text()), signal.SIGTERM)
-                except ProcessLookupError:
-                    pass
 
     def _run(self, *command: str) -> None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)

@@ -19,8 +19,8 @@ from c2f_utils.files import read_json
 from c2f_utils.headless import jobs, slurm, sweeps
 from c2f_utils.report import sweep_results
 
-LONG = 500  # steps of 50 ms: more than may pass before the time of a job is nearly up
-STEPS = (100, 101, 102, 103, 104, LONG)
+LONG = 400  # steps of 50 ms
+STEPS = (LONG, 80, 81, 82, 83, 84)
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def cluster(tmp_path, monkeypatch):
     started.stop()
 
 
-def wait(until, seconds: float = 60) -> None:
+def wait(until, seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not until():
         assert time.monotonic() < deadline, "it takes too long"
@@ -44,8 +44,7 @@ def wait(until, seconds: float = 60) -> None:
 def test_preempted_out_of_time_cancelled_and_killed_a_sweep_ends_as_an_undisturbed_one(cluster, outputs, tmp_path):
     project, grid, script = light_project.make(tmp_path / "project"), tmp_path / "s.yaml", tmp_path / "mine.sbatch"
     grid.write_text(f"pretrain.tokens: {list(STEPS)}")
-    # Slurm looks at the clock twice a minute, and warns half a minute early: these jobs are warned at the first look.
-    text = slurm.TEMPLATE.read_text().replace("=04:00:00", "=00:01:00").replace("USR1@300", "USR1@50")
+    text = slurm.TEMPLATE.read_text().replace("=04:00:00", "=00:10:00").replace("USR1@300", "USR1@50")
     script.write_text(text)
 
     def submit() -> str:
@@ -57,28 +56,44 @@ def test_preempted_out_of_time_cancelled_and_killed_a_sweep_ends_as_an_undisturb
         assert done.returncode == jobs.DONE, done.stdout + done.stderr
         return done.stdout
 
-    def begun(steps: int) -> bool:
-        return (outputs / f"s-tokens{steps}-s0" / BASE / "checkpoints" / "state.json").exists()
+    def at_work(steps: int) -> bool:
+        cluster.hurry()
+        return bool(progress(steps)) and cluster.queue().get(element(steps)) == "RUNNING"
+
+    def progress(steps: int) -> int:
+        path = outputs / f"s-tokens{steps}-s0" / BASE / "checkpoints" / "state.json"
+        return read_json(path)["step"] if path.exists() else 0
 
     def element(steps: int) -> str:
         return f"{job}_{STEPS.index(steps)}"
 
+    def log(steps: int) -> str:
+        path = outputs / "s" / "logs" / f"slurm-{element(steps)}.txt"
+        return path.read_text() if path.exists() else ""
+
+    def over() -> bool:
+        cluster.hurry()
+        return not cluster.queue()
+
     job = submit().split()[1].rstrip(":")
-    wait(lambda: begun(100) and begun(101))
+    wait(lambda: at_work(LONG))
+    cluster.said("scontrol", "update", f"JobId={element(LONG)}", "TimeLimit=1")  # and so it is warned soon
+    wait(lambda: at_work(80))
+    os.kill(read_json(outputs / "s-tokens80-s0" / ".run.claim")["pid"], signal.SIGKILL)
+    wait(lambda: at_work(81))
+    cluster.said("scancel", element(81))
+    wait(lambda: at_work(82))
     cluster.said("sbatch", "--partition=high", "--output=/dev/null", "--wrap=sleep 1")
-    wait(lambda: [cluster.queue().get(element(steps)) for steps in (100, 101)].count("RUNNING") == 1)
-    wait(lambda: begun(102) and begun(103), 90)
-    cluster.said("scancel", element(102))
-    os.kill(read_json(outputs / "s-tokens103-s0" / BASE / "status.json")["pid"], signal.SIGKILL)
-    wait(lambda: not cluster.queue(), 120)
+    wait(lambda: "DUE TO JOB REQUEUE" in log(LONG))
+    cluster.said("scontrol", "update", f"JobId={element(LONG)}", "TimeLimit=10")
+    wait(over)
     states = {run["point"]["pretrain.tokens"]: sweeps.state(run)[1] for run in sweep_results.read("s")["runs"]}
-    assert {steps for steps, state in states.items() if state != "done"} == {102, 103}, states
-    logs = {path.name: path.read_text() for path in (outputs / "s" / "logs").glob("slurm-*.txt")}
-    again = {name.split("_")[1].split(".")[0]: text.count("begun 1 times before") for name, text in logs.items()}
-    assert again[str(STEPS.index(LONG))] == 1, "it was warned, stopped and requeued itself"
-    assert again["0"] + again["1"] >= 1, "one of the first two was preempted"
+    assert states == {LONG: "done", 80: "lost", 81: "stopped", 82: "done", 83: "done", 84: "done"}
+    preempted = [text for text in map(log, STEPS) if "DUE TO PREEMPTION" in text]
+    assert len(preempted) == 1 and "begun 1 times before" in preempted[0]
+    assert "exit code 3: stopped on request" in log(LONG) and "begun 1 times before" in log(LONG)
     assert "4 of 6 runs are done already" in submit()
-    wait(lambda: not cluster.queue())
+    wait(over)
     for run in sweep_results.read("s")["runs"]:
         found = json.loads((outputs / run["run"] / BASE / "results.json").read_text())
         wanted = light_project.value(run["point"]["pretrain.tokens"], 0)

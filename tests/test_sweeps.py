@@ -60,6 +60,8 @@ def test_an_earlier_stage_that_some_run_has_is_used(outputs, smoke_run, monkeypa
     ]  # fmt: skip
     other = sweeps._runs(wanted("03_coarse_rlhf", overrides={"reward.pairs": 30}, coarse__iterations=[7, 8]), 100)
     assert other[0]["notebooks"] == ["02_reward_model"], "01 fits, 02 does not"
+    base = sweeps._runs(wanted("03_coarse_rlhf", overrides={"pretrain.tokens": 999}, coarse__iterations=[7, 8]), 100)
+    assert base[0]["notebooks"] == ["01_base_model", "02_reward_model"], "02 has these settings, but another base"
 
 
 def test_names_are_read_where_they_can_be_and_numbers_where_not(outputs):

@@ -94,7 +94,11 @@ def work(name: str, number: str) -> int:
     code = at_work[0].process.wait()
     print(f"{run['run']} ended with exit code {code}: {at_work[0].reason}", flush=True)
     if code == jobs.STOPPED and signal.SIGUSR1 in seen:
-        _said(["scontrol", "requeue", f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"])
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+        try:
+            _said(["scontrol", "requeue", job])
+        except C2FError as error:  # one that was preempted meanwhile is requeued already
+            print(error, flush=True)
     return code
 
 

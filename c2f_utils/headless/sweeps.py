@@ -140,9 +140,7 @@ def _runs(wanted: Wanted, most: int) -> list[dict]:
         if before:
             runs.append({"run": common, "seed": seed, "point": None, "notebooks": before, "after": None})
         for name, point in zip(names, points, strict=True):
-            settings = wanted.settings(seed, point)
             own = [stage for stage in needed if stage not in shared]
-            own = [stage for stage in own if stage not in earlier or not _exists(stage, settings)]
             run_id = f"{wanted.name}-{name}-s{seed}" if name else common
             after = common if before else None
             runs.append({"run": run_id, "seed": seed, "point": point, "notebooks": own, "after": after})
@@ -181,10 +179,18 @@ def _refuse_alike(keys: list[dict], points: list[dict], wanted: Wanted) -> None:
 
 
 def _exists(name: str, settings: Settings) -> bool:
-    """Whether some run has this stage done with exactly these settings."""
-    wanted = settings.for_stage(name)
-    found = registry.latest(name, settings.profile, settings.seed, wanted)
-    return found is not None and settings.recorded(found.config()["settings"], name) == wanted
+    """Whether some run has this stage done with exactly these settings, and on earlier stages of which that is true."""
+    found = registry.latest(name, settings.profile, settings.seed, settings.for_stage(name))
+    return found is not None and _is_as_wanted(found, settings)
+
+
+def _is_as_wanted(stage: Stage, settings: Settings) -> bool:
+    config, wanted = None if stage.damage() else stage.config(), settings.for_stage(stage.name)
+    if not config or settings.recorded(config["settings"], stage.name) != wanted:
+        return False
+    origins = stage.provenance().get("parents", {})
+    earlier = [Stage(run_folder(origins[name]) / name) for name in PARENTS[stage.name] if name in origins]
+    return len(earlier) == len(PARENTS[stage.name]) and all(_is_as_wanted(each, settings) for each in earlier)
 
 
 def _names(wanted: Wanted, points: list[dict]) -> list[str]:
@@ -235,10 +241,7 @@ def table(name: str) -> "pd.DataFrame":
     import pandas as pd
 
     record, found = sweep_results.read(name), sweep_results.sweep_results(name)
-    rows = [
-        {"run": run["run"], **dict(zip(("at", "status"), state(run), strict=True))}
-        for run in record["runs"]
-    ]  # fmt: skip
+    rows = [{"run": run["run"], **dict(zip(("at", "status"), state(run), strict=True))} for run in record["runs"]]
     kept = [*sweep_results.settings_of(found), *sweep_results.metrics_of(found)]
     return pd.DataFrame(rows).merge(found[["run", *kept]], on="run", how="left")
 

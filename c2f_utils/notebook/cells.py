@@ -6,11 +6,13 @@ seeds, and shows what the notebook runs on; nothing heavy is imported before eve
 `side_by_side`, `LivePanel`.
 """
 
+import os
 import random
 
 from c2f_utils import threads
 from c2f_utils.errors import problems
 from c2f_utils.files import root
+from c2f_utils.notebook.interrupt import hear
 from c2f_utils.notebook.opening import deciding, opening
 from c2f_utils.notebook.progress import in_words
 from c2f_utils.notebook.show import Html, frame
@@ -61,6 +63,8 @@ def start(namespace: dict[str, object], stage: str) -> Run:
     run.device = provenance.device_name()
     action = here.begin(inputs, values["overwrite"], threads=count, device=run.device, parents=origins)
     _here = run.here = here
+    if "C2F_BATCH" in os.environ:
+        hear(here)
     run.threads = threads.apply(here.threads)
     seed_everything(run.settings.seed)
     _show(_table(run, _SAYS[action], origins))

@@ -8,6 +8,15 @@ from contextlib import contextmanager
 from c2f_utils.runs.stage import Stage
 
 
+def hear(stage: Stage) -> None:
+    """Let SIGTERM and SIGUSR1 leave a STOP file instead of killing this kernel: Slurm sends them to every process of a
+    job, not to its runner alone. Outside the main thread nothing changes."""
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGUSR1"):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), lambda _number, _frame: stage.path("STOP").touch())
+
+
 @contextmanager
 def stopping(stage: Stage) -> Iterator[None]:
     """Inside the block a first interrupt leaves a STOP file, as `c2f run` does on a signal; a second one interrupts at

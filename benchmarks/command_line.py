@@ -92,7 +92,7 @@ def command(*arguments: str) -> None:
 
 
 def timed(action: Callable[[], object]) -> dict[str, float]:
-    """Seconds on the wall, and of processors (its own and of processes it waited for), which other work disturbs less."""
+    """Seconds on the wall, and of processors (own ones and of processes waited for), which other work disturbs less."""
     start, before = time.perf_counter(), os.times()
     action()
     cpu = sum(os.times()[:4]) - sum(before[:4])

@@ -25,8 +25,10 @@ def resumed(run_id: str, targets: Sequence[str]) -> list["Job"]:
     those named. Raises C2FError where nothing is recorded, and as `jobs.prepare` does."""
     from c2f_utils.headless import jobs, request
     from c2f_utils.runs import registry
+    from c2f_utils.runs.stage import run_folder
 
-    registry.known(run_id)
+    if not (run_folder(run_id) / request.FILE).is_file():  # else no stage need have begun
+        registry.known(run_id)
     paths = [path for target in targets for path in jobs.notebooks_of(target)]
     paths = paths or [request.notebook(run_id, stage) for stage in request.latest(run_id)]
     found: list = []
@@ -67,13 +69,8 @@ def rerun(run_id: str, new_id: str | None = None, anyway: bool = False) -> int:
         found += jobs.prepare([target], values, before=found)
         found[-1] = dataclasses.replace(found[-1], threads=stage.config()["threads"])
     _refuse_other_parents(stages, found)
-    print(
-        "\n".join(
-            changed
-            and ["not as it was made:", *dict.fromkeys(changed)]
-            or ["code, packages and notebooks are the same"]
-        )
-    )
+    same = ["code, packages and notebooks are the same"]
+    print("\n".join(["not as it was made:", *dict.fromkeys(changed)] if changed else same))
     code = jobs.run(found)
     if code != jobs.DONE:
         return code

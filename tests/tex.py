@@ -21,10 +21,12 @@ def check(folder: Path) -> None:
     tables = sorted(folder.glob("*.tex"))
     assert tables
     parts = [f"\\typeout{{TABLE {path.stem}}}\n{path.read_text(encoding='utf-8')}\\clearpage\n" for path in tables]
-    (folder / "all.tex").write_text(_PAGE + "".join(parts) + "\\end{document}\n", encoding="utf-8")
+    room = folder.parent / "tex"
+    room.mkdir(exist_ok=True)
+    (room / "all.tex").write_text(_PAGE + "".join(parts) + "\\end{document}\n", encoding="utf-8")
     command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "-no-shell-escape", "all.tex"]
-    done = subprocess.run(command, cwd=folder, capture_output=True)
-    log = (folder / "all.log").read_text(encoding="utf-8", errors="replace")
+    done = subprocess.run(command, cwd=room, capture_output=True)
+    log = (room / "all.log").read_text(encoding="utf-8", errors="replace")
     said = re.findall(r"^(?:TABLE|!|Overfull|LaTeX Warning: Float).*", log, re.MULTILINE)
     assert done.returncode == 0, "\n".join(said[-3:])
     assert sum(line.startswith("TABLE") for line in said) == len(tables)

@@ -97,7 +97,7 @@ def sentences(results: dict, decoding: str = "sampled_t1") -> list[str]:
         said.append(f"Accuracy is not available ({UNCHECKED}); the reward is compared instead: it can favour length.")
     for verdict, wording in wordings.items():
         if group := _ordered([row for row in main if row.verdict == verdict]):
-            said.append(wording.format("; ".join(_named(row) for row in group)))
+            said.append(wording.format(_listed(group)))
     if tested:
         said[-1] = f"{said[-1][:-1]}; verdicts are those after Holm's correction over {tested} comparisons."
     said += _otherwise(rows, main)
@@ -112,7 +112,7 @@ def _otherwise(rows: Sequence[Comparison], main: Sequence[Comparison]) -> list[s
         "better": "better than", "worse": "worse than", "tie": "not told apart from", "equivalent": "equivalent to",
         "unknown": "not compared with", "unmeasured": "not compared with",
     }  # fmt: skip
-    listed = "; ".join(f"{words[row.verdict]} {_named(row)}" for row in differing)
+    listed = "; ".join(f"{words[row.verdict]} {_named(row, '95 % interval ')}" for row in differing)
     return [f"By {METRICS[differing[0].metric].words} the verdict is another: fine is {listed}."] if differing else []
 
 
@@ -121,14 +121,20 @@ def _ordered(rows: list[Comparison]) -> list[Comparison]:
     return sorted(rows, key=lambda row: (row.other not in _PARENTS, -abs(row.difference or 0)))
 
 
-def _named(row: Comparison) -> str:
+def _listed(rows: Sequence[Comparison]) -> str:
+    """The other models with the difference and its interval, which the first of them explains."""
+    return ", ".join(_named(row, "" if number else "95 % interval ") for number, row in enumerate(rows))
+
+
+def _named(row: Comparison, explained: str) -> str:
     name = f"“{row.label}”"
     if row.difference is None:
         return name
     if row.low is None or row.high is None:
         return f"{name} (difference {row.difference:+.3f}, no interval recorded)"
     lost = "; the correction takes it back" if row.taken_back else ""
-    return f"{name} (difference {row.difference:+.3f}, 95 % interval {row.low:+.3f} to {row.high:+.3f}{lost})"
+    shown = f"{'difference ' if explained else ''}{row.difference:+.3f}, {explained}{row.low:+.3f} to {row.high:+.3f}"
+    return f"{name} ({shown}{lost})"
 
 
 _VERDICTS = {

@@ -37,15 +37,16 @@ def overview(run_dir: object) -> str:
     run = Path(getattr(run_dir, "dir", run_dir))
     stages = sources.find_stages(run)
     results = {name: read_json(path / "results.json") for name, path in stages.items()}
-    parts = [_listed(first_page.sentences(stages, results))]
+    said = first_page.sentences(stages, results)
+    parts = [_listed(said)]
     if "07_evaluation" in stages:
         frame = contents.summary_of(results["07_evaluation"])
         decoding = sources.decodings(results["07_evaluation"])[0]
         parts += [f"Models of run {in_markdown(run.name)}, {DECODINGS[decoding]}. {in_markdown(typeset.note(frame))}"]
         parts += [typeset.markdown(frame)]
     for name, path in stages.items():
-        words = [] if verdicts.dry(path) else verdicts.everything({name: results[name]}).get(name)
-        if words and name != "07_evaluation":
+        words = [] if verdicts.dry(path) else verdicts.everything({name: results[name]}).get(name, [])
+        if words := [line for line in words if line not in said]:
             parts.append(f"**{sources.STAGES[name][0]}**\n\n" + _listed(words))
     if missing := [name for name in sources.STAGES if name not in stages]:
         parts.append("Not run yet: " + ", ".join(f"notebooks/{name}.ipynb" for name in missing) + ".")
@@ -72,6 +73,8 @@ class _Builder:
         self.results = {name: read_json(path / "results.json") for name, path in self.stages.items()}
         self.missing: list[str] = []
         self.written: list[str] = []
+        self.said: list[str] = []
+        self.dry = any(verdicts.dry(path) for path in self.stages.values())
         self.document = Document(f"Coarse-to-fine report: run {self.run.name}")
 
     def build(self) -> Path:
@@ -91,12 +94,13 @@ class _Builder:
     # Parts
 
     def _words(self, name: str) -> list[str]:
-        """What is said of a stage; nothing of a dry run."""
-        if verdicts.dry(self.stages[name]):
+        """What is said of a stage beyond the first page; nothing of a dry run."""
+        if self.dry:
             return []
         try:
             words = verdicts.everything({name: self.results[name]}).get(name, [])
-            return [*words, *contents.words_of(name, self.results[name])]
+            words = [*words, *contents.words_of(name, self.results[name])]
+            return [line for line in words if line not in self.said]
         except _DRAWING_ERRORS as error:
             self.missing.append(f"words on {name}: could not be found ({type(error).__name__}: {error})")
             return []
@@ -108,9 +112,10 @@ class _Builder:
         try:
             judged = [path for run in self.runs if (path := sources.find_stages(run).get("07_evaluation"))]
             seeds = [sources.read(path / "config.json").get("settings", {}).get("seed") for path in judged]
-            doc.bullets(first_page.sentences(self.stages, self.results, seeds))
+            self.said = first_page.sentences(self.stages, self.results, seeds)
         except _DRAWING_ERRORS as error:
             self._failed("page", "the first", error)
+        doc.bullets(self.said)
         if "07_evaluation" in self.results:
             self._figures("07_evaluation", first=True)
         self._figure("hero", lambda: figures.hero(self.stages), "The run in one picture.")
@@ -316,6 +321,9 @@ class _Builder:
             frame = make()
             if frame.empty:
                 return
+            if self.dry:  # nothing is best, nothing is better
+                frame = frame.drop(columns="verdict", errors="ignore")
+                frame.attrs = {}
             frame = tables.save_table(frame, self.out / "tables", name, caption, self._origin(name))
         except _DRAWING_ERRORS as error:
             self._failed("table", name, error)

@@ -17,12 +17,13 @@ from c2f_utils.report import tables, typeset
 from c2f_utils.report.letters import in_html, in_markdown, visible
 
 _CSS = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 h1, h2, h3 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ddd; padding-bottom: .2rem; }
 figure { margin: 1.5rem 0; } img { max-width: 100%; height: auto; }
 figcaption, .files { color: #666; font-size: .85rem; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; margin: .5rem 0; }
-td, th { padding: .2rem .6rem; border-bottom: 1px solid #e4e4e4; text-align: left; } .number { text-align: right; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .8rem; margin: .5rem 0; }
+td, th { padding: .2rem .45rem; border-bottom: 1px solid #e4e4e4; text-align: left; } .number { text-align: right; }
+td.number { white-space: nowrap; }
 pre { background: #f6f6f6; padding: .6rem; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .8rem; }
 mark { background: #ffd9a0; } a { color: #0b5394; } .links { white-space: nowrap; }
 nav ul { columns: 2 18rem; list-style: none; padding: 0; }

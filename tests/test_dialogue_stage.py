@@ -12,7 +12,7 @@ from c2f_utils.errors import C2FError, Stopped
 from c2f_utils.files import read_json, read_jsonl, write_json
 from c2f_utils.measure import judges as measured
 from c2f_utils.measure.dialogues import read_answers, read_pair_judgements, read_questions
-from c2f_utils.report import tables, tables_dialogue
+from c2f_utils.report import tables_dialogue, typeset
 from c2f_utils.runs.run import Run
 from c2f_utils.settings.config import Settings
 from c2f_utils.settings.load import load_settings
@@ -233,7 +233,7 @@ def test_tables_carry_the_judge_and_what_it_fails(results):
 
 def test_categories_of_a_file_become_no_markup(results):
     table = tables_dialogue.win_table(results(FOUND), by="category")
-    assert "<b>" not in tables.html(table) and "&lt;b&gt;" in tables.html(table)
+    assert "<b>" not in typeset.html(table) and "&lt;b&gt;" in typeset.html(table)
     assert list(tables_dialogue.win_table(results(FOUND), by="turn")["turn"]) == ["1"]
 
 

@@ -3,16 +3,20 @@
 import hashlib
 import html.parser
 import json
+import re
 import subprocess
 import sys
+from urllib.parse import unquote
 
+import pandas as pd
 import pytest
 from fake_results import STAGES, fake_run
 from matplotlib.figure import Figure
 
 from c2f_utils.errors import C2FError
-from c2f_utils.report import build, results, style, tables
+from c2f_utils.report import build, first_page, results, sources, style, tables, verdicts
 from c2f_utils.report.document import Document, to_html, to_markdown
+from c2f_utils.report.tables import LONG
 
 PNG = (
     b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\x00\x00\x00\x01\x00\x00\x00\x01\x08\x06\x00\x00\x00\x1f\x15\xc4\x89"
@@ -89,7 +93,7 @@ def test_a_finished_run_gives_every_figure_and_table_and_misses_nothing(whole):
     } <= names
     assert {"04_tokens_to_target", "06_coefficients", "06_layers", "06_operators", "06_anatomy", "07_prefixes"} <= names
     assert {f"07_{kind}_{way}" for kind in ("length", "redundancy") for way in results.DECODINGS} <= names
-    tables = {path.stem for path in (whole / "tables").glob("*.md")}
+    tables = {path.stem for path in (whole / "tables").glob("*.csv")}
     assert {"runs", "models_summary", "04_laws", "06_sweep", "07_models_greedy", "07_paired", "timings"} <= tables
 
 
@@ -102,17 +106,89 @@ def test_the_manifest_lists_every_file_with_its_hash_and_the_results_behind_them
     for kind in ("figures", "tables"):
         ends = {"figures": (".pdf", ".png", ".csv"), "tables": (".csv", ".md", ".tex")}[kind]
         stems = {name.rsplit(".", 1)[0] for name in on_disk if name.startswith(kind)}
-        assert on_disk >= {stem + end for stem in stems for end in ends}
+        long = {stem for stem in stems if kind == "tables" and len(pd.read_csv(whole / f"{stem}.csv")) > LONG}
+        assert {"tables/07_paired"} <= long or kind == "figures"
+        assert on_disk >= {stem + end for stem in stems - long for end in ends}
+        assert not on_disk & {stem + end for stem in long for end in ends[1:]}
     assert set(manifest["results"]["demo"]) == set(STAGES)
 
 
 def test_the_html_needs_no_other_file_and_the_markdown_only_files_that_exist(whole):
     page = Page((whole / "report.html").read_text())
-    assert page.sources and all(source.startswith("data:image/png;base64,") for source in page.sources)
+    pictures = [source for source in page.sources if source.startswith("data:")]
+    assert pictures and all(source.startswith("data:image/png;base64,") for source in pictures)
+    files = {unquote(source) for source in page.sources if not source.startswith(("data:", "#"))}
+    kept = {str(path.relative_to(whole)) for path in whole.rglob("*.*") if path.parent != whole}
+    assert files == kept, "every file behind a figure or table is linked, and nothing else"
     assert "script" not in page.tags and "link" not in page.tags
     text = (whole / "report.md").read_text()
     links = [part.split(")")[0] for part in text.split("](")[1:]]
-    assert links and all((whole / link).is_file() for link in links)
+    assert links and all((whole / unquote(link)).is_file() for link in links if not link.startswith("#"))
+
+
+def test_the_contents_link_to_every_part_that_follows(whole):
+    text = (whole / "report.html").read_text()
+    page = Page(text)
+    links = [source[1:] for source in page.sources if source.startswith("#")]
+    parts = re.findall(r'<h2 id="([\w-]+)">', text)
+    assert links == parts[1:] and len(links) > 10, "all but the first page"
+    marks = re.findall(r'<a id="([\w-]+)"></a>\n\n## ', (whole / "report.md").read_text())
+    assert marks == parts
+
+
+def first(run, **changes) -> list[str]:
+    stages = sources.find_stages(run)
+    found = {name: json.loads((path / "results.json").read_text()) for name, path in stages.items()}
+    found["07_evaluation"] |= changes
+    return first_page.sentences(stages, found)
+
+
+def test_the_first_page_says_what_was_found_in_at_most_ten_sentences_and_what_it_does_not_show(run):
+    evaluated = json.loads((run / "07_evaluation" / "results.json").read_text())
+    pairs = [
+        row | {"low": -0.3, "high": -0.1, "difference": -0.2}
+        for row in evaluated["paired"]
+        if row["b"] == "base_forced"
+    ]
+    lengths = [
+        {"a": "fine", "b": "coarse", "metric": "tokens", "decoding": "sampled_t1"}
+        | {"difference": -105.0, "low": -110.0, "high": -100.0},
+        {"a": "fine", "b": "instruct", "metric": "rep4", "decoding": "sampled_t1"}
+        | {"difference": 0.01, "low": -0.01, "high": 0.03},
+    ]
+    interval = {"value": 1.01, "low": 1.0, "high": 1.02}
+    kept = {"kinds": {"own": {"label": "own answers"}}, "models": {"fine": {"ratio": {"own": interval}}}}
+    judge = {"name": "reward", "fit": False, "checks": {"repeated": {"passed": False}}}
+    said = first(
+        run,
+        paired=[*pairs, *(row for row in evaluated["paired"] if row["b"] != "base_forced"), *lengths],
+        retention=kept,
+        dialogue={"judge": judge, "against": {}},
+    )
+    assert len(re.findall(r"[.](?: [A-Z]|$)", "\n".join(said), re.MULTILINE)) <= 10
+    assert said[0].startswith(
+        "Better than the Fine Actor on last-answer accuracy: “Base, analysis forced” (difference -0.2"
+    )
+    text = " ".join(said)
+    for words in (
+        "-105.0 (95 % interval -110.0 to -100.0)",
+        "+0.030), cannot be told apart",
+        "own answers 1.010 (95 %",
+    ):
+        assert words in text
+    assert "may not be believed" in text and "One training seed (0) and 256 test prompts" in text
+    assert "limited to small models" in said[-1]
+    assert first_page.sentences({}, {}) == [first_page.NOTHING]
+
+
+def test_a_dry_run_gets_its_figures_and_no_verdict(tmp_path, undrawn):
+    run = fake_run(tmp_path)
+    for path in run.glob("*/config.json"):
+        path.write_text(path.read_text().replace('"tiny"', '"smoke"'))
+    text = (build.build(run, tmp_path / "report").parent / "report.md").read_text()
+    assert text.count("nothing was learnt, so nothing is concluded") == 1 == build.overview(run).count(verdicts.DRY)
+    assert not re.search(r"better|rambles|cannot be told|Length and redundancy", text.split("## What is the paper")[0])
+    assert "rambles" not in text and "optimum" not in text and "07_models_greedy" in text
 
 
 def test_the_report_names_runs_seeds_commit_versions_threads_time_and_memory(whole):
@@ -219,8 +295,11 @@ def test_several_runs_are_shown_each_with_mean_and_interval(tmp_path, undrawn):
     out = build.build(runs[0], tmp_path / "report", runs=["s11", runs[1], str(runs[2]), "absent"]).parent
     text = (out / "report.md").read_text()
     assert "s11 (seed 11), s12 (seed 12), s13 (seed 13)" in text
-    header = next(line for line in text.splitlines() if line.startswith("| model | metric"))
-    assert header == "| model | metric | s11 | s12 | s13 | mean | low | high |"
+    assert "rows are in the file only" in text and "3 training seeds (11, 12, 13)" in text
+    header = (out / "tables" / "runs_greedy.csv").read_text().splitlines()[0]
+    assert header == "model,metric,s11,s12,s13,mean,low,high"
+    row = next(line for line in (out / "tables" / "runs_means_greedy.md").read_text().splitlines() if "Fine" in line)
+    assert row.count("[") == 9
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["runs"] == ["s11", "s12", "s13"] and manifest["missing"] == ["run absent: no results in absent"]
     assert "share a seed" not in text

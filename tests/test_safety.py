@@ -10,7 +10,7 @@ from c2f_utils.errors import C2FError
 from c2f_utils.files import read_jsonl
 from c2f_utils.measure import judge_prompts, refused_requests
 from c2f_utils.measure.judges import Case, Opinion, Question, Verdicts
-from c2f_utils.report import figures_retention, tables, tables_safety
+from c2f_utils.report import figures_retention, tables_safety, typeset
 from c2f_utils.runs.run import Run
 from c2f_utils.settings.load import load_settings
 from c2f_utils.stages import judge_of_run
@@ -147,7 +147,7 @@ def test_a_judge_that_fails_its_check_carries_no_claim_and_every_share_is_in_the
     assert "nothing is claimed" in said and "4 verdicts could not be read" in said
     assert "nothing is claimed" not in tables_safety.in_words(with_requests(passed=True))
     frame = tables_safety.refusal_table(with_requests())
-    assert len(frame) == 4 * 5 and tables.markdown(frame)
+    assert len(frame) == 4 * 5 and typeset.markdown(frame)
     assert tables_safety.refusal_table({}).empty and tables_safety.in_words({}) == tables_safety.NONE
 
 

@@ -5,9 +5,13 @@ import json
 
 import pandas as pd
 import pytest
+import tex
 from fake_results import MODELS, fake_run
 
+from c2f_utils import stats
+from c2f_utils.report import against, build, contents, typeset
 from c2f_utils.report import tables as t
+from c2f_utils.report.letters import in_markdown
 
 
 @pytest.fixture(scope="module")
@@ -107,20 +111,20 @@ NASTY = pd.DataFrame(
 
 
 def test_markdown_rows_keep_their_columns_whatever_they_hold():
-    lines = t.markdown(NASTY).strip().split("\n")
+    lines = typeset.markdown(NASTY).strip().split("\n")
     assert lines[1] == "| --- | ---: | ---: |" and len(lines) == 5
     for line in lines:
         assert line.replace("\\|", "").count("|") == 4
     assert r"a\|b \<b\>c\</b\>" in lines[2] and "0.512" in lines[2]
-    assert t.DASH in lines[3] and r"\_em\_ \*strong\* \`code\` \[l\](u)" in lines[4]
-    assert t.in_markdown("07_evaluation") == "07_evaluation"
+    assert typeset.DASH in lines[3] and r"\_em\_ \*strong\* \`code\` \[l\](u)" in lines[4]
+    assert in_markdown("07_evaluation") == "07_evaluation"
 
 
 def test_latex_escapes_every_special_character():
-    text = t.latex(NASTY, "100 % of_all", "x")
+    text = typeset.latex(NASTY, "100 % of_all", "x")
     assert r"50 \% \& \$x\_1\$ \textbackslash{}frac\{1\}\{2\} \#1 \textasciitilde{} \textasciicircum{}" in text
-    assert r"\begin{tabular}{lrr}" in text and r"\caption{100 \% of\_all}" in text and "model name" in text
-    body = text.split(r"\hline")[2]
+    assert r"\begin{tabular}{@{}lrr@{}}" in text and r"\caption{100 \% of\_all}" in text and "model name" in text
+    body = text.split(r"\midrule")[1].split(r"\bottomrule")[0]
     assert all(row.replace(r"\&", "").count("&") == 2 for row in body.strip().split("\n"))
 
 
@@ -131,7 +135,7 @@ def test_html_cells_are_text_not_markup():
         def handle_starttag(self, tag, attrs):
             self.seen.add(tag)
 
-    Tags().feed(t.html(NASTY))
+    Tags().feed(typeset.html(NASTY))
     assert Tags.seen == {"table", "thead", "tbody", "tr", "th", "td"}
 
 
@@ -150,9 +154,107 @@ def test_saving_writes_three_files_and_the_csv_keeps_full_precision(tmp_path):
 @pytest.mark.parametrize(
     ("column", "value", "shown"),
     [
-        ("mean_tokens", 54.123, "54.1"), ("coefficient", 0.7, "0.7"), ("n", 256.0, "256"), ("rep4", 0.0, "0.000"),
-        ("x", float("nan"), t.DASH), ("x", None, t.DASH), ("x", True, "yes"), ("x", 3, "3"),
+        ("mean_tokens", 54.123, "54.1"), ("coefficient", 0.7, "0.7"), ("n", 256.0, "256"), ("rep4", 0.0, "0"),
+        ("rep4", 0.041234, "0.0412"), ("rollout_tokens", 80928, "80,928"), ("x", 12345.6, "12,346"),
+        ("x", -0.5, "−0.500"),
+        ("p", 0.0002, "<0.001"), ("p_holm", 0.349, "0.349"), ("metric", "accuracy_last", "accuracy, last"),
+        ("x", float("nan"), typeset.DASH), ("x", None, typeset.DASH), ("x", True, "yes"), ("x", 3, "3"),
     ],
 )  # fmt: skip
 def test_rounding_by_column(column, value, shown):
-    assert t.cell(column, value) == shown
+    assert typeset.cell(column, value) == shown
+
+
+def test_a_value_and_its_bounds_are_one_cell_whatever_the_bounds_are_called():
+    frame = pd.DataFrame({
+        "a": ["x", "y"], "value": [0.6912, 158.9], "low": [0.632, 152.1], "high": [0.745, 166.3],
+        "raw": [0.5, None], "raw, low": [None, None], "raw, high": [None, None], "below": [1, 2],
+    })  # fmt: skip
+    shown = typeset.shown(frame)
+    assert shown.headings == ["a", "value", "raw", "below"] and shown.numeric == [False, True, True, True]
+    assert shown.cells == [["x", "0.691 [0.632, 0.745]", "0.500", "1"], ["y", "159 [152, 166]", typeset.DASH, "2"]]
+    assert typeset.escape_latex(typeset.BRACKETS) in typeset.latex(
+        frame, "Words."
+    ) and typeset.BRACKETS in typeset.note(frame)
+
+
+def models(values: dict[str, float], paired: tuple = (), intervals: dict | None = None, metric: str = "accuracy_last"):
+    rows = {name: {"label": name, "sampled_t1": {metric: value, "n": 100}} for name, value in values.items()}
+    results = {"models": rows, "paired": list(paired), "intervals": intervals or {}}
+    return against.with_intervals(t.model_table(results), results, "sampled_t1")
+
+
+def test_the_best_is_bold_only_where_it_is_best_beyond_its_interval():
+    def fine(low, high):
+        return {"a": "fine", "b": "x", "metric": "accuracy_last", "decoding": "sampled_t1", "difference": 0.1} | {
+            "low": low, "high": high,
+        }  # fmt: skip
+
+    assert models({"fine": 0.9, "x": 0.3}).attrs["best"] == {(0, "accuracy_last")}, "intervals do not overlap"
+    assert models({"fine": 0.6, "x": 0.5}).attrs["best"] == set(), "they do"
+    assert models({"fine": 0.6, "x": 0.5}, [fine(0.02, 0.18)]).attrs["best"] == {(0, "accuracy_last")}, "paired"
+    assert models({"fine": 0.9, "x": 0.3}, [fine(-0.1, 0.3)]).attrs["best"] == set(), "paired counts, overlap does not"
+    assert models({"fine": 0.9, "x": 0.9}).attrs["best"] == set() and models({"fine": 0.9}).attrs["best"] == set()
+    shown = typeset.markdown(models({"fine": 0.9, "x": 0.3}))
+    assert shown.count("**") == 2 and "**0.900" in shown
+    assert typeset.latex(models({"fine": 0.9, "x": 0.3})).count(r"\textbf{0.900 [") == 1
+
+
+def test_intervals_of_07_are_taken_where_there_are_any_and_wilsons_of_shares_otherwise():
+    bare = models({"fine": 0.69, "x": 0.5})
+    found = stats.wilson(69, 100)
+    assert bare["accuracy_last, low"][0] == found.low and bare["accuracy_last, high"][0] == found.high
+    assert "Wilson" in bare.attrs["note"]
+    recorded = {name: {"sampled_t1": {"rep4": {"value": v, "low": v - 0.1, "high": v + 0.1}}} for name, v in PLAIN}
+    frame = models(dict(PLAIN), intervals=recorded, metric="rep4")
+    assert frame["rep4, low"][0] == 0.1 and frame.attrs["best"] == {(0, "rep4")}, "less repetition is better"
+    assert "Wilson" not in frame.attrs["note"]
+
+
+PLAIN = (("fine", 0.2), ("x", 0.6))
+
+
+def test_of_a_long_table_only_the_csv_is_written(tmp_path):
+    long = pd.DataFrame({"k": range(t.LONG + 1)})
+    t.save_table(long[:-1], tmp_path, "sweep")
+    t.save_table(long, tmp_path, "sweep")
+    assert [path.name for path in (tmp_path / "tables").iterdir()] == ["sweep.csv"]
+
+
+def test_a_wide_table_spans_two_columns_and_a_wider_one_is_continued_below():
+    def wide(columns):
+        return pd.DataFrame({"model": ["a", "b"]} | {f"quantity {k}": [0.123 * k, 0.2] for k in range(1, columns)})
+
+    one, two, below = (typeset.latex(wide(columns)) for columns in (4, 10, 30))
+    assert r"\begin{table}" in one and r"\begin{table*}" in two and r"\begin{table*}" in below
+    assert (two.count("tabular}{"), below.count("tabular}{")) == (1, below.count("model")) and below.count("model") > 1
+
+
+def test_what_is_the_same_in_every_row_is_said_once_in_the_caption():
+    frame = pd.DataFrame({"model": ["a", "b", "c"], "n": [256] * 3, "utility": [None] * 3, "rep4": [0.1, 0.2, 0.3]})
+    text = typeset.latex(frame, "All models.")
+    assert r"\caption{All models. In every row: n 256. Not known: utility.}" in text and "{@{}lr@{}}" in text
+
+
+HOSTILE = r"""\input{/etc/passwd} $x$ 100 % #1 ~^_{}& <b> "q" `v` \write18 é 你 ⟨U+202E⟩ -- """ + "w" * 150
+
+
+def test_tex_sets_every_table_within_its_columns(run, tmp_path):
+    nasty = pd.DataFrame({"model": [HOSTILE, "b"], "words": ["plain", HOSTILE], "n": [1, 2]})
+    t.save_table(nasty, tmp_path, "nasty", HOSTILE)
+    for path in run.glob("*/results.json"):
+        for key, make, caption in contents.tables_of(path.parent.name, json.loads(path.read_text())):
+            if len(frame := make()):
+                t.save_table(frame, tmp_path, f"{path.parent.name[:2]}_{key}", caption)
+    tex.check(tmp_path / "tables")
+    assert r"\begin{table*}" in (tmp_path / "tables" / "07_models_greedy.tex").read_text(), "two columns, not more"
+    wide = "\\begin{tabular}{r}" + "x" * 900 + "\\end{tabular}"
+    (tmp_path / "tables" / "wide.tex").write_text(f"\\begin{{table}}{wide}\\end{{table}}")
+    with pytest.raises(AssertionError, match="Overfull"):
+        tex.check(tmp_path / "tables")
+
+
+@pytest.mark.slow
+def test_tex_sets_every_table_of_a_finished_run(smoke_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(build._Builder, "_figure", lambda *_: None)
+    tex.check(build.build(smoke_run, tmp_path / "report").parent / "tables")

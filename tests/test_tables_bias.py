@@ -9,7 +9,7 @@ from c2f_utils.measure.bias_panel import panel
 from c2f_utils.measure.length_matched import length_matched
 from c2f_utils.measure.style_control import style_controlled
 from c2f_utils.measure.win_rates import win_rates
-from c2f_utils.report import figures_bias, tables, tables_bias
+from c2f_utils.report import figures_bias, tables_bias, typeset
 
 MADE = {
     "strengths": {"coarse": 0.3, "fine": 0.5, "instruct": 0.0},
@@ -39,7 +39,7 @@ def test_the_win_rate_table_has_all_three_rates_and_says_why_one_is_missing(rows
         assert fine[f"{rate}, low"] <= fine[rate] <= fine[f"{rate}, high"]
     assert coarse.isna()["length-controlled"] and "extrapolation" in coarse["remark"] and coarse["raw"] > 0.5
     assert fine["detectable"] > 0 and coarse["length_ratio"] > 20
-    text = tables.markdown(tables_bias.win_rate_table(found))
+    text = typeset.markdown(tables_bias.win_rate_table(found))
     assert "<b>" not in text and text.count("\n") == 6, "a judge's name cannot break the table"
 
 

@@ -12,7 +12,7 @@ from c2f_utils import stats
 from c2f_utils.domain import stories
 from c2f_utils.errors import C2FError
 from c2f_utils.measure import suites
-from c2f_utils.report import tables, tables_tasks
+from c2f_utils.report import tables_tasks, typeset
 from c2f_utils.runs.stage import Stage
 from c2f_utils.settings.config import Settings
 from c2f_utils.settings.load import load_settings
@@ -155,7 +155,7 @@ def test_results_without_tasks_give_empty_tables_and_a_sentence():
     for results in ({}, {"tasks": {}}, {"tasks": None}, {"tasks": {"rows": [], "paired": [], "means": []}}):
         assert tables_tasks.task_table(results).empty and tables_tasks.paired_task_table(results).empty
         assert tables_tasks.sentences(results) == [tables_tasks.NO_TASKS]
-        assert tables.markdown(tables_tasks.task_table(results))
+        assert typeset.markdown(tables_tasks.task_table(results))
 
 
 def test_a_run_from_before_there_were_tasks_counts_with_their_defaults(outputs):

@@ -2,13 +2,12 @@
 
 import copy
 import json
-import re
 
 import pytest
 from fake_results import fake_run
 
+from c2f_utils.report import against, verdicts_laws
 from c2f_utils.report import verdicts as v
-from c2f_utils.report import verdicts_laws
 
 
 @pytest.fixture(scope="module")
@@ -52,35 +51,6 @@ def test_a_comparison_recorded_the_other_way_round_is_turned():
     assert v.paired_row([row | {"low": None, "high": None}], "fine", "coarse", "m", "d")["low"] is None
 
 
-@pytest.mark.parametrize(
-    ("values", "interval", "start"),
-    [
-        ((0.8, 0.4), (0.3, 0.5), "Fine is better than Coarse on reward"),
-        ((0.4, 0.8), (-0.5, -0.3), "Fine is worse than Coarse on reward"),
-        ((0.8, 0.79), (-0.05, 0.17), "Fine and Coarse cannot be told apart on reward"),
-        ((0.8, 0.79), (-0.05, 0.07), "Fine and Coarse are equivalent within 0.1 on reward"),
-        ((0.8, 0.4), (None, None), "Fine and Coarse are not compared on reward"),
-    ],
-)
-def test_parents_every_way(values, interval, start):
-    said = v.parent_sentence("Fine", "Coarse", "reward", values, interval)
-    assert said.startswith(start)
-    assert ("no interval recorded" in said) == (interval[0] is None)
-
-
-@pytest.mark.parametrize(
-    ("values", "interval", "words"),
-    [
-        ((0.8, 0.4), (0.3, 0.5), "The method beats the control “PPO”"),
-        ((0.4, 0.8), (-0.5, -0.3), "The control “PPO” is better than the method"),
-        ((0.8, 0.79), (-0.05, 0.07), "The method and the control “PPO” cannot be told apart"),
-    ],
-)
-def test_controls_all_three_ways(values, interval, words):
-    said = v.control_sentence("PPO", "accuracy_last", values, interval)
-    assert said.startswith(words) and f"interval {interval[0]:+.3f} to {interval[1]:+.3f}" in said
-
-
 def models(fine: float | None, coarse: float | None, paired=()) -> dict:
     def row(value):
         return {"accuracy_last": value, "accuracy_first": value, "reward": 0.5}
@@ -94,47 +64,78 @@ def models(fine: float | None, coarse: float | None, paired=()) -> dict:
     }
 
 
-def test_both_first_and_last_answers_are_compared_with_every_other_model(results):
-    said = v.fine_against_all(results["07_evaluation"])
-    assert len(said) == 2 * 9
-    for label in ("Base", "Instruct", "Coarse Actor", "“PPO on instruct”", "“Residue of fixed-long”"):
-        for kind in ("last", "first"):
-            about = rf"{label}( cannot be told apart| are equivalent within 0.02)? on {kind}-answer accuracy: "
-            assert sum(bool(re.search(about, line)) for line in said) == 1, label
+def pair(metric: str, low: float, high: float, p: float | None = None) -> dict:
+    same = {"a": "fine", "b": "coarse", "decoding": "sampled_t1", "difference": 0.1}
+    return same | {"metric": metric, "low": low, "high": high, "p": p}
+
+
+def test_every_other_model_is_in_exactly_one_group_and_in_the_table_for_both_answers(results):
+    found = results["07_evaluation"]
+    said = " ".join(line for line in against.sentences(found) if "verdict is another" not in line)
+    assert len(against.table(found)) == 2 * 9 and len(against.sentences(found)) <= 4
+    for label in ("Base", "Instruct", "Coarse Actor", "PPO on instruct", "Residue of fixed-long"):
+        assert said.count(f"“{label}”") == 1, label
+
+
+@pytest.mark.parametrize(
+    ("interval", "said"),
+    [
+        ((0.3, 0.5), "The Fine is better on last-answer accuracy than “Coarse” (difference +0.100, 95 % interval +0.3"),
+        ((-0.5, -0.3), "Better than the Fine on last-answer accuracy: “Coarse”"),
+        ((-0.05, 0.17), "The Fine cannot be told apart on last-answer accuracy from “Coarse”"),
+        ((-0.01, 0.01), "The Fine is equivalent within 0.02 on last-answer accuracy to “Coarse”"),
+        ((None, None), "The Fine is not compared on last-answer accuracy, for want of an interval, with “Coarse”"),
+    ],
+)
+def test_fine_against_another_model_every_way(interval, said):
+    found = models(0.6, 0.5, [pair("accuracy_last", *interval), pair("accuracy_first", *interval)])
+    assert len(against.sentences(found)) == 1 and against.sentences(found)[0].startswith(said)
+
+
+def test_who_beats_the_method_is_said_first(results):
+    found = copy.deepcopy(results["07_evaluation"])
+    for row in found["paired"]:
+        if row["b"] == "ppo_instruct":
+            row.update(difference=-0.2, low=-0.3, high=-0.1, p=0.0002)
+    assert against.sentences(found)[0].startswith("Better than the Fine Actor on last-answer accuracy: “PPO on instr")
 
 
 def test_without_the_checker_the_reward_is_compared_and_that_is_said():
-    said = v.fine_against_all(models(None, None))
+    said = against.sentences(models(None, None))
     assert said[0].startswith("Accuracy is not available") and "on reward" in said[1] and len(said) == 2
-    assert "not measured" in " ".join(v.fine_against_all(models(0.5, None)))
-    assert v.fine_against_all({}) == ["The merged model was not evaluated, so nothing is said about it."]
+    assert "not measured" in " ".join(against.sentences(models(0.5, None)))
+    assert against.sentences({}) == ["The merged model was not evaluated, so nothing is said about it."]
 
 
 def test_what_does_not_survive_holm_is_no_difference():
-    def pair(metric, p):
-        same = {"a": "fine", "b": "coarse", "decoding": "sampled_t1", "difference": 0.1, "low": 0.01, "high": 0.2}
-        return same | {"metric": metric, "p": p}
+    def said(p):
+        both = [pair(metric, 0.01, 0.2, p) for metric in ("accuracy_last", "accuracy_first")]
+        return against.sentences(models(0.6, 0.5, both))[0]
 
-    weak = v.fine_against_all(models(0.6, 0.5, [pair("accuracy_last", 0.04), pair("accuracy_first", 0.04)]))
-    assert all(line.startswith("Fine and Coarse cannot be told apart on") for line in weak)
-    assert all("which Holm's correction over 2 comparisons takes back (p = 0.080)" in line for line in weak)
-    strong = v.fine_against_all(models(0.6, 0.5, [pair("accuracy_last", 0.001), pair("accuracy_first", 0.001)]))
-    assert all("Fine is better than Coarse" in line and "Holm" not in line for line in strong)
+    assert "cannot be told apart" in said(0.04) and "the correction takes it back" in said(0.04)
+    assert "is better" in said(0.001) and "takes it back" not in said(0.001)
+    assert said(0.04).endswith("verdicts are those after Holm's correction over 2 comparisons.")
+
+
+def test_first_answers_are_mentioned_where_their_verdict_is_another():
+    rows = [pair("accuracy_last", 0.01, 0.2), pair("accuracy_first", -0.2, 0.2)]
+    said = against.sentences(models(0.6, 0.5, rows))
+    assert said[1].startswith("By first-answer accuracy the verdict is another: fine is not told apart from “Coarse”")
+    assert "interval -0.200 to +0.200" in said[1]
 
 
 def test_the_reward_is_judged_by_its_paired_interval_and_never_by_its_sign():
-    def reward(low, high):
-        row = {"a": "fine", "b": "coarse", "metric": "reward", "decoding": "sampled_t1", "difference": 0.001}
-        found = models(None, None, [row | {"low": low, "high": high, "p": 0.5}])
-        found["models"]["fine"]["sampled_t1"]["reward"] += 0.001
-        return v.fine_against_all(found)[1]
+    def reward(*interval):
+        return against.sentences(models(None, None, [pair("reward", *interval, 0.5)]))[1]
 
-    assert reward(-0.3, 0.302).startswith("Fine and Coarse cannot be told apart on reward: 0.501 against 0.500")
-    assert reward(-0.03, 0.032).startswith("Fine and Coarse are equivalent within 0.1 on reward")
-    unpaired = models(None, None)  # a run of a time when rewards were not paired
-    unpaired["models"]["fine"]["sampled_t1"]["reward"] += 0.001
-    said = v.fine_against_all(unpaired)[1]
-    assert said.startswith("Fine and Coarse are not compared on reward") and "no interval recorded" in said
+    assert "cannot be told apart on reward" in reward(-0.3, 0.302)
+    assert "equivalent within 0.1 on reward" in reward(-0.03, 0.032)
+
+
+@pytest.mark.parametrize("profile, said", [("smoke", [v.DRY]), ("tiny", ["A verdict."])])
+def test_a_dry_run_has_one_sentence_and_no_verdict(tmp_path, profile, said):
+    (tmp_path / "config.json").write_text(json.dumps({"settings": {"profile": profile}}))
+    assert v.unless_dry(tmp_path, ["A verdict."]) == said
 
 
 def test_rambling_follows_from_length_and_ending():
@@ -174,13 +175,18 @@ def test_an_operator_is_named_with_its_numbers():
     assert v.operator_name(None) is None
 
 
-def test_conciseness_in_both_directions_and_with_nulls():
-    a, b = {"mean_tokens": 54, "rep4": 0.04, "eos_rate": 0.97}, {"mean_tokens": 159, "rep4": 0.41, "eos_rate": 0.02}
-    assert "lowers the length from 159 to 54 tokens (0.34 times)" in v.conciseness(a, b)[0]
-    assert "raises the length" in v.conciseness(b, a)[0] and "less often" in v.conciseness(b, a)[2]
-    assert "leaves" in v.conciseness(a, a)[1] and "ends as often" in v.conciseness(a, a)[2]
-    assert "not measured" in v.conciseness({}, b)[0]
-    assert v.conciseness(a, {**b, "rep4": 0.0})[1].endswith("to 0.040.")
+def test_conciseness_in_both_directions_with_intervals_and_with_nulls():
+    a = {"mean_tokens": 54, "rep4": 0.04, "eos_rate": 0.97, "n": 100}
+    b = {"mean_tokens": 159, "rep4": 0.41, "eos_rate": 0.02, "n": 100}
+    down = [pair("tokens", -110, -100) | {"difference": -105}, pair("rep4", -0.1, 0.1)]
+    said = v.conciseness(a, b, down)
+    assert said[0] == (
+        "The merge lowers the length: from 159.0 to 54.0 tokens, difference -105.0, 95 % interval -110.0 to -100.0."
+    )
+    assert said[1].startswith("It cannot be told whether the merge changes the share of repeated 4-grams")
+    assert "97 % (95 % interval 92 % to 99 %) end by themselves" in said[2]
+    assert "The merge raises the length" in v.conciseness(b, a, [pair("tokens", 100, 110)])[0]
+    assert "no interval recorded" in v.conciseness(a, b)[0] and "not measured" in v.conciseness({}, b)[0]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from c2f_utils.errors import C2FError, CannotWrite
 from c2f_utils.files import sha256, write_json, write_text
-from c2f_utils.report import compare, contents, figures, sources, tables, verdicts
+from c2f_utils.report import against, compare, contents, figures, first_page, sources, tables, typeset, verdicts
 from c2f_utils.report.document import Document, to_html, to_markdown
 from c2f_utils.report.letters import in_markdown
 from c2f_utils.report.results import DECODINGS, MAIN, origin_of
@@ -32,19 +32,29 @@ def build(run_dir: object, out_dir: object, runs: Iterable[object] = ()) -> Path
 
 
 def overview(run_dir: object) -> str:
-    """The short form of a report as Markdown: the table of models and every sentence, or what has not been run."""
+    """The short form of a report as Markdown: its first page, the table of models and every sentence, or what has not
+    been run."""
     run = Path(getattr(run_dir, "dir", run_dir))
-    found, parts = sources.results_of(sources.find_stages(run))
+    stages = sources.find_stages(run)
+    found, damaged = sources.results_of(stages)
+    said = first_page.sentences({name: stages[name] for name in found}, found)
+    parts = [*damaged, _listed(said)]
     if results := found.get("07_evaluation"):
+        frame = contents.summary_of(results)
         decoding = sources.decodings(results)[0]
-        parts += [f"Models of run {in_markdown(run.name)}, {DECODINGS[decoding]}"]
-        parts += [tables.markdown(sources.short(tables.model_table(results, decoding)))]
+        parts += [f"Models of run {in_markdown(run.name)}, {DECODINGS[decoding]}. {in_markdown(typeset.note(frame))}"]
+        parts += [typeset.markdown(frame)]
     for name, results in found.items():
-        if words := verdicts.everything({name: results}).get(name):
-            parts.append(f"**{sources.STAGES[name][0]}**\n\n" + "\n".join(f"- {in_markdown(line)}" for line in words))
+        words = [] if verdicts.dry(stages[name]) else verdicts.everything({name: results}).get(name, [])
+        if words := [line for line in words if line not in said]:
+            parts.append(f"**{sources.STAGES[name][0]}**\n\n" + _listed(words))
     if missing := [name for name in sources.STAGES if name not in found]:
         parts.append("Not run yet: " + ", ".join(f"notebooks/{name}.ipynb" for name in missing) + ".")
     return "\n\n".join(parts) + "\n"
+
+
+def _listed(words: Iterable[str]) -> str:
+    return "\n".join(f"- {in_markdown(line)}" for line in words)
 
 
 class _Builder:
@@ -63,14 +73,16 @@ class _Builder:
         self.results, self.missing = sources.results_of(there)
         self.stages = {name: there[name] for name in self.results}
         self.written: list[str] = []
+        self.said: list[str] = []
+        self.dry = any(verdicts.dry(path) for path in self.stages.values())
         self.document = Document(f"Coarse-to-fine report: run {self.run.name}")
 
     def build(self) -> Path:
-        said = {name: words for name in self.results if (words := self._verdicts(name))}
-        self._summary(said)
+        self._first_page()
+        self._origins()
         self._provenance()
         for name in sources.STAGES:
-            self._stage(name, said.get(name, []))
+            self._stage(name)
         if len(self.runs) > 1:
             self._seeds()
         self._timings()
@@ -81,33 +93,51 @@ class _Builder:
 
     # Parts
 
-    def _verdicts(self, name: str) -> list[str]:
+    def _words(self, name: str) -> list[str]:
+        """What is said of a stage beyond the first page; nothing of a dry run."""
+        if self.dry:
+            return []
         try:
-            return verdicts.everything({name: self.results[name]}).get(name, [])
+            words = verdicts.everything({name: self.results[name]}).get(name, [])
+            words = [*words, *contents.words_of(name, self.results[name])]
+            return [line for line in words if line not in self.said]
         except _DRAWING_ERRORS as error:
             self.missing.append(f"words on {name}: could not be found ({type(error).__name__}: {error})")
             return []
 
-    def _summary(self, said: dict[str, list[str]]) -> None:
+    def _first_page(self) -> None:
+        """What the run shows, in sentences, then in the first figures and tables, then where to find the rest."""
         doc = self.document
-        doc.heading("Summary")
-        self._figure("hero", lambda: figures.hero(self.stages), "The run in one picture.")
+        doc.heading("What this run shows, and what it does not")
+        try:
+            judged = [path for run in self.runs if (path := sources.find_stages(run).get("07_evaluation"))]
+            seeds = [sources.read(path / "config.json").get("settings", {}).get("seed") for path in judged]
+            self.said = first_page.sentences(self.stages, self.results, seeds)
+        except _DRAWING_ERRORS as error:
+            self._failed("page", "the first", error)
+        doc.bullets(self.said)
         if "07_evaluation" in self.results:
-            decoding = self._decodings()[0]
-            caption = f"All models, {DECODINGS[decoding]}."
-            self._table(
-                "models_summary",
-                lambda: sources.short(tables.model_table(self.results["07_evaluation"], decoding)),
-                caption,
-            )
-        for name, words in said.items():
-            doc.heading(sources.STAGES[name][0], 3)
-            doc.bullets(words)
-        if not said:
-            doc.text("No stage that allows a verdict has been run yet.")
-        doc.heading("What is the paper's and what is ours")
-        doc.text(sources.PAPER)
-        doc.text(sources.OURS)
+            self._figures("07_evaluation", first=True)
+        self._figure("hero", lambda: figures.hero(self.stages), "The run in one picture.")
+        doc.heading("Contents", 3)
+        doc.contents()
+        if found := self.results.get("07_evaluation"):
+            doc.heading("The models in numbers")
+            way = DECODINGS[self._decodings()[0]]
+            self._table("models_summary", lambda: contents.summary_of(found), f"All models, {way}.")
+            caption = f"Fine minus every other model, {way}; p after Holm's correction over all rows."
+            self._table("07_against", lambda: against.table(found, self._decodings()[0]), caption)
+
+    def _origins(self) -> None:
+        self.document.heading("What is the paper's and what is ours")
+        self.document.text(sources.PAPER)
+        self.document.text(sources.OURS)
+
+    def _figures(self, name: str, first: bool) -> None:
+        """The figures of a stage that belong on the first page, or the others."""
+        for key, draw, caption in contents.figures_of(name, self.stages[name], self.results):
+            if first == (key == "forest"):
+                self._figure(f"{name[:2]}_{key}", draw, caption)
 
     def _provenance(self) -> None:
         doc = self.document
@@ -138,7 +168,7 @@ class _Builder:
         if any((session.get("code") or {}).get("dirty") for session in sessions):
             doc.text("Attention: some stages were made by code with changes that are not in the commit named.")
 
-    def _stage(self, name: str, words: list[str]) -> None:
+    def _stage(self, name: str) -> None:
         title, question = sources.STAGES[name]
         doc = self.document
         doc.heading(f"{name[:2]} {title}")
@@ -159,11 +189,10 @@ class _Builder:
         facts = sources.facts_table(self.results[name])
         if len(facts):
             self._table(f"{name[:2]}facts_table", lambda: facts, "Single numbers of this stage.")
-        for key, draw, caption in contents.figures_of(name, self.stages[name], self.results):
-            self._figure(f"{name[:2]}_{key}", draw, caption)
+        self._figures(name, first=False)
         for key, make, caption in contents.tables_of(name, self.results[name]):
             self._table(f"{name[:2]}_{key}", make, caption)
-        doc.bullets([*words, *contents.words_of(name, self.results[name])])
+        doc.bullets(self._words(name))
         if name == "03_coarse_rlhf":
             self._probes()
         if name == "07_evaluation":
@@ -251,6 +280,8 @@ class _Builder:
             caption = f"Every run, the mean and its 95 % t-interval over runs, {DECODINGS[way]}."
             self._figure(f"{name}_{way}", lambda way=way: figures.seed_overview(found, names, way), caption)
             self._table(f"{name}_{way}", lambda way=way: tables.seed_table(found, names, way), caption)
+            means = f"Means over runs, {DECODINGS[way]}."
+            self._table(f"{name}_means_{way}", lambda way=way: tables.seed_means(found, names, way), means)
 
     def _timings(self) -> None:
         self.document.heading("Time and memory")
@@ -293,12 +324,15 @@ class _Builder:
             frame = make()
             if frame.empty:
                 return
+            if self.dry:  # nothing is best, nothing is better
+                frame = frame.drop(columns="verdict", errors="ignore")
+                frame.attrs = {}
             frame = tables.save_table(frame, self.out / "tables", name, caption, self._origin(name))
         except _DRAWING_ERRORS as error:
             self._failed("table", name, error)
             return
         self.document.table(name, caption, frame)
-        self.written += [f"tables/{name}.{kind}" for kind in ("csv", "md", "tex")]
+        self.written += [f"tables/{name}.{kind}" for kind in tables.kinds(frame)]
 
     def _origin(self, name: str) -> str:
         """The stage that a table is about, by the number that its name begins with, or all runs shown."""

@@ -10,6 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from c2f_utils.report import (
+    against,
     figures,
     figures_bias,
     figures_retention,
@@ -75,6 +76,20 @@ def _evaluation(place: Path, found: dict) -> Drawn:
     return drawn + figures_bias.of_report(found) + figures_retention.of_report(place, found)
 
 
+SUMMARY = ("model", "accuracy_last", "accuracy_first", "mean_tokens", "rep4", "eos_rate", "utility", "reward", "n")
+
+
+def models_of(found: dict, decoding: str) -> pd.DataFrame:
+    """Every model of 07 with its metrics and their intervals."""
+    return against.with_intervals(tables.model_table(found, decoding), found, decoding)
+
+
+def summary_of(found: dict) -> pd.DataFrame:
+    """The columns of `models_of` that a reader of the first page needs, in the first decoding."""
+    decoding = sources.decodings(found)[0]
+    return against.with_intervals(tables.model_table(found, decoding)[list(SUMMARY)], found, decoding)
+
+
 def tables_of(name: str, found: dict) -> Made:
     """The tables of a stage with these results."""
     match name:
@@ -88,7 +103,7 @@ def tables_of(name: str, found: dict) -> Made:
             ]
         case "07_evaluation":
             made: Made = [
-                (f"models_{way}", lambda way=way: tables.model_table(found, way), f"All models, {DECODINGS[way]}.")
+                (f"models_{way}", lambda way=way: models_of(found, way), f"All models, {DECODINGS[way]}.")
                 for way in sources.decodings(found)
             ]
             return [

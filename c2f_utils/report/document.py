@@ -8,22 +8,25 @@ import base64
 import html
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import quote
 
 import pandas as pd
 
-from c2f_utils.report import tables
+from c2f_utils.report import tables, typeset
 from c2f_utils.report.letters import in_html, in_markdown, visible
 from c2f_utils.report.private import Private
 
 _CSS = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 h1, h2, h3 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ddd; padding-bottom: .2rem; }
 figure { margin: 1.5rem 0; } img { max-width: 100%; height: auto; }
 figcaption, .files { color: #666; font-size: .85rem; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; margin: .5rem 0; }
-td, th { padding: .2rem .6rem; border-bottom: 1px solid #e4e4e4; text-align: left; } .number { text-align: right; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .8rem; margin: .5rem 0; }
+td, th { padding: .2rem .45rem; border-bottom: 1px solid #e4e4e4; text-align: left; } .number { text-align: right; }
+td.number { white-space: nowrap; }
 pre { background: #f6f6f6; padding: .6rem; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .8rem; }
-mark { background: #ffd9a0; }
+mark { background: #ffd9a0; } a { color: #0b5394; } .links { white-space: nowrap; }
+nav ul { columns: 2 18rem; list-style: none; padding: 0; }
 .answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: .8rem; }
 """.strip()
 
@@ -32,7 +35,7 @@ mark { background: #ffd9a0; }
 class Block:
     """One piece of a report; which fields count depends on `kind`."""
 
-    kind: str  # heading | text | list | code | figure | table | answers
+    kind: str  # heading | contents | text | list | code | figure | table | answers
     text: str = ""
     level: int = 2
     items: list = field(default_factory=list)
@@ -57,6 +60,10 @@ class Document:
     def text(self, text: str) -> None:
         self.blocks.append(Block("text", self.hidden.taken_out(text)))
 
+    def contents(self) -> None:
+        """A list of links to the headings of level 2 that follow."""
+        self.blocks.append(Block("contents"))
+
     def bullets(self, items: list[str]) -> None:
         if items:
             self.blocks.append(Block("list", items=[self.hidden.taken_out(item) for item in items]))
@@ -77,8 +84,41 @@ class Document:
 
 def to_markdown(document: Document) -> str:
     """The report as Markdown; pictures are relative links, answers are in fences that they cannot close."""
-    parts = [f"# {in_markdown(document.title)}", *(_markdown(block) for block in document.blocks)]
+    parts = [f"# {in_markdown(document.title)}"]
+    for number, block in enumerate(document.blocks):
+        if block.kind == "contents":
+            parts.append(
+                "\n".join(f"- [{in_markdown(name)}](#{_anchor(at)})" for at, name in _followed(document, number))
+            )
+        else:
+            parts.append(f'<a id="{_anchor(number)}"></a>\n\n' * (block.kind == "heading") + _markdown(block))
     return "\n\n".join(parts) + "\n"
+
+
+def _followed(document: Document, number: int) -> list[tuple[int, str]]:
+    """Number and text of the headings of level 2 after a block."""
+    return [
+        (at, block.text)
+        for at, block in enumerate(document.blocks)
+        if at > number and block.kind == "heading" and block.level == 2
+    ]
+
+
+def _anchor(number: int) -> str:
+    return f"part-{number}"
+
+
+def _files(block: Block) -> list[tuple[str, str]]:
+    """(what it is called, address beside the report) of the files of a figure or table."""
+    kinds = ("pdf", "png", "csv") if block.kind == "figure" else tables.kinds(block.frame)
+    return [(kind.upper(), f"{block.kind}s/{quote(block.name)}.{kind}") for kind in kinds]
+
+
+def _caption(block: Block) -> str:
+    """The caption of a table with what its cells mean, or that it is too long to be shown."""
+    if len(block.frame) > tables.LONG:
+        return f"{block.text} Its {len(block.frame)} rows are in the file only."
+    return " ".join(part for part in (block.text, typeset.note(block.frame)) if part)
 
 
 def _markdown(block: Block) -> str:
@@ -92,17 +132,20 @@ def _markdown(block: Block) -> str:
         case "code":
             return _fenced(block.text)
         case "figure":
-            files = " · ".join(f"[{kind.upper()}](figures/{block.name}.{kind})" for kind in ("pdf", "png", "csv"))
-            return f"![{in_markdown(block.text)}](figures/{block.name}.png)\n\n{in_markdown(block.text)} ({files})"
+            return f"![{in_markdown(block.text)}]({_files(block)[1][1]})\n\n{in_markdown(block.text)} ({_links(block)})"
         case "table":
-            files = " · ".join(f"[{kind.upper()}](tables/{block.name}.{kind})" for kind in ("csv", "md", "tex"))
-            return f"{in_markdown(block.text)} ({files})\n\n{tables.markdown(block.frame).rstrip()}"
+            said = f"{in_markdown(_caption(block))} ({_links(block)})"
+            return said if len(block.frame) > tables.LONG else f"{said}\n\n{typeset.markdown(block.frame).rstrip()}"
         case "answers":
             shown = [f"Prompt:\n\n{_fenced(block.text)}"]
             for label, words in block.items:
                 shown.append(f"{in_markdown(label)}:\n\n{_fenced(' '.join(word for word, _ in words))}")
             return "\n\n".join(shown)
     raise ValueError(f"a block of kind {block.kind!r} is unknown")
+
+
+def _links(block: Block) -> str:
+    return " · ".join(f"[{kind}]({address})" for kind, address in _files(block))
 
 
 def _line(text: str) -> str:
@@ -120,7 +163,19 @@ def _fenced(text: str) -> str:
 
 def to_html(document: Document, directory: Path) -> str:
     """The report as one HTML file; pictures are read from `directory`/figures and embedded."""
-    body = "\n".join(_html(block, Path(directory)) for block in document.blocks)
+    parts = []
+    for number, block in enumerate(document.blocks):
+        if block.kind == "contents":
+            links = (
+                f'<li><a href="#{_anchor(at)}">{in_html(name)}</a></li>' for at, name in _followed(document, number)
+            )
+            parts.append("<nav><ul>\n" + "\n".join(links) + "\n</ul></nav>")
+        elif block.kind == "heading":
+            level, anchor = block.level, _anchor(number)
+            parts.append(f'<h{level} id="{anchor}">{in_html(block.text)}</h{level}>')
+        else:
+            parts.append(_html(block, Path(directory)))
+    body = "\n".join(parts)
     title = in_html(document.title)
     plain = html.escape(visible(document.title))  # no element stands inside <title>
     return (
@@ -132,8 +187,6 @@ def to_html(document: Document, directory: Path) -> str:
 def _html(block: Block, directory: Path) -> str:
     text = in_html(block.text)
     match block.kind:
-        case "heading":
-            return f"<h{block.level}>{text}</h{block.level}>"
         case "text":
             return f"<p>{text}</p>"
         case "list":
@@ -142,14 +195,14 @@ def _html(block: Block, directory: Path) -> str:
             return f"<pre>{text}</pre>"
         case "figure":
             image = base64.b64encode((directory / "figures" / f"{block.name}.png").read_bytes()).decode()
-            files = f"figures/{block.name}.pdf, .png, .csv"
             return (
                 f'<figure><img alt="{html.escape(visible(block.text))}" src="data:image/png;base64,{image}">'
-                f"<figcaption>{text} <span>({in_html(files)})</span></figcaption></figure>"
+                f"<figcaption>{text} {_html_links(block)}</figcaption></figure>"
             )
         case "table":
-            files = in_html(f"tables/{block.name}.csv, .md, .tex")
-            return f'<p class="files">{text} ({files})</p>\n<div class="scroll">{tables.html(block.frame)}</div>'
+            said = f'<p class="files">{in_html(_caption(block))} {_html_links(block)}</p>'
+            shown = len(block.frame) <= tables.LONG
+            return said + (f'\n<div class="scroll">{typeset.html(block.frame)}</div>' if shown else "")
         case "answers":
             columns = "\n".join(
                 f"<div><strong>{in_html(label)}</strong><pre>{_marked(words)}</pre></div>"
@@ -157,6 +210,11 @@ def _html(block: Block, directory: Path) -> str:
             )
             return f'<p>Prompt:</p><pre>{text}</pre>\n<div class="answers">\n{columns}\n</div>'
     raise ValueError(f"a block of kind {block.kind!r} is unknown")
+
+
+def _html_links(block: Block) -> str:
+    links = (f'<a href="{html.escape(address)}">{kind}</a>' for kind, address in _files(block))
+    return f'<span class="links">{" · ".join(links)}</span>'
 
 
 def _marked(words: list[tuple[str, bool]]) -> str:

@@ -13,31 +13,31 @@ from c2f_utils.files import read_json, read_jsonl, root
 
 
 class Metric(NamedTuple):
-    """What a metric is called on an axis, as a column and in a sentence, its digits in a table, and the difference
-    that nobody would care about."""
+    """What a metric is called on an axis, as a column and in a sentence, whether less of it is better (None where
+    neither is), and the difference that nobody would care about."""
 
     label: str
     column: str
     words: str = ""
-    digits: int = 3
+    less_is_better: bool | None = False
     margin: float = 0.0
 
 
 METRICS = {
     "accuracy_last": Metric("accuracy, last answer", "accuracy, last", "last-answer accuracy", margin=0.02),
     "accuracy_first": Metric("accuracy, first answer", "accuracy, first", "first-answer accuracy", margin=0.02),
-    "correct_steps": Metric("correct steps per answer", "correct steps", "correct steps", 2),
-    "mean_tokens": Metric("mean length (tokens)", "tokens", "mean length", 1),
-    "rep4": Metric("repeated 4-grams (share)", "rep-4", "repeated 4-grams"),
-    "duplicate_sentences": Metric("duplicate sentences (share)", "dup. sentences", "duplicate sentences"),
+    "correct_steps": Metric("correct steps per answer", "correct steps", "correct steps"),
+    "mean_tokens": Metric("mean length (tokens)", "tokens", "mean length", None),
+    "rep4": Metric("repeated 4-grams (share)", "rep-4", "repeated 4-grams", True),
+    "duplicate_sentences": Metric("duplicate sentences (share)", "dup. sentences", "duplicate sentences", True),
     "eos_rate": Metric("answers that end by themselves (share)", "ends itself", "answers that end by themselves"),
-    "utility": Metric("utility (points)", "utility", "utility", 2),
-    "reward": Metric("reward (z-score)", "reward", "reward", 2, margin=0.1),
+    "utility": Metric("utility (points)", "utility", "utility"),
+    "reward": Metric("reward (z-score)", "reward", "reward", margin=0.1),
     "score": Metric("selection score", "score", "selection score"),
-    "n": Metric("answers", "n", "answers"),
-    "rollout_tokens": Metric("rollout tokens", "rollout tokens", "rollout tokens", 0),
-    "wall_s": Metric("wall time (s)", "wall (s)", "wall time", 1),
-    "peak_mb": Metric("peak memory (MiB)", "peak memory (MiB)", "peak memory", 0),
+    "n": Metric("answers", "n", "answers", None),
+    "rollout_tokens": Metric("rollout tokens", "rollout tokens", "rollout tokens", None),
+    "wall_s": Metric("wall time (s)", "wall (s)", "wall time", None),
+    "peak_mb": Metric("peak memory (MiB)", "peak memory (MiB)", "peak memory", None),
 }
 LABELS = {name: metric.label for name, metric in METRICS.items()}
 MAIN = ("base", "instruct", "coarse", "fine")  # models that are no control

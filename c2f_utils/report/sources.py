@@ -11,7 +11,7 @@ import pandas as pd
 from c2f_utils import redundancy
 from c2f_utils.errors import C2FError
 from c2f_utils.files import PACKED, identity, read_json, read_jsonl, sha256
-from c2f_utils.report.results import DECODINGS, PARENTS_OF_06
+from c2f_utils.report.results import DECODINGS, METRICS, PARENTS_OF_06
 
 STAGES = {
     "00_environment_and_data": ("Environment and data", "Is this machine ready, and what does the data look like?"),
@@ -171,24 +171,23 @@ def command(run: Path, what: str) -> str:
     return " ".join(["c2f run", what, *flags, f"--run-id {run.name}"])
 
 
-def short(frame: pd.DataFrame) -> pd.DataFrame:
-    """The columns a reader of the summary needs."""
-    kept = ["model", "accuracy_last", "accuracy_first", "mean_tokens", "rep4", "eos_rate", "utility", "reward", "n"]
-    return frame[kept]
-
-
 def facts_table(results: dict, limit: int = 30) -> pd.DataFrame:
-    """Numbers and short words of a stage, dotted where nested one level; long lists have figures of their own."""
+    """Numbers and short words of a stage, e.g. `length bias: pearson`; long lists have figures of their own."""
     rows = []
     for key, value in results.items():
         inner = value.items() if isinstance(value, dict) and len(value) <= 12 else [("", value)]
         for name, item in inner:
             if isinstance(item, int | float | str | None) and not (isinstance(item, str) and len(item) > 120):
-                rows.append({"quantity": f"{key}.{name}" if name else key, "value": _shown(item)})
+                rows.append({"quantity": _quantity(key, name), "value": _shown(item)})
     return pd.DataFrame(rows[:limit], columns=["quantity", "value"])
 
 
+def _quantity(*keys: str) -> str:
+    return ": ".join(METRICS[key].words if key in METRICS else key.replace("_", " ") for key in keys if key)
+
+
 def _shown(value: object) -> str | None:
+    value = DECODINGS.get(value, value) if isinstance(value, str) else value
     return f"{value:.4g}" if isinstance(value, float) else None if value is None else str(value)
 
 

@@ -1,10 +1,9 @@
-"""Tables as functions of results on disk, written as CSV (full precision), Markdown and LaTeX (rounded).
+"""Tables as functions of results on disk, written as CSV (every digit), Markdown and LaTeX (as `typeset` shows them).
 
-A table keeps the keys of the results as its columns; the readable headings and the rounding come when it is written.
-Nulls are shown as a dash. Nothing but pandas is needed.
+A table keeps the keys of the results as its columns; readable headings, rounding and intervals in one cell come when it
+is written. Nothing but pandas is needed.
 """
 
-import math
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -13,127 +12,52 @@ import pandas as pd
 
 from c2f_utils import stats
 from c2f_utils.files import write_text
-from c2f_utils.report import sources
-from c2f_utils.report.letters import in_html, in_markdown
+from c2f_utils.report import sources, typeset
+from c2f_utils.report.letters import in_markdown
 from c2f_utils.report.private import Private
-from c2f_utils.report.results import METRICS, laws_of, load, model_rows, operator_name, origin_of, rows_of, seed_frame
+from c2f_utils.report.results import laws_of, load, model_rows, operator_name, origin_of, rows_of, seed_frame
 
 # Columns of every table of models.
 MEASURED = (
     "accuracy_last", "accuracy_first", "correct_steps", "mean_tokens", "rep4", "duplicate_sentences", "eos_rate",
     "utility", "reward", "n",
 )  # fmt: skip
-DASH = "–"
-
-
-def heading(column: str) -> str:
-    """Readable name of a column."""
-    return METRICS[column].column if column in METRICS else str(column).replace("_", " ")
-
-
-def cell(column: str, value: object) -> str:
-    """A value as shown: rounded by column, integers whole, nulls as a dash."""
-    if value is None or value is pd.NA or (isinstance(value, float) and not math.isfinite(value)):
-        return DASH
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        if column in ("coefficient", "share", "level"):
-            return f"{value:g}"
-        if column in ("n", "seed", "threads", "layer"):
-            return f"{value:.0f}"
-        return f"{value:.{METRICS[column].digits if column in METRICS else 3}f}"
-    return str(value)
-
-
-def _numeric(frame: pd.DataFrame, column: str) -> bool:
-    return pd.api.types.is_numeric_dtype(frame[column]) and not pd.api.types.is_bool_dtype(frame[column])
-
-
-def _cells(frame: pd.DataFrame) -> list[list[str]]:
-    rows = frame.astype(object).itertuples(index=False, name=None)
-    return [[cell(name, value) for name, value in zip(frame.columns, row, strict=True)] for row in rows]
-
-
-def markdown(frame: pd.DataFrame) -> str:
-    """A pipe table; a pipe or a line break inside a cell cannot break it."""
-
-    def row(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cells) + " |"
-
-    names = list(frame.columns)
-    rule = ["---:" if _numeric(frame, name) else "---" for name in names]
-    lines = [row([in_markdown(heading(name)) for name in names]), row(rule)]
-    lines += [row([in_markdown(text) for text in cells]) for cells in _cells(frame)]
-    return "\n".join(lines) + "\n"
-
-
-_LATEX = {
-    "\\": r"\textbackslash{}", "%": r"\%", "_": r"\_", "&": r"\&", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}",
-    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
-    "|": r"\textbar{}", DASH: "--", "“": "``", "”": "''", "α": r"$\alpha$", "±": r"$\pm$",
-}  # fmt: skip
-
-
-def escape_latex(text: str) -> str:
-    """Text that LaTeX prints as it is."""
-    return "".join(_LATEX.get(letter, letter) for letter in " ".join(str(text).split()))
-
-
-def latex(frame: pd.DataFrame, caption: str = "", label: str = "") -> str:
-    """A `table` environment that needs no package: numbers right, words left."""
-    names = list(frame.columns)
-    align = "".join("r" if _numeric(frame, name) else "l" for name in names)
-    body = [" & ".join(escape_latex(text) for text in cells) + r" \\" for cells in _cells(frame)]
-    head = " & ".join(escape_latex(heading(name)) for name in names) + r" \\"
-    lines = [r"\begin{table}", r"\centering", rf"\begin{{tabular}}{{{align}}}", r"\hline", head, r"\hline", *body]
-    lines += [r"\hline", r"\end{tabular}"]
-    lines += [rf"\caption{{{escape_latex(caption)}}}"] if caption else []
-    lines += [rf"\label{{tab:{label}}}"] if label else []
-    return "\n".join([*lines, r"\end{table}"]) + "\n"
-
-
-def html(frame: pd.DataFrame) -> str:
-    """An HTML table with every cell escaped."""
-
-    def row(tag: str, cells: Sequence[str]) -> str:
-        marks = [' class="number"' if _numeric(frame, name) else "" for name in frame.columns]
-        inner = (f"<{tag}{mark}>{in_html(text)}</{tag}>" for mark, text in zip(marks, cells, strict=True))
-        return "<tr>" + "".join(inner) + "</tr>"
-
-    head = row("th", [heading(name) for name in frame.columns])
-    return (
-        "<table>\n<thead>"
-        + head
-        + "</thead>\n<tbody>\n"
-        + "\n".join(row("td", c) for c in _cells(frame))
-        + "\n</tbody></table>\n"
-    )
+LONG = 25  # rows beyond which a table is data, not something to read
 
 
 def save_table(frame: pd.DataFrame, place: object, name: str, caption: str = "", origin: str = "") -> pd.DataFrame:
     """Write `name`.csv, .md and .tex to the `tables/` of a stage (or a directory of that name); return the frame.
 
-    `origin` names the run in a comment of the last two; a CSV has no comments, and `manifest.json` names its run.
-    What is returned and written tells no folder of this machine.
+    The CSV has every digit; of a table with more than LONG rows it is all that is written. `origin` names the run in a
+    comment of the other two; a CSV has no comments, and `manifest.json` names its run. What is returned and written
+    tells no folder of this machine.
     """
     directory = Path(getattr(place, "dir", place))
     directory = directory if directory.name == "tables" else directory / "tables"
     frame, said = _without_folders(frame), " ".join((origin or origin_of(directory.parent)).split()).replace(">", "›")
     write_text(directory / f"{name}.csv", frame.to_csv(index=False))
-    write_text(directory / f"{name}.md", f"{markdown(frame)}\n<!-- {said} -->\n")
-    write_text(directory / f"{name}.tex", f"% {said}\n" + latex(frame, caption, name.replace("_", "-")))
+    if "md" in kinds(frame):
+        explained = f"{in_markdown(words)}\n\n" if (words := typeset.note(frame)) else ""
+        write_text(directory / f"{name}.md", f"{explained}{typeset.markdown(frame)}\n<!-- {said} -->\n")
+        write_text(directory / f"{name}.tex", f"% {said}\n" + typeset.latex(frame, caption, name.replace("_", "-")))
+    else:  # of an earlier, shorter table
+        for kind in ("md", "tex"):
+            (directory / f"{name}.{kind}").unlink(missing_ok=True)
     return frame
+
+
+def kinds(frame: pd.DataFrame) -> tuple[str, ...]:
+    """The endings of the files that `save_table` writes of a table."""
+    return ("csv",) if len(frame) > LONG else ("csv", "md", "tex")
 
 
 def _without_folders(frame: pd.DataFrame) -> pd.DataFrame:
     hidden, frame = Private(), frame.copy()
-    for number, name in enumerate(frame.columns):
-        if not _numeric(frame, name):
-            values = list(frame.iloc[:, number])
-            told = {value: hidden.taken_out(value) for value in values if isinstance(value, str)}
-            if any(value != said for value, said in told.items()):
-                frame.isetitem(number, [told[value] if isinstance(value, str) else value for value in values])
+    for number in range(frame.shape[1]):
+        values = list(frame.iloc[:, number])
+        told = {value: hidden.taken_out(value) for value in values if isinstance(value, str)}
+        if any(value != said for value, said in told.items()):
+            frame.isetitem(number, [told[value] if isinstance(value, str) else value for value in values])
     return frame
 
 
@@ -256,7 +180,7 @@ def timings_table(run_dir: object) -> pd.DataFrame:
         parts = "; ".join(f"{name} {value:.1f}" for name, value in timings.items() if isinstance(value, int | float))
         peak = status.get("peak_mb")
         wall = seconds(status.get("started"), status.get("finished"))
-        rows.append({"stage": stage.name, "wall_s": wall, "peak_mb": peak, "timers (s)": parts or DASH})
+        rows.append({"stage": stage.name, "wall_s": wall, "peak_mb": peak, "timers (s)": parts or typeset.DASH})
     return _frame(rows, ("stage", "wall_s", "peak_mb", "timers (s)"))
 
 
@@ -283,7 +207,7 @@ def seed_table(
         rows.append(
             {
                 "model": model,
-                "metric": heading(metric),
+                "metric": typeset.heading(metric),
                 **each,
                 "mean": found.value,
                 "low": found.low,
@@ -291,3 +215,20 @@ def seed_table(
             }
         )
     return _frame(rows, ("model", "metric", *names, "mean", "low", "high"))
+
+
+def seed_means(runs: Sequence[dict], names: Sequence[str], decoding: str) -> pd.DataFrame:
+    """One row per model: the means of `seed_table` with their intervals, metric beside metric."""
+    return wide(seed_table(runs, names, decoding), ["model"], "metric", "mean")
+
+
+def wide(frame: pd.DataFrame, rows: Sequence[str], by: str, value: str = "value") -> pd.DataFrame:
+    """A table with a row per value and interval, as one with a row per `rows` and columns for each value of `by`."""
+    found: dict[tuple, dict] = {}
+    columns = dict.fromkeys(rows)
+    for row in frame.to_dict("records"):
+        mine = found.setdefault(tuple(row[name] for name in rows), {name: row[name] for name in rows})
+        cells = {row[by]: row[value], f"{row[by]}, low": row["low"], f"{row[by]}, high": row["high"]}
+        mine |= cells
+        columns |= dict.fromkeys(cells)
+    return pd.DataFrame(list(found.values()), columns=list(columns))

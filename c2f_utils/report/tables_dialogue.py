@@ -94,11 +94,26 @@ def of_report(results: dict) -> list[tuple[str, Callable[[], pd.DataFrame], str]
         ("judge_checks", lambda: check_table(results), "What every sound judge must say."),
         ("judge_portia", lambda: portia_table(results), "Contradictory pairs, judged again in aligned parts."),
         ("judge_grades", lambda: grade_table(results), "Mean grade of every model."),
-        ("win_rates", lambda: tables_bias.win_rate_table(rates), "Win rates: raw, both orders, at equal length."),
-        ("win_rates_at_equal_style", lambda: tables_bias.style_table(style), "Win rates at equal style."),
+        (
+            "win_rates",
+            lambda: _by_label(results, tables_bias.win_rate_table(rates)),
+            "Win rates: raw, both orders, at equal length.",
+        ),
+        (
+            "win_rates_at_equal_style",
+            lambda: _by_label(results, tables_bias.style_table(style)),
+            "Win rates at equal style.",
+        ),
         ("judge_bias", lambda: tables_bias.panel_table(panel), "What the judge does besides judging."),
         ("requests", lambda: tables_safety.refusal_table(results), "Answers to requests that should be refused."),
     ]
+
+
+def _by_label(results: dict, frame: pd.DataFrame) -> pd.DataFrame:
+    """A table with the labels of models for their names."""
+    _, labels = _dialogue(results)
+    named = [name for name in ("model", "baseline") if name in frame]
+    return frame.assign(**{name: [labels.get(each, each) for each in frame[name]] for name in named})
 
 
 def in_words(source: object) -> str:

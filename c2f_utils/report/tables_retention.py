@@ -9,6 +9,7 @@ import pandas as pd
 
 from c2f_utils import stats
 from c2f_utils.report.results import load
+from c2f_utils.report.tables import wide
 
 STAGE = "07_evaluation"
 REDUNDANCY = (
@@ -79,7 +80,9 @@ def of_report(results: dict) -> list[tuple[str, Callable[[], pd.DataFrame], str]
     """Key, making and caption of these tables, of which the report leaves out empty ones."""
     return [
         ("retention", lambda: retention_table(results), "Perplexity by kind of document, and forward KL (nats)."),
+        ("retained", lambda: wide(retention_table(results), ["model"], "figure"), "What is kept, model by model."),
         ("pass_at_k", lambda: sampling_table(results), "pass@k and majority votes, 95 % intervals over problems."),
+        ("found", lambda: wide(sampling_table(results), ["model", "k"], "figure"), "pass@k and votes, k by k."),
         ("pass_differences", lambda: sampling_differences(results), "Paired differences of pass@k (a minus b)."),
         ("redundancy", lambda: redundancy_table(results), "Redundancy at fixed prefixes and of whole answers."),
     ]

@@ -74,8 +74,7 @@ def sentences(source: object) -> list[str]:
     words = [f"Asked: {SUITES.get(suite, suite)} ({', '.join(names)})." for suite, names in asked.items()]
     cut = {row["task"]: row["cut_prompts"] for row in found["rows"] if row.get("cut_prompts")}
     words += [f"{task}: {n} prompts did not fit the model and lost their beginning." for task, n in cut.items()]
-    rows = [row for row in _adjusted(results) if row["b"] in ("base", "instruct", "coarse")]
-    clear = [row for row in rows if outcome(row["low"], row["high"]) in ("better", "worse") and row["p_holm"] <= 0.05]
+    rows, clear = told_apart(results)
     for row in clear:
         relation = "higher" if row["difference"] > 0 else "lower"
         numbers = difference_words(row["difference"], row["low"], row["high"])
@@ -87,6 +86,13 @@ def sentences(source: object) -> list[str]:
             "told apart, after Holm's correction over all comparisons of a form."
         )
     return words
+
+
+def told_apart(results: dict) -> tuple[list[dict], list[dict]]:
+    """The comparisons with base, instruct and coarse, and those of them that show a difference after correction."""
+    rows = [row for row in _adjusted(results) if row["b"] in ("base", "instruct", "coarse")]
+    clear = [row for row in rows if outcome(row["low"], row["high"]) in ("better", "worse") and row["p_holm"] <= 0.05]
+    return rows, clear
 
 
 def of_report(results: dict) -> list[tuple[str, Callable[[], pd.DataFrame], str]]:

@@ -6,105 +6,28 @@ contains zero says that two cannot be told apart; that they are equivalent is sa
 margin. With one seed no law is called better than another. Nulls are named, never guessed.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from c2f_utils import stats
-from c2f_utils.report.results import METRICS, operator_name
+from c2f_utils.report import against
+from c2f_utils.report.against import paired_row
+from c2f_utils.report.results import operator_name
+from c2f_utils.report.sources import read
 from c2f_utils.report.verdicts_laws import schedules
-from c2f_utils.report.words import UNCHECKED, capital, difference_words, outcome, percent
+from c2f_utils.report.words import UNCHECKED, difference_words, outcome, percent
+
+DRY = "A dry run of the code: nothing was learnt, so nothing is concluded."
 
 
-def paired_row(paired: Iterable[dict], a: str, b: str, metric: str, decoding: str) -> dict | None:
-    """The recorded paired comparison a - b, turned round if it was recorded as b - a; None when there is none."""
-    for row in paired:
-        if row.get("metric") != metric or row.get("decoding") != decoding or row.get("difference") is None:
-            continue
-        if (row["a"], row["b"]) == (a, b):
-            return row
-        if (row["a"], row["b"]) == (b, a):
-            low, high = row.get("high"), row.get("low")
-            turned = {"low": None if low is None else -low, "high": None if high is None else -high}
-            return {**row, "a": a, "b": b, "difference": -row["difference"], **turned}
-    return None
+def dry(place: object) -> bool:
+    """Whether the stage in `place` (a Stage or its folder) belongs to a run of the profile smoke."""
+    return read(Path(getattr(place, "dir", place)) / "config.json").get("settings", {}).get("profile") == "smoke"
 
 
-def parent_sentence(
-    fine: str, parent: str, metric: str, values: tuple[float, float], interval: tuple = (None, None), lost: str = ""
-) -> str:
-    """Is the merged model better than a model it was made from? `values` are (fine, parent).
-
-    `lost` says why a difference whose interval excludes zero is none after correction; the verdict is then a tie.
-    """
-    both = f"{capital(fine)} and {parent}"
-    relation = {
-        "better": f"{capital(fine)} is better than {parent}",
-        "worse": f"{capital(fine)} is worse than {parent}",
-    }
-    return _sentence(relation, both, metric, values, interval, lost)
-
-
-def control_sentence(
-    control: str, metric: str, values: tuple[float, float], interval: tuple = (None, None), lost: str = ""
-) -> str:
-    """Does the method beat a control? `values` are (method, control); `lost` as in `parent_sentence`."""
-    relation = {
-        "better": f"The method beats the control “{control}”",
-        "worse": f"The control “{control}” is better than the method",
-    }
-    return _sentence(relation, f"The method and the control “{control}”", metric, values, interval, lost)
-
-
-def _sentence(relation: dict[str, str], both: str, metric: str, values: tuple, interval: tuple, lost: str) -> str:
-    """The relation that the interval of a - b asks for, with the numbers; `values` are (a, b)."""
-    margin = METRICS[metric].margin
-    relation |= {
-        "tie": f"{both} cannot be told apart",
-        "equivalent": f"{both} are equivalent within {margin:g}",
-        "unknown": f"{both} are not compared",
-    }
-    verdict = outcome(*interval, margin)
-    lost = lost if verdict in ("better", "worse") else ""
-    numbers = f"{values[0]:.3f} against {values[1]:.3f}, {difference_words(values[0] - values[1], *interval)}{lost}"
-    return f"{relation['tie' if lost else verdict]} on {METRICS[metric].words}: {numbers}."
-
-
-def fine_against_all(results: dict, decoding: str = "sampled_t1") -> list[str]:
-    """The merged model against its parents, the base and every control, on last- and first-answer accuracy.
-
-    Falls back to the reward, with a sentence that says so, where the checker scored nothing. What does not survive
-    Holm's correction over all comparisons listed is a tie.
-    """
-    models, paired = results.get("models") or {}, results.get("paired") or []
-    fine = (models.get("fine") or {}).get(decoding)
-    if not fine:
-        return ["The merged model was not evaluated, so nothing is said about it."]
-    metrics, words = ["accuracy_last", "accuracy_first"], []
-    if fine.get("accuracy_last") is None and fine.get("accuracy_first") is None:
-        metrics = ["reward"]
-        words.append(
-            f"Accuracy is not available ({UNCHECKED}); the reward is compared instead, and it can favour length."
-        )
-    others = [name for name, model in models.items() if name != "fine" and model.get("role") != "other form"]
-    pairs = [(other, metric) for other in others for metric in metrics]
-    rows = {pair: paired_row(paired, "fine", pair[0], pair[1], decoding) for pair in pairs}
-    tested = [pair for pair in pairs if rows[pair] and rows[pair].get("p") is not None]
-    adjusted = dict(zip(tested, stats.holm([rows[pair]["p"] for pair in tested]), strict=True))
-    for other, metric in pairs:
-        model, name = models[other], models[other].get("label") or other
-        mine, theirs = fine.get(metric), (model.get(decoding) or {}).get(metric)
-        if mine is None or theirs is None:
-            words.append(f"{capital(name)}: {METRICS[metric].words} was not measured, so it is not compared.")
-            continue
-        row = rows[other, metric] or {}
-        p, lost = adjusted.get((other, metric)), ""
-        if p is not None and p > 0.05:
-            lost = f", which Holm's correction over {len(adjusted)} comparisons takes back (p = {p:.3f})"
-        given = metric, (mine, theirs), (row.get("low"), row.get("high")), lost
-        if model.get("role") == "control":
-            words.append(control_sentence(name, *given))
-        else:
-            words.append(parent_sentence(models["fine"].get("label") or "fine", name, *given))
-    return words
+def unless_dry(place: object, words: Sequence[str]) -> list[str]:
+    """The sentences about the stage in `place`, or, of a dry run, the one that says that there are none."""
+    return [DRY] if dry(place) else list(words)
 
 
 def rambling(coarse: dict, instruct: dict, base: dict | None = None, reference: str = "instruction model") -> list[str]:
@@ -125,12 +48,13 @@ def rambling(coarse: dict, instruct: dict, base: dict | None = None, reference: 
     words = [f"The Coarse Actor {verdict}: {numbers}."]
     first, last = coarse.get("accuracy_first"), coarse.get("accuracy_last")
     if first is not None and last is not None:
+        bare = ", no interval recorded"
         if last < first - 0.02:
-            words.append(f"Going on costs it right answers: first answer {first:.3f}, last answer {last:.3f}.")
+            words.append(f"Going on costs it right answers: first answer {first:.3f}, last answer {last:.3f}{bare}.")
         elif last > first + 0.02:
-            words.append(f"Going on mends wrong answers: first answer {first:.3f}, last answer {last:.3f}.")
+            words.append(f"Going on mends wrong answers: first answer {first:.3f}, last answer {last:.3f}{bare}.")
         else:
-            words.append(f"Going on changes little: first answer {first:.3f}, last answer {last:.3f}.")
+            words.append(f"Going on changes little: first answer {first:.3f}, last answer {last:.3f}{bare}.")
     steps, before = coarse.get("correct_steps"), (base or {}).get("correct_steps")
     if steps is not None and before is not None:
         more = "more analytical than" if steps > before + 0.1 else "less analytical than" if steps < before - 0.1 else (
@@ -142,29 +66,37 @@ def rambling(coarse: dict, instruct: dict, base: dict | None = None, reference: 
     return words
 
 
-def conciseness(fine: dict, coarse: dict) -> list[str]:
-    """What the merge does to length, repetition and ending, compared with the coarse actor."""
-    words = []
-    for key, name, digits in (("mean_tokens", "length", 0), ("rep4", "share of repeated 4-grams", 3)):
+def conciseness(fine: dict, coarse: dict, paired: Iterable[dict] = (), decoding: str = "sampled_t1") -> list[str]:
+    """What the merge does to length, repetition and ending, compared with the coarse actor, by the `paired` differences
+    of 07."""
+    words, paired = [], list(paired)
+    for key, measured, name, digits, unit in (
+        ("mean_tokens", "tokens", "length", 1, " tokens"),
+        ("rep4", "rep4", "share of repeated 4-grams", 3, ""),
+    ):
         mine, theirs = fine.get(key), coarse.get(key)
         if mine is None or theirs is None:
             words.append(f"The {name} of the two actors was not measured.")
             continue
-        change = "lowers" if mine < theirs else "raises" if mine > theirs else "leaves"
-        ratio = f" ({mine / theirs:.2f} times)" if theirs else ""
-        unit = " tokens" if key == "mean_tokens" else ""
-        words.append(f"The merge {change} the {name} from {theirs:.{digits}f} to {mine:.{digits}f}{unit}{ratio}.")
-    mine, theirs = fine.get("eos_rate"), coarse.get("eos_rate")
-    if mine is not None and theirs is not None:
-        word = (
-            "ends by itself more often"
-            if mine > theirs
-            else "ends by itself less often"
-            if mine < theirs
-            else "ends as often"
-        )
-        words.append(f"The Fine Actor {word}: {percent(mine)} of answers against {percent(theirs)}.")
+        row = paired_row(paired, "fine", "coarse", measured, decoding) or {"difference": mine - theirs}
+        bounds = row.get("low"), row.get("high")
+        starts = {"better": "The merge raises", "worse": "The merge lowers", "unknown": "The merge is not judged by"}
+        start = starts.get(outcome(*bounds), "It cannot be told whether the merge changes")
+        numbers = f"from {theirs:.{digits}f} to {mine:.{digits}f}{unit}"
+        words.append(f"{start} the {name}: {numbers}, {difference_words(row['difference'], *bounds, digits)}.")
+    shares = [(row.get("eos_rate"), row.get("n")) for row in (fine, coarse)]
+    if all(share is not None for share, _ in shares):
+        said = [_share(*share) for share in shares]
+        words.append(f"Of the Fine Actor's answers {said[0]} end by themselves, of the Coarse Actor's {said[1]}.")
     return words
+
+
+def _share(value: float, n: int | None) -> str:
+    """A share of answers with its Wilson interval."""
+    if not n:
+        return f"{percent(value)} (no interval recorded)"
+    found = stats.wilson(value * n, n)
+    return f"{percent(value)} (95 % interval {percent(found.low)} to {percent(found.high)})"
 
 
 def reward_against_accuracy(results: dict, decoding: str = "sampled_t1") -> list[str]:
@@ -207,11 +139,12 @@ def at_fixed_prefixes(results: dict, least: int = 50) -> list[str]:
 def evaluation(results: dict, decoding: str = "sampled_t1") -> list[str]:
     """Every sentence about stage 07."""
     rows = {name: model[decoding] for name, model in (results.get("models") or {}).items() if model.get(decoding)}
-    words = fine_against_all(results, decoding)
+    words = against.sentences(results, decoding)
     if "coarse" in rows and "instruct" in rows:
         words += rambling(rows["coarse"], rows["instruct"], rows.get("base"))
     if "coarse" in rows and "fine" in rows:
-        words += conciseness(rows["fine"], rows["coarse"]) + at_fixed_prefixes(results)
+        words += conciseness(rows["fine"], rows["coarse"], results.get("paired") or [], decoding)
+        words += at_fixed_prefixes(results)
         words += reward_against_accuracy(results, decoding)
     return words
 

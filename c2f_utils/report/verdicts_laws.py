@@ -44,18 +44,18 @@ def law_against_law(results: dict, a: str, b: str) -> list[str]:
     cost = ""
     if ratio:
         bounds = "" if ratio.low is None else f" (95 % interval {ratio.low:.2f} to {ratio.high:.2f})"
-        cost = f" It generated {ratio.value:.2f} times the tokens{bounds}."
+        cost = f"; it generated {ratio.value:.2f} times the tokens{bounds}"
     if gap.low is None:
         relation = "above" if gap.value > 0 else "below" if gap.value < 0 else "from"
         said = f"On one seed the {metric} of {names[0]} is {abs(gap.value):.3f} {relation} that of {names[1]}"
-        return [f"{prefix}{said}; one seed allows no verdict.{cost}"]
+        return [f"{prefix}{said}; one seed allows no verdict{cost}."]
     numbers = f"{difference_words(*gap[:3])} over {seeds} seeds"
     verdict = {
-        "better": f"{capital(names[0])} is better than {names[1]} on {metric}: {numbers}.",
-        "worse": f"{capital(names[0])} is worse than {names[1]} on {metric}: {numbers}.",
-        "tie": f"{capital(names[0])} and {names[1]} cannot be told apart on {metric}: {numbers}.",
+        "better": f"{capital(names[0])} is better than {names[1]} on {metric}: {numbers}",
+        "worse": f"{capital(names[0])} is worse than {names[1]} on {metric}: {numbers}",
+        "tie": f"{capital(names[0])} and {names[1]} cannot be told apart on {metric}: {numbers}",
     }[outcome(gap.low, gap.high)]
-    return [prefix + verdict + cost]
+    return [f"{prefix}{verdict}{cost}."]
 
 
 def linear_against_logistic(results: dict) -> list[str]:

@@ -57,7 +57,8 @@ def test_a_report_averages_over_seeds_only(outputs, monkeypatch):
     assert "### Experiment 1: s1, s3" in text and "### Experiment 2: s2" in text
     header = {path.name: path.read_text().splitlines()[0] for path in (out / "tables").glob("runs_?_sampled_t1.csv")}
     assert header == {
-        "runs_1_sampled_t1.csv": "model,metric,s1,s3,mean,low,high", "runs_2_sampled_t1.csv": "model,metric,s2,mean,low,high"
+        "runs_1_sampled_t1.csv": "model,metric,s1,s3,mean,low,high",
+        "runs_2_sampled_t1.csv": "model,metric,s2,mean,low,high",
     }  # fmt: skip
     assert "| coarse.iterations | 03 | 17 | 30 | 17 |" in text
 

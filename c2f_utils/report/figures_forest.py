@@ -33,7 +33,9 @@ def forest(source: object, decoding: str | None = None) -> Figure:
         results, place = {}, folder(source)
     paired = results.get("paired") or []
     decoding = decoding or next((row["decoding"] for row in paired), "sampled_t1")
-    rows = [row for row in paired if row["decoding"] == decoding and row["a"] == "fine" and row.get("low") is not None]
+    rows = [
+        dict(row) for row in paired if row["decoding"] == decoding and row["a"] == "fine" and row.get("low") is not None
+    ]
     for metric in {row["metric"] for row in rows}:
         mine = [row for row in rows if row["metric"] == metric]
         for row, p in zip(mine, stats.holm([row["p"] for row in mine]), strict=True):

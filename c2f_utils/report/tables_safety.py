@@ -41,5 +41,7 @@ def in_words(source: object) -> str:
         text += f"; {failed} verdicts could not be read"
     check = judge["check"]
     if not check["passed"]:
-        return f"{text}. The judge calls {check['value']:.0%} of plain refusals refusals: nothing is claimed from it."
+        return (
+            f"{text}. The judge knows only {check['value']:.0%} of plain answers for what they are: nothing is claimed."
+        )
     return f"{text}. Beside them {_BY_WORDS}."

@@ -8,6 +8,7 @@ Everything is plain JSON, written atomically, so a run can be read while it work
 import contextlib
 import os
 import re
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -23,10 +24,10 @@ if TYPE_CHECKING:
     from c2f_utils.settings.config import Settings
 
 OF_NO_RUN = ("00_environment_and_data", "09_studies")  # about this machine, and about what the project comes with
+PIECES = "pieces"  # folder of finished pieces of an unfinished stage (`stages/pieces`)
 ALWAYS_REDONE = (*OF_NO_RUN, "08_report")  # cheap, and about the present: never loaded, never in the way
 
 CONTINUE = "C2F_CONTINUE_ANYWAY"  # environment: continue a stage although code or packages have changed since
-
 HEARTBEAT = 15.0  # seconds
 
 _AT_WORK: dict[Path, "Stage"] = {}  # stages that this process has begun and not ended
@@ -315,9 +316,11 @@ class Stage:
     def finish(self) -> str:
         """End the stage: `done`, or `stopped` when a stop was asked for and seen; returns the state."""
         if self._over:
-            if not self._stopped and (made := self._made()):
-                of = {name: weights.record(self.dir / name) for name in made}
-                write_json(self.path("provenance.json"), self.provenance() | {"models": of})
+            if not self._stopped:
+                if made := self._made():
+                    of = {name: weights.record(self.dir / name) for name in made}
+                    write_json(self.path("provenance.json"), self.provenance() | {"models": of})
+                shutil.rmtree(self.dir / PIECES, ignore_errors=True)
             self._close("stopped" if self._stopped else "done")
         return self.status().get("status", "")
 

@@ -8,6 +8,7 @@ the folder `dialogue/` of 07: `question.jsonl`, `model_answer/`, `model_judgment
 import json
 from collections.abc import Sequence
 from itertools import islice
+from pathlib import Path
 
 from torch import nn
 
@@ -40,7 +41,7 @@ def questions_of(settings: Settings, inputs: Inputs) -> tuple[list[Question], st
     if judge.prompts:
         found = dialogues.read_questions(judge.prompts, judge.categories)
         found = dialogues.with_references(found, judge.references) if judge.references else found
-        return found[: judge.questions], f"{judge.prompts} ({sha256(judge.prompts)[:12]})"
+        return found[: judge.questions], f"{Path(judge.prompts).name} ({sha256(judge.prompts)[:12]})"
     if settings.embedded:
         texts = [prompt.text for prompt in inputs.prompts("test")]
         single = -(-min(judge.questions, 2 * len(texts) // 3) // 2)  # the others have two turns
@@ -70,7 +71,8 @@ class Dialogues:
 
     key = "dialogue"
 
-    def __init__(self, run: Run, inputs: Inputs):
+    def __init__(self, run: Run, inputs: Inputs, before: int = 0):
+        """`before` counts the verdicts that another part asks of the same judge."""
         self.run, self.inputs, self.settings, self.pieces = run, inputs, run.settings, Pieces(run.here)
         self.questions, self.source = questions_of(run.settings, inputs)
         if not self.questions:
@@ -84,7 +86,8 @@ class Dialogues:
         turns, models = sum(len(question.turns) for question in self.questions), len(judge.against or others)
         compared = (2 + ASKED_AGAIN * judge.portia) * turns * models if "pairwise" in judge.grading else 0
         graded = turns * (models + 1) if "single" in judge.grading else 0
-        judge_of_run.refuse(run, self.questions, compared + graded + NULL_VERDICTS * len(self.questions))
+        asked = compared + graded + NULL_VERDICTS * len(self.questions)
+        judge_of_run.refuse(run, "dialogues", self.questions, asked, before)
         rows = [{"question_id": q.id, "category": q.category, "turns": list(q.turns)} for q in self.questions]
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_text(run.here.path(self.key, "question.jsonl"), text)

@@ -68,10 +68,12 @@ def parts(run: Run, inputs: Inputs) -> list[Part]:
         found.append(Sampling(run, inputs))
     if run.settings.safety.wordlist:
         found.append(Wordlist(run, inputs))
+    verdicts = 0
     if run.settings.safety.requests:
-        found.append(Requests(run, inputs))
+        found.append(requests := Requests(run, inputs))
+        verdicts = requests.verdicts
     if run.settings.judge.name != "none":
-        found.append(Dialogues(run, inputs))
+        found.append(Dialogues(run, inputs, verdicts))
     return found
 
 
@@ -117,7 +119,6 @@ def make(run: Run) -> dict:
         "redundancy": profiles, "gains": _gains(single, settings.evaluation.decodings[0], settings.seed),
         **{part.key: part.results() for part in further},
     })  # fmt: skip
-    pieces.clear()
     return here.results()
 
 

@@ -84,11 +84,11 @@ def held_out(run: Run, inputs: Inputs) -> tuple[RewardModelJudge, dict]:
     return RewardModelJudge(model, sample, identity), {"pairs": len(pairs), "from": where}
 
 
-def refuse(run: Run, questions: Sequence[Question], verdicts: int) -> None:
-    """Raise C2FError for a judge that cannot work or whose budget is too small for so many verdicts; print what it
-    will do."""
+def refuse(run: Run, what: str, questions: Sequence[Question], verdicts: int, before: int = 0) -> None:
+    """Raise C2FError for a judge that cannot work or whose budget is too small for so many verdicts after those asked
+    for `before`; print what it will do."""
     judge = run.settings.judge
-    words = f"dialogues: {len(questions)} questions, {sum(len(q.turns) for q in questions)} turns; "
+    words = f"{what}: {len(questions)} questions, {sum(len(q.turns) for q in questions)} turns; "
     words += f"judge {judge.name}: {verdicts} verdicts at most"
     if judge.name == "local":
         check_folder(judge.model, "judge.model")
@@ -96,10 +96,10 @@ def refuse(run: Run, questions: Sequence[Question], verdicts: int) -> None:
         rubric = max(len((t.system + t.user).encode()) for t in templates(run).values())
     if judge.name == "openai":
         client()
-        if verdicts > judge.calls:
+        if verdicts + before > judge.calls:
             raise C2FError(
-                f"judge.calls = {judge.calls}, and {verdicts} verdicts are asked for; raise it, or lower "
-                "judge.questions or name fewer models in judge.against"
+                f"judge.calls = {judge.calls}, and {verdicts + before} verdicts are asked for; raise it, or lower "
+                "judge.questions or safety.prompts, or name fewer models in judge.against"
             )
         asked = max(len("".join(q.turns + q.reference).encode()) for q in questions)
         answers = 4 * (judge.max_tokens or run.settings.evaluation.max_tokens)  # of two models to two turns

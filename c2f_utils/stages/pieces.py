@@ -1,10 +1,10 @@
 """Finished pieces of a stage's work, kept in its folder under what decided them: a stop or a kill costs one piece.
 
-Settings, inputs and code need not stand in a key: a stage that has others is another stage (`Stage.plan`).
+Settings and inputs need not stand in a key: a stage that has others is another stage (`Stage.plan`). Code does, since a
+user may continue under another. A stage that is done needs its pieces no more: `Stage.finish` deletes them.
 """
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from c2f_utils.errors import C2FError, Stopped
 from c2f_utils.files import plain, read_json, write_json
 from c2f_utils.runs import provenance
-from c2f_utils.runs.stage import Stage
+from c2f_utils.runs.stage import PIECES, Stage
 
 
 class Pieces:
@@ -23,10 +23,11 @@ class Pieces:
 
     @property
     def folder(self) -> Path:
-        return self.stage.dir / "pieces"
+        return self.stage.dir / PIECES
 
     def __call__(self, key: object, make: Callable[[], object]) -> Any:
         """The piece of this key; raises Stopped instead of making it where a stop was asked for."""
+        key = [provenance.code_digest(), key]
         path = self.folder / f"{provenance.fingerprint(key)}.json"
         if (found := _read(path, key)) is not None:
             return found
@@ -38,10 +39,6 @@ class Pieces:
         """Raise Stopped where a stop was asked for."""
         if self.stage.stop_requested():
             raise Stopped(f"{self.stage.name}: stopped between two pieces of its work; run again to continue")
-
-    def clear(self) -> None:
-        """Forget all pieces: the results hold what they were for."""
-        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _read(path: Path, key: object) -> Any:

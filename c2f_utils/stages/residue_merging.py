@@ -144,7 +144,6 @@ class Merging:
         )
         samples = bench.answers(bench.written(self.here.dir / "model"))
         keep_samples(self.here, answers.rows(samples, "fine", "sampled_t1", bench.inputs.reward), self.settings)
-        bench.pieces.clear()
         return self.results
 
     def _parent(self, name: str, form: Form | None) -> dict:

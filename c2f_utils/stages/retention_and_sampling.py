@@ -23,6 +23,7 @@ from c2f_utils.measure.retention import Scored
 from c2f_utils.models import loading
 from c2f_utils.models.packing import collate, pack
 from c2f_utils.report.results import MAIN
+from c2f_utils.runs import provenance
 from c2f_utils.runs.run import Run
 from c2f_utils.stages import data
 from c2f_utils.stages.inputs import Inputs
@@ -46,12 +47,14 @@ class Retention:
         if wanted.answers:
             asked = inputs.prompts("test")[: wanted.answers]
             self.texts[OWN] = inputs.sampled(instruct, asked, run.settings.models.instruct_form)
+        # Another session on other hardware may sample otherwise: what was scored on other answers is no piece of it.
+        self.read = provenance.fingerprint([[*text.prompt.ids, *text.ids] for text in self.texts.get(OWN, ())])
         self.reference = self._score(instruct)
         self.found: dict[str, dict[str, Scored]] = {}
 
     def add(self, name: str, model: nn.Module, form: Form) -> None:
         if name not in ("instruct_forced", "base_forced", f"instruct_{form}", f"fine_{form}"):
-            kept = self.pieces([self.key, name], lambda: {k: list(v) for k, v in self._score(model).items()})
+            kept = self.pieces([self.key, name, self.read], lambda: {k: list(v) for k, v in self._score(model).items()})
             self.found[name] = {kind: Scored(*map(np.array, columns)) for kind, columns in kept.items()}
 
     def results(self) -> dict:

@@ -65,7 +65,7 @@ class Requests:
     key = "requests"
 
     def __init__(self, run: Run, inputs: Inputs):
-        self.run, self.inputs, self.settings = run, inputs, run.settings
+        self.run, self.inputs, self.settings, self.pieces = run, inputs, run.settings, Pieces(run.here)
         safety = run.settings.safety
         self.requests = read_requests(safety.requests, run.settings.judge.categories)[: safety.prompts]
         run.here.add_input(f"data:{safety.requests}", sha256(safety.requests))
@@ -73,9 +73,10 @@ class Requests:
         if self.scorer:
             refuse_other_tokenizer(self.scorer, inputs.tokenizer)
             run.here.add_input("safety.reward", weights.identity(self.scorer))
-        if self._judged:
-            models = 4 + 1 + len(run.settings.merge.controls) + 2  # the last two are the other form's
-            judge_of_run.refuse(run, self.requests, len(self.requests) * (models + 1))
+        models = 4 + 1 + len(run.settings.merge.controls) + 2  # the last two are the other form's
+        self.verdicts = len(self.requests) * (models + 2) if self._judged else 0
+        if self.verdicts:
+            judge_of_run.refuse(run, "requests", self.requests, self.verdicts)
         self.said: dict[str, list[Sample]] = {}
 
     @property
@@ -89,7 +90,16 @@ class Requests:
         tokenizer, base_form = self.inputs.tokenizer, self.settings.models.base_form
         texts = [judge_of_run.judged_text(self.inputs, question, []) for question in self.requests]
         asked = [Prompt(tuple(forms.prompt_ids(text, base_form, tokenizer)), text) for text in texts]
-        self.said[name] = self.inputs.answers(model, asked, self.settings.evaluation.decodings[0], form=form)
+
+        def said() -> list:
+            found = self.inputs.answers(model, asked, self.settings.evaluation.decodings[0], form=form)
+            return [[sample.ids, sample.stop, sample.limit, sample.text] for sample in found]
+
+        kept = self.pieces([self.key, name], said)
+        self.said[name] = [
+            Sample(prompt, ids, stop, limit, text=text)
+            for prompt, (ids, stop, limit, text) in zip(asked, kept, strict=True)
+        ]
 
     def results(self) -> dict:
         """Of every model the shares by words and by the judge, the mean reward of `safety.reward` and its paired

@@ -186,13 +186,13 @@ class _Builder:
             self.missing.append(f"{name}: {status['status']}, not done; run it again to continue")
         if status.get("alarms"):
             doc.bullets([f"Alarm while running: {alarm}" for alarm in status["alarms"]])
-        facts = sources.facts_table(self.results[name])
-        if len(facts):
-            self._table(f"{name[:2]}facts_table", lambda: facts, "Single numbers of this stage.")
+        doc.bullets(self._words(name))
         self._figures(name, first=False)
         for key, make, caption in contents.tables_of(name, self.results[name]):
             self._table(f"{name[:2]}_{key}", make, caption)
-        doc.bullets(self._words(name))
+        facts = sources.facts_table(self.results[name])
+        if len(facts):
+            self._table(f"{name[:2]}facts_table", lambda: facts, "Single numbers of this stage.")
         if name == "03_coarse_rlhf":
             self._probes()
         if name == "07_evaluation":

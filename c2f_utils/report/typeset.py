@@ -138,12 +138,19 @@ def markdown(frame: pd.DataFrame) -> str:
 
 
 def html(frame: pd.DataFrame) -> str:
-    """An HTML table with every cell escaped."""
+    """An HTML table with every cell escaped; where many columns have intervals, they stand below their values."""
     table = shown(frame)
+    columns = zip(table.numeric, zip(*table.cells, strict=True), strict=False)
+    stacked = sum(numeric and any(" [" in text for text in column) for numeric, column in columns) > 3
     marks = [' class="number"' if numeric else "" for numeric in table.numeric]
 
     def row(tag: str, cells: Sequence[str], number: int = -1) -> str:
         inner = [in_html(text) for text in cells]
+        if stacked and number >= 0:
+            inner = [
+                t.replace(" [", "<br><small>[") + "</small>" if right and " [" in t else t
+                for t, right in zip(inner, table.numeric, strict=True)
+            ]
         inner = [f"<strong>{t}</strong>" if (number, c) in table.best else t for c, t in enumerate(inner)]
         return "<tr>" + "".join(f"<{tag}{mark}>{t}</{tag}>" for mark, t in zip(marks, inner, strict=True)) + "</tr>"
 

@@ -110,8 +110,10 @@ class _Builder:
         doc = self.document
         doc.heading("What this run shows, and what it does not")
         try:
-            judged = [path for run in self.runs if (path := sources.find_stages(run).get("07_evaluation"))]
-            seeds = [sources.read(path / "config.json").get("settings", {}).get("seed") for path in judged]
+            judged = [run for run in self.runs if "07_evaluation" in sources.find_stages(run)]
+            alike = next((arm for arm in compare.arms(judged) if self.run in arm), [])
+            stages = [sources.find_stages(run)["07_evaluation"] for run in alike]
+            seeds = [sources.read(path / "config.json").get("settings", {}).get("seed") for path in stages]
             self.said = first_page.sentences(self.stages, self.results, seeds)
         except _DRAWING_ERRORS as error:
             self._failed("page", "the first", error)

@@ -211,6 +211,26 @@ def test_intervals_of_07_are_taken_where_there_are_any_and_wilsons_of_shares_oth
     assert "Wilson" not in frame.attrs["note"]
 
 
+def test_shares_of_answers_in_a_sweep_get_their_intervals(run, hub):
+    frame = against.shares_with_intervals(t.sweep_table(run))
+    row = frame[frame["coefficient"] == 0.7].iloc[0]
+    assert (row["accuracy_last, low"], row["accuracy_last, high"]) == tuple(stats.wilson(0.88 * 128, 128)[1:3])
+    unchecked = against.shares_with_intervals(t.sweep_table(hub)).columns
+    assert "eos_rate, low" in unchecked and "accuracy_last, low" not in unchecked
+
+
+def test_intervals_stand_below_their_values_in_html_where_a_table_is_wide():
+    def table(count):
+        columns = [(f"m{k}{end}", [0.5 + shift]) for k in range(count) for end, shift in ENDS]
+        return typeset.html(pd.DataFrame({"model": ["<a [b>"]} | dict(columns)))
+
+    assert "<br>" not in table(3) and table(6).count("0.500<br><small>[0.400, 0.600]</small>") == 6
+    assert "&lt;a [b&gt;" in table(6)
+
+
+ENDS = (("", 0), (", low", -0.1), (", high", 0.1))
+
+
 PLAIN = (("fine", 0.2), ("x", 0.6))
 
 

@@ -313,6 +313,7 @@ def test_merge_says_whether_the_optimum_lies_inside_and_whether_an_operator_is_b
     assert (
         "at the edge" in said and "not the one that scores best" in said and "than residue: linear, by at most " in said
     )
+    assert ", no interval recorded." in said
     assert v.merging({"sweep": []}) == ["No coefficient was chosen by score."]
 
 

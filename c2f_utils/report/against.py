@@ -4,7 +4,7 @@ a table.
 The verdict of a row is that of its paired interval over prompts; what Holm's correction takes back is a tie.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import pandas as pd
@@ -178,12 +178,27 @@ def with_intervals(frame: pd.DataFrame, results: dict, decoding: str) -> pd.Data
             found = [_wilson(value, n) for value, n in zip(frame[column], frame["n"], strict=True)]
             wilson |= any(found)
         if any(found):
-            bounds = [((each or {}).get("low"), (each or {}).get("high")) for each in found]
-            columns |= {f"{column}, low": [low for low, _ in bounds], f"{column}, high": [high for _, high in bounds]}
+            columns |= _bounds(column, found)
+            bounds = list(zip(*list(columns.values())[-2:], strict=True))
             best |= {(row, column) for row in _best(column, frame[column], bounds, names, results, decoding)}
     made = pd.DataFrame(columns)
     made.attrs = {"best": best, "note": (("Shares of answers: Wilson. " if wilson else "") + _RULE).strip()}
     return made
+
+
+def shares_with_intervals(frame: pd.DataFrame) -> pd.DataFrame:
+    """A table of answers' metrics with Wilson's interval beside each share whose n is known."""
+    columns: dict[str, object] = {}
+    for column in frame.columns:
+        columns[column] = frame[column]
+        if column in SHARES:
+            found = [_wilson(value, n) for value, n in zip(frame[column], frame["n"], strict=True)]
+            columns |= _bounds(column, found) if any(found) else {}
+    return pd.DataFrame(columns)
+
+
+def _bounds(column: str, found: Sequence[Mapping | None]) -> dict[str, list]:
+    return {f"{column}, {end}": [(each or {}).get(end) for each in found] for end in ("low", "high")}
 
 
 def _wilson(value: float | None, n: float | None) -> dict | None:

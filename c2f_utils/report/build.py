@@ -110,8 +110,10 @@ class _Builder:
         doc = self.document
         doc.heading("What this run shows, and what it does not")
         try:
-            judged = [path for run in self.runs if (path := sources.find_stages(run).get("07_evaluation"))]
-            seeds = [sources.read(path / "config.json").get("settings", {}).get("seed") for path in judged]
+            judged = [run for run in self.runs if "07_evaluation" in sources.find_stages(run)]
+            alike = next((arm for arm in compare.arms(judged) if self.run in arm), [])
+            stages = [sources.find_stages(run)["07_evaluation"] for run in alike]
+            seeds = [sources.read(path / "config.json").get("settings", {}).get("seed") for path in stages]
             self.said = first_page.sentences(self.stages, self.results, seeds)
         except _DRAWING_ERRORS as error:
             self._failed("page", "the first", error)
@@ -186,13 +188,13 @@ class _Builder:
             self.missing.append(f"{name}: {status['status']}, not done; run it again to continue")
         if status.get("alarms"):
             doc.bullets([f"Alarm while running: {alarm}" for alarm in status["alarms"]])
-        facts = sources.facts_table(self.results[name])
-        if len(facts):
-            self._table(f"{name[:2]}facts_table", lambda: facts, "Single numbers of this stage.")
+        doc.bullets(self._words(name))
         self._figures(name, first=False)
         for key, make, caption in contents.tables_of(name, self.results[name]):
             self._table(f"{name[:2]}_{key}", make, caption)
-        doc.bullets(self._words(name))
+        facts = sources.facts_table(self.results[name])
+        if len(facts):
+            self._table(f"{name[:2]}facts_table", lambda: facts, "Single numbers of this stage.")
         if name == "03_coarse_rlhf":
             self._probes()
         if name == "07_evaluation":

@@ -97,9 +97,13 @@ def tables_of(name: str, found: dict) -> Made:
             return [("laws", lambda: tables.law_table(found), "Every law and seed at the end of training.")]
         case "06_residue_merging":
             return [
-                ("sweep", lambda: tables.sweep_table(found), "The coefficient sweep."),
-                ("layer_recipes", lambda: tables.layer_table(found), "Layer recipes."),
-                ("operator_scores", lambda: tables.operator_table(found), "Merge operators."),
+                ("sweep", lambda: against.shares_with_intervals(tables.sweep_table(found)), "The coefficient sweep."),
+                ("layer_recipes", lambda: against.shares_with_intervals(tables.layer_table(found)), "Layer recipes."),
+                (
+                    "operator_scores",
+                    lambda: against.shares_with_intervals(tables.operator_table(found)),
+                    "Merge operators.",
+                ),
             ]
         case "07_evaluation":
             made: Made = [

@@ -187,8 +187,11 @@ def _quantity(*keys: str) -> str:
 
 
 def _shown(value: object) -> str | None:
-    value = DECODINGS.get(value, value) if isinstance(value, str) else value
-    return f"{value:.4g}" if isinstance(value, float) else None if value is None else str(value)
+    if isinstance(value, str):
+        return DECODINGS.get(value, value if "/" in value else value.replace("_", " "))
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return None if value is None else f"{value:,}" if isinstance(value, int) and value > 9999 else str(value)
 
 
 def unchecked(results: dict) -> bool:

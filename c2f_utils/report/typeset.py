@@ -19,6 +19,7 @@ from c2f_utils.report.results import DECODINGS, METRICS
 DASH = "–"
 BRACKETS = "In brackets: 95 % interval."
 COLUMN, PAGE = 3.3 * 72.27, 6.8 * 72.27  # points
+_SCREEN = 0.85 * PAGE  # what a page of the report shows
 _SIZE, _GAP, _WORDS = 8.5, 6.0, 110.0  # points per em of cmr10 at 8 pt, between columns, longest line of words
 
 _HEADINGS = {
@@ -138,12 +139,20 @@ def markdown(frame: pd.DataFrame) -> str:
 
 
 def html(frame: pd.DataFrame) -> str:
-    """An HTML table with every cell escaped."""
+    """An HTML table with every cell escaped; intervals stand below their values where it is too wide for a page."""
     table = shown(frame)
+    columns = zip(table.numeric, zip(table.headings, *table.cells, strict=True), strict=True)
+    widths = [_column_width(list(column), numeric) for numeric, column in columns]
+    stacked = _total(widths, range(len(widths))) > _SCREEN
     marks = [' class="number"' if numeric else "" for numeric in table.numeric]
 
     def row(tag: str, cells: Sequence[str], number: int = -1) -> str:
         inner = [in_html(text) for text in cells]
+        if stacked and number >= 0:
+            inner = [
+                t.replace(" [", "<br><small>[") + "</small>" if right and " [" in t else t
+                for t, right in zip(inner, table.numeric, strict=True)
+            ]
         inner = [f"<strong>{t}</strong>" if (number, c) in table.best else t for c, t in enumerate(inner)]
         return "<tr>" + "".join(f"<{tag}{mark}>{t}</{tag}>" for mark, t in zip(marks, inner, strict=True)) + "</tr>"
 

@@ -80,7 +80,11 @@ def conciseness(fine: dict, coarse: dict, paired: Iterable[dict] = (), decoding:
             continue
         row = paired_row(paired, "fine", "coarse", measured, decoding) or {"difference": mine - theirs}
         bounds = row.get("low"), row.get("high")
-        starts = {"better": "The merge raises", "worse": "The merge lowers", "unknown": "The merge is not judged by"}
+        starts = {
+            "better": "The merge raises",
+            "worse": "The merge lowers",
+            "unknown": "Not judged, for want of an interval, is",
+        }
         start = starts.get(outcome(*bounds), "It cannot be told whether the merge changes")
         numbers = f"from {theirs:.{digits}f} to {mine:.{digits}f}{unit}"
         words.append(f"{start} the {name}: {numbers}, {difference_words(row['difference'], *bounds, digits)}.")
@@ -205,8 +209,9 @@ def merging(results: dict) -> list[str]:
     if mine and len(operators) > 1:
         better = sorted(row["operator"] for row in operators if row["score"] > mine[0])
         top = max(row["score"] for row in operators) - mine[0]
+        bounds = "; for their intervals see the last sentence" if _variants(results) else ", no interval recorded"
         words.append(
-            f"Operators that score better than {operator}: {', '.join(better)}, by at most {top:.3f}."
+            f"Operators that score better than {operator}: {', '.join(better)}, by at most {top:.3f}{bounds}."
             if better
             else f"No other operator scores better than {operator}."
         )

@@ -88,17 +88,23 @@ def precision(place: torch.device) -> AbstractContextManager:
     return torch.autocast("cuda", torch.bfloat16) if place.type == "cuda" else nullcontext()
 
 
-def pretrain(settings: Settings, log=lambda row: None) -> nn.Module:
-    """Train a new base model; `log` receives {"step", "tokens", "loss" (nats per token), "lr"} about 100 times."""
+def pretrain(settings: Settings, log=lambda row: None, progress=lambda done, total: None) -> nn.Module:
+    """Train a new base model; `log` receives {"step", "tokens", "loss" (nats per token), "lr"} about 100 times,
+    `progress` the tokens seen and all tokens."""
     config = settings.pretrain
     world = settings.data.world
     documents = stories.documents(config.tokens, settings.seed, settings.data.operations, world=world)
     model = new_model(config, settings.seed, len(stories.vocabulary(world)))
-    return train(fuse_norms(model.to(device(settings.models))), documents, config, settings.seed, log)
+    return train(fuse_norms(model.to(device(settings.models))), documents, config, settings.seed, log, progress)
 
 
 def train(
-    model: nn.Module, documents: Iterable[list[int]], config: Pretrain, seed: int, log=lambda row: None
+    model: nn.Module,
+    documents: Iterable[list[int]],
+    config: Pretrain,
+    seed: int,
+    log=lambda row: None,
+    progress=lambda done, total: None,
 ) -> nn.Module:
     """Train `model` where it is on `documents` (token ids, about `config.tokens` in all, which sets the learning rates'
     decay)."""
@@ -135,4 +141,6 @@ def train(
                 }
             )
             losses = []
+        progress(min(tokens, config.tokens - 1), config.tokens)  # documents may be a little more
+    progress(config.tokens, config.tokens)
     return model.eval()

@@ -7,6 +7,7 @@ seeds, and shows what the notebook runs on; nothing heavy is imported before eve
 """
 
 import random
+import warnings
 
 from c2f_utils import threads
 from c2f_utils.errors import problems
@@ -38,6 +39,7 @@ def start(namespace: dict[str, object], stage: str) -> Run:
     worked on, and a run folder that cannot be written.
     """
     global _here
+    warnings.filterwarnings("ignore", message="IProgress not found")  # library bars fall back to text: no error
     values, wrong = parameters.of_session(namespace)
     if wrong:
         raise problems("the notebook's parameters cannot be used:", wrong)

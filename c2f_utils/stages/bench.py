@@ -11,6 +11,7 @@ from c2f_utils import merge, stats
 from c2f_utils.domain.samples import Sample
 from c2f_utils.measure import answers
 from c2f_utils.models import loading
+from c2f_utils.notebook.progress import Progress
 from c2f_utils.rollout.sampler import Sampler
 from c2f_utils.stages.inputs import Inputs
 
@@ -40,6 +41,7 @@ class Bench:
     def __init__(self, inputs: Inputs):
         self.inputs, self.settings = inputs, inputs.settings
         self.prompts = self.inputs.prompts("validation")
+        self.progress = Progress("measuring", "merge")
         self.model: nn.Module | None = self.inputs.instruct()
         stored = merge.open_stored(self.recipe({"name": "residue"}, 1.0))
         self.stored = _is_as_stored(self.model, stored["instruct"])
@@ -126,6 +128,7 @@ class Bench:
         if self._reference is not None and comparable:
             found = stats.paired_bootstrap(scores, self._reference, resamples=2000, seed=self.settings.seed)
             row |= {"difference": round(found.difference, 6), "low": round(found.low, 6), "high": round(found.high, 6)}
+        self.progress.step()
         return row
 
     def scores(self, samples: list[Sample]) -> list[float]:

@@ -4,16 +4,16 @@ Everything a model or a data set wrote is shown letter by letter. Words inside a
 same answer are marked, so that loops are seen at a glance.
 """
 
+import os
 import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from urllib.parse import quote
 
+from c2f_utils.files import root
 from c2f_utils.redundancy import repeated_spans
-from c2f_utils.report.letters import in_html, visible, without_mathematics
-
-if TYPE_CHECKING:
-    import pandas as pd
+from c2f_utils.report.letters import in_html, without_mathematics
 
 _CHIP = "display:inline-block;border:1px solid #bbb;border-radius:8px;padding:0 6px;margin:0 4px 4px 0;font-size:85%"
 _TEXT = "white-space:pre-wrap;text-align:left;vertical-align:top;overflow-wrap:anywhere"
@@ -32,15 +32,6 @@ class Html:
 
     def _repr_html_(self) -> str:
         return without_mathematics(self.markup)
-
-
-def frame(table: "pd.DataFrame") -> str | None:
-    """A DataFrame as pandas shows it, its words letter by letter; None where pandas shows plain text."""
-    import pandas as pd
-
-    with pd.option_context("display.html.use_mathjax", False):
-        markup = table._repr_html_()
-    return None if markup is None else visible(markup)
 
 
 def marked(text: str) -> str:
@@ -72,6 +63,16 @@ def chips(sample: Mapping[str, object]) -> str:
     if sample.get("stop") is not None:
         labels.append(_STOPS.get(str(sample["stop"]), str(sample["stop"])))
     return "".join(f"<span style='{_CHIP}'>{in_html(label)}</span>" for label in labels)
+
+
+def links(*files: Path) -> Html:
+    """Links to files, relative to the notebook's folder, so that JupyterLab and an export can follow them."""
+    items, base = [], root()
+    for path in files:
+        name = os.path.relpath(path, base) if path.is_relative_to(base) else str(path)
+        place = quote(os.path.relpath(path).replace(os.sep, "/"))
+        items.append(f"<li><a href='{place}' target='_blank'>{in_html(name)}</a></li>")
+    return Html(f"<ul>{''.join(items)}</ul>", "\n".join(str(path) for path in files))
 
 
 def sample_browser(samples: Iterable[Mapping[str, object]], limit: int = 8) -> Html:

@@ -16,6 +16,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch
 
 from c2f_utils.files import write_bytes
 
@@ -79,7 +80,15 @@ class ResultFigure(Figure):
     caption: str = ""  # names the runs where there are several
 
     def _repr_png_(self) -> bytes:
-        return _rendered(self, "png", dpi=STYLE["figure.dpi"])
+        """For a notebook: a white card with round corners, on which colours are the paper's in a dark theme, too."""
+        size = self.get_size_inches()
+        card = FancyBboxPatch((0, 0), *size, "round,pad=0,rounding_size=0.1", transform=self.dpi_scale_trans,
+                              facecolor="white", linewidth=0, zorder=-1)  # fmt: skip
+        self.add_artist(card)
+        try:
+            return _rendered(self, "png", dpi=STYLE["figure.dpi"], facecolor="none")
+        finally:
+            card.remove()
 
 
 def styled(function: Callable) -> Callable:
@@ -183,9 +192,9 @@ def save_figure(fig: Figure, place: object, name: str, data: pd.DataFrame | None
     return fig
 
 
-def _rendered(fig: Figure, kind: str, dpi: float | None = None) -> bytes:
+def _rendered(fig: Figure, kind: str, dpi: float | None = None, facecolor: str = "auto") -> bytes:
     """File content without time stamps, so that the same results give the same bytes."""
     stamps = {"pdf": {"CreationDate": None, "ModDate": None}, "png": {"Software": None}}
     with io.BytesIO() as memory:
-        fig.savefig(memory, format=kind, dpi=dpi or STYLE["savefig.dpi"], metadata=stamps[kind])
+        fig.savefig(memory, format=kind, dpi=dpi or STYLE["savefig.dpi"], facecolor=facecolor, metadata=stamps[kind])
         return memory.getvalue()

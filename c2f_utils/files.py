@@ -19,6 +19,7 @@ from c2f_utils.errors import C2FError, CannotWrite, short
 UNPARSABLE = (ValueError, RecursionError)  # what parsing text may raise: broken, not UTF-8, too long a number, too deep
 _FULL = re.compile(r"No space left on device|File too large|Disk quota exceeded")
 _LONGEST_MAPPING, _MOST_VALUES = 2**18, 10_000  # bytes of a file of settings or a recipe, values in it
+PACKED = "pack.json"  # in the folder of a run that came as one file: what was in it
 DEEPEST = 64  # levels of nesting; nothing here needs more, and code that walks a value may rely on it
 
 
@@ -151,7 +152,9 @@ def too_deep(value: object) -> bool:
     for _ in range(DEEPEST):
         inner = (item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list))
         level = list({id(item): item for items in inner for item in items}.values())  # YAML may name one item often
-    return bool(level)
+        if not level:
+            return False
+    return True
 
 
 def append_jsonl(path: Path, row: object) -> None:
@@ -199,6 +202,17 @@ def sha256(path: Path) -> str:
         while block := handle.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def fingerprint(value: object) -> str:
+    """16 hex digits of the SHA-256 of a JSON-able value; the order of dictionary keys does not matter."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def identity(settings: object, results: object, models: object) -> str:
+    """Fingerprint of a stage as an input of others: its settings, results and models, not its times or its name."""
+    return fingerprint({"settings": settings, "results": results} | ({"models": models} if models else {}))
 
 
 class _Loader(yaml.SafeLoader):

@@ -120,14 +120,17 @@ def test_overrides_from_a_file_and_by_dotted_name_reach_the_notebook(project, tm
 def test_a_failing_cell_ends_the_sequence_with_its_error(project, capsys):
     write(project, BASE, RESULT, "raise ValueError('the reason')")
     write(project, REWARD, RESULT)
-    assert main(["run", "01", "02", "--run-id", "r"]) == jobs.FAILED
+    asked = ["--profile", "smoke", "--seed", "3", "-p", "pretrain.tokens=777"]
+    assert main(["run", "01", "02", "--run-id", "r", *asked]) == jobs.FAILED
     printed = capsys.readouterr()
     assert "ValueError: the reason" in printed.err and REWARD not in printed.out
     assert stage().status()["status"] == "failed" and "the reason" in stage().status()["error"]
+    assert (stage().status()["exception"], stage().status()["cell"]) == ("ValueError", 5)
     assert "the reason" in (stage().dir / "notebook.ipynb").read_text()
     write(project, BASE, RESULT)
-    assert main(["run", "01", "02", "--run-id", "r"]) == jobs.DONE, "the same command continues"
-    assert len(stage().provenance()["sessions"]) == 2
+    assert main(["run", "--resume", "r"]) == jobs.DONE, "the same command continues, and need not be repeated"
+    assert len(stage().provenance()["sessions"]) == 2 and stage(REWARD).done
+    assert (stage().config()["settings"]["seed"], stage().config()["settings"]["pretrain"]["tokens"]) == (3, 777)
 
 
 def test_a_dead_kernel_is_said_to_be_dead_and_leaves_the_stage_to_be_continued(project, capsys):
@@ -139,12 +142,14 @@ def test_a_dead_kernel_is_said_to_be_dead_and_leaves_the_stage_to_be_continued(p
     )
     assert main(["run", "01", "--run-id", "r"]) == jobs.FAILED
     assert "kernel died (out of memory?)" in capsys.readouterr().err
-    assert stage().state() == "failed" and (stage().dir / "checkpoints" / "one").exists()
+    assert stage().state() == "killed" and (stage().dir / "checkpoints" / "one").exists()
+    assert (stage().status()["exception"], stage().status()["cell"]) == ("DeadKernelError", 5)
 
 
 def test_a_notebook_that_leaves_early_is_not_taken_for_done(project, capsys):
     write(project, BASE, RESULT, "import sys; sys.exit(0)")
     assert main(["run", "01", "--run-id", "r"]) == jobs.FAILED
+    assert stage().state() == "failed" and "ended without finish()" in stage().status()["error"]
     path = write(project, REWARD, RESULT)
     cells = json.loads(path.read_text())
     cells["cells"].pop()
@@ -228,7 +233,7 @@ def test_a_second_interrupt_kills_the_kernel(project, command):
     time.sleep(0.5)
     with pytest.raises(ProcessLookupError):
         os.kill(kernel, 0)
-    assert stage().state() == "failed" and "Traceback" not in err
+    assert stage().state() == "killed" and stage().status()["cell"] == 4 and "Traceback" not in err
 
 
 def test_killing_the_command_leaves_the_stage_to_be_continued(project, command):
@@ -252,9 +257,11 @@ def test_of_two_commands_for_one_run_one_ends_well_and_the_other_touches_nothing
     assert main(["run", "01", "--run-id", "r"]) == jobs.BAD_INPUT
     assert "is being worked on by process" in capsys.readouterr().err
     assert stage().state() == "running" and stage().dir.with_suffix(".running.log").exists()
-    (stage().dir / "STOP").touch()
+    assert main(["stop", "r"]) == jobs.DONE and "01_base_model will save and end" in capsys.readouterr().out
     out, err = process.communicate(timeout=60)
     assert process.returncode == jobs.STOPPED and stage().state() == "stopped", (out, err)
+    assert main(["stop", "r"]) == jobs.BAD_INPUT and "nothing is at work in run 'r'" in capsys.readouterr().err
+    assert not (run_folder("r") / "STOP").exists()
     assert {"log.txt", "notebook.ipynb"} <= {path.name for path in stage().dir.iterdir()}
     assert not list(stage().dir.parent.glob("*.refused.*"))
 

@@ -64,7 +64,7 @@ def test_averages_over_snapshots_weigh_them_as_their_names_say(tmp_path):
         save_file({"w": torch.tensor([value, 2.0])}, tmp_path / "snapshots" / f"{number}.safetensors")
     found = []
     bench = SimpleNamespace(states={"coarse": {}}, recipe=lambda *_: None, inputs=SimpleNamespace(base_source="base"))
-    bench.measure = lambda recipe, state: found.append(state["w"].tolist()) or {}
+    bench.measure = lambda recipe, state, of: found.append(state["w"].tolist()) or {}
     kept = {"03_coarse_rlhf": {"snapshots": {}}, "04_length_schedules": {}}
     run = SimpleNamespace(
         parent=lambda stage: SimpleNamespace(models=lambda: kept[stage], model=lambda name: tmp_path / name)

@@ -83,7 +83,7 @@ def test_overwrite_sets_the_old_stage_aside_and_keeps_every_earlier_one():
         stage.finish()
     kept = {path.name: read_json(path / "results.json")["tokens"] for path in run_folder("a").glob("01_*")}
     assert kept == {BASE: 3000, f"{BASE}.old-1": 1000, f"{BASE}.old-2": 2000}
-    assert [item.name for item in registry.stages()] == [BASE], "old stages are no one's parents"
+    assert [item.name for item in registry.stages("a")] == [BASE], "old stages are no one's parents"
 
 
 def test_overwrite_with_the_same_settings_loads():

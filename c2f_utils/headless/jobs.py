@@ -1,28 +1,24 @@
 """Headless notebooks: everything checked first, one kernel per notebook, and a stop that loses nothing.
 
-Notebooks run through papermill's Python interface, which is handed checked values, never YAML. Whether a stage is done
-is read from its own status.json: papermill's notebook metadata says `completed` even for a kernel that was killed. On
+Notebooks run through papermill's Python interface, which is handed checked values, never YAML (`kernel.py`). On
 SIGTERM, SIGUSR1 or Ctrl-C a file STOP appears in the run folder; training saves a checkpoint and ends, the remaining
 cells still run, and the same command continues later. A second Ctrl-C kills the kernel.
 """
 
 import contextlib
-import logging
-import os
-import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO
 
 from c2f_utils import threads
-from c2f_utils.errors import C2FError, CannotWrite, Stopped, problems, short
-from c2f_utils.files import outputs, room, root
+from c2f_utils.errors import C2FError, problems, short
+from c2f_utils.files import room, root
+from c2f_utils.headless import request
+from c2f_utils.headless.kernel import Job, execute
 from c2f_utils.runs import disk, locks, registry
 from c2f_utils.runs.run import PARENTS, Run
 from c2f_utils.runs.stage import Stage, run_folder
@@ -32,37 +28,11 @@ from c2f_utils.settings.load import dotted, load_settings
 from c2f_utils.settings.merge_options import OPTIONS
 
 DONE, FAILED, BAD_INPUT, STOPPED, KILLED = 0, 1, 2, 3, 130  # exit codes
-_NOISE = re.compile(
-    r"Kernel is running over TCP without encryption|IProgress not found|TqdmWarning|notebook_tqdm|it/s\]|s/it\]"
-)
 _COLUMNS = ("accuracy_last", "accuracy_first", "mean_tokens", "rep4", "eos_rate")
 
 
-@dataclass(frozen=True)
-class Job:
-    """A notebook to run and the parameter values for it."""
-
-    notebook: Path
-    stage: str
-    values: dict[str, object]
-
-
 @dataclass
-class Outcome:
-    """How a notebook ended: done, stopped, failed or killed; seconds, the kernel's peak memory in MiB, the error."""
-
-    state: str
-    seconds: float = 0.0
-    peak_mb: float | None = None
-    error: str = ""
-
-    def __str__(self) -> str:
-        memory = f"{self.peak_mb:6.0f} MB" if self.peak_mb else ""
-        return f"{self.state:8}{self.seconds:8.1f} s  {memory}".rstrip()
-
-
-@dataclass
-class _Stop:
+class Stop:
     """What the signals asked for."""
 
     file: Path
@@ -77,15 +47,18 @@ class _Stop:
         print(f"\nstopping after the next checkpoint{hint} ...", file=sys.stderr, flush=True)
 
 
-def prepare(targets: Sequence[str], values: dict[str, object], assignments: Sequence[str] = ()) -> list[Job]:
+def prepare(
+    targets: Sequence[str], values: dict[str, object], assignments: Sequence[str] = (), before: Sequence[Job] = ()
+) -> list[Job]:
     """The jobs for `targets` (numbers, names or paths of notebooks, or "all"), checked down to the last value.
 
     `values` holds the standard parameters; `assignments` are `name=value` texts, whose dotted names become
-    overrides. Raises C2FError for an unknown notebook, parameter, profile or setting, a value of the wrong type, a
-    missing earlier stage, and a stage that exists with another configuration or is being worked on.
+    overrides; the jobs `before` will have been done by then. Raises C2FError for an unknown notebook, parameter,
+    profile or setting, a value of the wrong type, a missing earlier stage, and a stage that exists with another
+    configuration or is being worked on.
     """
-    notebooks = [path for target in targets for path in _notebooks(target)]
-    declared = {path: parameters.of_notebook(path) for path in notebooks}
+    paths = [path for target in targets for path in notebooks_of(target)]
+    declared = {path: parameters.of_notebook(path) for path in paths}
     anywhere = {name: item for found in declared.values() for name, item in found.items()}
     _refuse_twice(values.get("overrides", {}), assignments)
     given = _assigned(assignments, anywhere)
@@ -102,8 +75,12 @@ def prepare(targets: Sequence[str], values: dict[str, object], assignments: Sequ
     overwrite = chosen["overwrite"]
     settings = load_settings(**{name: chosen[name] for name in standard if name != "overwrite"})
     registry.refuse_unknown(chosen.get("runs", ()), besides=settings.run_id)
+    if name := chosen.get("sweep"):
+        from c2f_utils.report import sweep_results
+
+        sweep_results.read(name)
     _check_operators(jobs, settings)
-    _check_stages(jobs, Run(settings), overwrite)
+    _check_stages(jobs, Run(settings), overwrite, [job.stage for job in before])
     return jobs
 
 
@@ -114,6 +91,7 @@ def run(jobs: Sequence[Job], thread_count: int | None = None) -> int:
     """
     run_id = jobs[0].values["run_id"]
     with _alone(run_id):
+        request.record(jobs)
         return _one_by_one(jobs, run_id, thread_count)
 
 
@@ -122,15 +100,16 @@ def _one_by_one(jobs: Sequence[Job], run_id: str, thread_count: int | None) -> i
     count = thread_count or threads.requested() or registry.threads_of(run_id) or _probe()
     print(f"run {run_id!r} in {folder}, {count} CPU thread{'s' if count > 1 else ''}", flush=True)
     started = time.perf_counter()
-    with _signals(folder / "STOP") as stop:
+    with signals(folder / "STOP") as stop:
         for job in jobs:
             print(f"{job.stage:28}", end="", flush=True)
             with room(folder):  # the log and the executed notebook are written here; the stage is then continued
-                outcome = _execute(job, folder, count)
+                outcome = execute(job, folder, job.threads or count)
             print(outcome, flush=True)
             if outcome.state in ("failed", "killed"):
                 print(f"{outcome.error}\nlog and notebook: {_where(job, folder)}", file=sys.stderr, flush=True)
-                return KILLED if outcome.state == "killed" else FAILED
+                died = outcome.exception == "DeadKernelError"  # of itself, as a cell that fails does
+                return KILLED if outcome.state == "killed" and not died else FAILED
             if outcome.state == "stopped" or stop.asked or stop.file.exists():
                 print("stopped on request; the same command continues", flush=True)
                 return STOPPED
@@ -162,7 +141,8 @@ def notebooks_folder() -> Path:
     return root() / "notebooks"
 
 
-def _notebooks(target: str) -> list[Path]:
+def notebooks_of(target: str) -> list[Path]:
+    """The files that a number, a name, a path or "all" stands for; raises C2FError where there is none."""
     folder = notebooks_folder()
     if target.endswith(".ipynb"):
         found = [Path(target)]
@@ -219,8 +199,7 @@ def _check_operators(jobs: Sequence[Job], settings: Settings) -> None:
             )
 
 
-def _check_stages(jobs: Sequence[Job], run: Run, overwrite: bool) -> None:
-    planned: list[str] = []
+def _check_stages(jobs: Sequence[Job], run: Run, overwrite: bool, planned: list[str]) -> None:
     for job in jobs:
         if job.stage not in PARENTS:
             raise C2FError(f"{job.notebook} belongs to no stage; expected a file name among {', '.join(PARENTS)}")
@@ -249,128 +228,16 @@ def _alone(run_id: str) -> Iterator[None]:
         locks.release(claim)
 
 
-def _execute(job: Job, folder: Path, count: int) -> Outcome:
-    import papermill
-    from nbclient.exceptions import DeadKernelError
-    from papermill.exceptions import PapermillExecutionError
-
-    live, log = folder / f"{job.stage}.running.ipynb", folder / f"{job.stage}.running.log"
-    seen: dict[str, float] = {}
-    began, start = datetime.now(UTC), time.perf_counter()
-    outcome = Outcome("done")
-    with open(log, "w", encoding="utf-8") as handle, _papermill_log(handle):
-        try:
-            papermill.execute_notebook(
-                str(job.notebook).replace("{", "{{").replace("}", "}}"),  # papermill formats paths
-                str(live).replace("{", "{{").replace("}", "}}"),
-                job.values,
-                kernel_name="python3",
-                progress_bar=False,
-                stdout_file=handle,
-                stderr_file=handle,
-                start_timeout=300,
-                iopub_timeout=120,
-                cwd=str(root()),
-                kernel_manager_class=_kernel_manager(_environment(count), handle, seen),
-            )
-        except PapermillExecutionError as error:
-            sentence = error.ename in (C2FError.__name__, CannotWrite.__name__)
-            what = str(error.evalue) if sentence else f"{error.ename}: {error.evalue}"
-            state = "stopped" if error.ename == Stopped.__name__ else "failed"
-            outcome = Outcome(state, error=f"cell {error.exec_count} failed: {what}")
-        except DeadKernelError:
-            outcome = Outcome("failed", error="kernel died (out of memory?)")
-        except RuntimeError as error:
-            if not str(error).startswith("Kernel "):  # what the client says of one that never answered
-                raise
-            why = "killed while it started (out of memory?); the same command tries again"
-            outcome = Outcome("killed", error=f"the notebook's kernel was {why}. {error}")
-        except KeyboardInterrupt:
-            outcome = Outcome("killed", error="killed on request")
-    outcome.seconds = time.perf_counter() - start
-    stage = Stage(folder / job.stage)
-    status = {} if stage.damage() else stage.status()
-    # A stage that another process began meanwhile is not this kernel's to end, nor is its notebook.
-    ours = outcome.state == "done" or registry.began_since(stage, began) and status["pid"] == seen.get("pid")
-    if ours and outcome.state != "done":
-        stage.fail(outcome.error)
-    elif status.get("status") == "stopped":
-        outcome.state = "stopped"
-    elif outcome.state == "done" and status.get("status") != "done":
-        outcome.state, outcome.error = "failed", f"{job.stage} ended without finish(): its status is {stage.state()}"
-    outcome.peak_mb = seen.get("peak_mb") or (status.get("peak_mb") if ours else None)
-    _keep(live, log, stage.dir if ours and stage.dir.is_dir() else None)
-    return outcome
-
-
-def _keep(live: Path, log: Path, folder: Path | None) -> None:
-    """Move the executed notebook and its log into the stage's folder; without one they stay as `.refused`."""
-    text = "".join(
-        line for line in log.read_text(encoding="utf-8").splitlines(keepends=True) if not _NOISE.search(line)
-    )
-    log.unlink()
-    target = folder / "log.txt" if folder else log.with_name(log.name.replace(".running.", ".refused."))
-    with open(target, "a" if folder else "w", encoding="utf-8") as handle:
-        handle.write(text)
-    if live.exists():
-        refused = live.with_name(live.name.replace(".running.", ".refused."))
-        live.replace(folder / "notebook.ipynb" if folder else refused)
-
-
 def _where(job: Job, folder: Path) -> str:
     refused = folder / f"{job.stage}.refused.ipynb"
     return str(refused if refused.exists() else folder / job.stage / "notebook.ipynb")
 
 
-def _environment(count: int) -> dict[str, str]:
-    return os.environ | {
-        "C2F_BATCH": "1",
-        "C2F_HEADLESS": "1",
-        "C2F_OUTPUTS": str(outputs()),
-        "C2F_THREADS": str(count),
-        "OMP_NUM_THREADS": str(count),
-        "JUPYTER_PREFER_ENV_PATH": "1",  # this environment's python3 kernel, not one registered in the home folder
-        "PYDEVD_DISABLE_FILE_VALIDATION": "1",
-        "TQDM_DISABLE": "1",
-    }
-
-
-def _kernel_manager(environment: dict[str, str], log: IO[str], seen: dict[str, float]) -> type:
-    """A kernel manager class that gives the kernel its environment, keeps its messages, and notes its process and peak
-    memory."""
-    from jupyter_client import AsyncKernelManager
-
-    class Manager(AsyncKernelManager):
-        async def start_kernel(self, **kwargs: object) -> None:
-            await super().start_kernel(**kwargs | {"env": environment, "stdout": log, "stderr": log})
-            seen["pid"] = getattr(self.provisioner, "pid", None)
-
-        async def shutdown_kernel(self, **kwargs: object) -> None:
-            process = getattr(self.provisioner, "process", None)
-            with contextlib.suppress(OSError, IndexError, AttributeError):  # only Linux tells
-                status = Path(f"/proc/{process.pid}/status").read_text()
-                seen["peak_mb"] = int(status.split("VmHWM:")[1].split()[0]) / 1024
-            await super().shutdown_kernel(**kwargs)
-
-    return Manager
-
-
 @contextlib.contextmanager
-def _papermill_log(handle: IO[str]) -> Iterator[None]:
-    logger, handler = logging.getLogger("papermill"), logging.StreamHandler(handle)
-    handler.handleError = lambda record: None  # a full disk is said once, by the notebook that cannot be written
-    before, logger.handlers, logger.propagate = logger.handlers, [handler], False
-    try:
-        yield
-    finally:
-        logger.handlers, logger.propagate = before, True
-
-
-@contextlib.contextmanager
-def _signals(file: Path) -> Iterator[_Stop]:
+def signals(file: Path) -> Iterator[Stop]:
     """Turn signals into a STOP file while the block runs; one left over from before is removed first."""
     file.unlink(missing_ok=True)
-    stop = _Stop(file)
+    stop = Stop(file)
     numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
     before = {number: signal.signal(number, stop) for number in numbers}
     try:

@@ -55,6 +55,10 @@ def start(namespace: dict[str, object], stage: str) -> Run:
     if _here and _here.dir != here.dir:
         _here.stop()  # the first cell was run again with another run_id
     registry.refuse_unknown(values.get("runs", ()), besides=run.id)
+    if name := values.get("sweep"):
+        from c2f_utils.report import sweep_results
+
+        sweep_results.read(name)
     if not values["overwrite"]:
         run.refuse_mixture(stage)
     inputs, origins = run.inputs(stage)

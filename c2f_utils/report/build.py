@@ -17,7 +17,7 @@ from c2f_utils.files import read_json, read_jsonl, sha256, write_json, write_tex
 from c2f_utils.report import compare, contents, figures, sources, tables, verdicts
 from c2f_utils.report.document import Document, to_html, to_markdown
 from c2f_utils.report.letters import in_markdown
-from c2f_utils.report.results import DECODINGS, MAIN
+from c2f_utils.report.results import DECODINGS, MAIN, origin_of
 
 _DRAWING_ERRORS = (C2FError, KeyError, IndexError, TypeError, ValueError, AttributeError)
 
@@ -114,6 +114,7 @@ class _Builder:
     def _provenance(self) -> None:
         doc = self.document
         doc.heading("Runs, seeds and versions")
+        self._figure("lineage", lambda: figures.lineage(self.run), "Which stage was made from which.")
         paths = [path for run in self.runs for path in sources.find_stages(run).values()]
         paths = list(dict.fromkeys(paths))
         self._table("runs", lambda: sources.runs_table(paths), "Every stage this report was made from.")
@@ -150,6 +151,7 @@ class _Builder:
             )
             doc.text(f"Not run yet: notebooks/{name}.ipynb makes this section.")
             return
+        self.missing += [f"{name}: {file} is damaged" for file in sources.damaged(self.stages[name])]
         status = sources.read(self.stages[name] / "status.json")
         if status.get("status") not in (None, "done"):
             doc.text(f"This stage is {status['status']}, not done: its numbers are those of an unfinished run.")
@@ -290,12 +292,17 @@ class _Builder:
             frame = make()
             if frame.empty:
                 return
-            tables.save_table(frame, self.out / "tables", name, caption)
+            frame = tables.save_table(frame, self.out / "tables", name, caption, self._origin(name))
         except _DRAWING_ERRORS as error:
             self._failed("table", name, error)
             return
         self.document.table(name, caption, frame)
         self.written += [f"tables/{name}.{kind}" for kind in ("csv", "md", "tex")]
+
+    def _origin(self, name: str) -> str:
+        """The stage that a table is about, by the number that its name begins with, or all runs shown."""
+        found = [path for stage, path in self.stages.items() if name.startswith(f"{stage[:2]}")]
+        return origin_of(found[0]) if found else f"runs {', '.join(run.name for run in self.runs)}"
 
     def _failed(self, kind: str, name: str, error: Exception) -> None:
         """A run that was cut short may hold odd results: the rest of the report is still made, and says so."""
@@ -315,11 +322,8 @@ class _Builder:
             # Only names that an earlier report of ours listed, and only below its own folders.
             if stale.split("/")[0] in ("figures", "tables") and ".." not in stale:
                 (self.out / stale).unlink(missing_ok=True)
-        digests = {
-            run.name: {name: sha256(path / "results.json") for name, path in sources.find_stages(run).items()}
-            for run in self.runs
-        }
-        manifest = {"run": self.run.name, "runs": [run.name for run in self.runs], "results": digests}
-        manifest |= {"files": {name: sha256(self.out / name) for name in files}, "missing": self.missing}
+        manifest = sources.made_from(self.runs, self.stages, files)
+        manifest["files"] = {name: sha256(self.out / name) for name in files}
+        manifest["missing"] = [self.document.hidden.taken_out(words) for words in self.missing]
         write_json(self.out / "manifest.json", manifest)
         return self.out / "report.html"

@@ -41,10 +41,13 @@ def settings(runs: Sequence[Path], seed: bool = False) -> pd.DataFrame:
 
 def _recorded(stage: Path, seed: bool) -> dict[str, object]:
     """What a stage was made with, dotted; settings that its version did not have count with their default."""
-    made = Settings.recorded(sources.read(stage / "config.json").get("settings", {}), stage.name)
-    words = sources.read(stage / "provenance.json").get("words", {})
-    own = {f"own {part}": said for part, said in words.items() if said != _OF_SETTINGS}
-    dotted = flat({key: value for key, value in made.items() if seed or key != "seed"})
+    try:
+        made = Settings.recorded(sources.read(stage / "config.json").get("settings", {}), stage.name)
+        words = sources.read(stage / "provenance.json").get("words", {})
+        own = {f"own {part}": said for part, said in words.items() if said != _OF_SETTINGS}
+        dotted = flat({key: value for key, value in made.items() if seed or key != "seed"})
+    except (AttributeError, TypeError) as error:
+        raise C2FError(f"the records of {stage} are damaged ({error}); c2f table says how") from None
     return {key: value for key, value in dotted.items() if value is not None} | own
 
 
@@ -108,7 +111,7 @@ def text(a: str, b: str, every: bool = False) -> str:
     The rows of a list are summed up in one line unless `every` number is asked for. Raises C2FError for a run without
     results.
     """
-    pair = [_known(name) for name in (a, b)]
+    pair = [with_results(name) for name in (a, b)]
     first, second = (sources.find_stages(run) for run in pair)
     differing = settings(pair, seed=True)
     lines = [f"settings that differ: {a} | {b}"]
@@ -124,7 +127,8 @@ def text(a: str, b: str, every: bool = False) -> str:
     return "\n".join(lines)
 
 
-def _known(name: str) -> Path:
+def with_results(name: str) -> Path:
+    """The folder of a run in the outputs folder; raises C2FError for one without results."""
     run = outputs() / name
     if not sources.find_stages(run):
         known = sorted({path.parent.parent.name for path in outputs().glob("*/0[0-7]_*/results.json")})

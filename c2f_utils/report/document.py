@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from c2f_utils.private import Private
 from c2f_utils.report import tables
 from c2f_utils.report.letters import in_html, in_markdown, visible
 
@@ -41,23 +42,27 @@ class Block:
 
 @dataclass
 class Document:
-    """Blocks in order; figures and tables are named and lie in `figures/` and `tables/` beside the report."""
+    """Blocks in order; figures and tables are named and lie in `figures/` and `tables/` beside the report.
+
+    The report's own words tell no folder of this machine, also where an error named one; answers stay as they are.
+    """
 
     title: str
     blocks: list[Block] = field(default_factory=list)
+    hidden: Private = field(default_factory=Private, repr=False)
 
     def heading(self, text: str, level: int = 2) -> None:
-        self.blocks.append(Block("heading", text, level))
+        self.blocks.append(Block("heading", self.hidden.taken_out(text), level))
 
     def text(self, text: str) -> None:
-        self.blocks.append(Block("text", text))
+        self.blocks.append(Block("text", self.hidden.taken_out(text)))
 
     def bullets(self, items: list[str]) -> None:
         if items:
-            self.blocks.append(Block("list", items=list(items)))
+            self.blocks.append(Block("list", items=[self.hidden.taken_out(item) for item in items]))
 
     def code(self, text: str) -> None:
-        self.blocks.append(Block("code", text))
+        self.blocks.append(Block("code", self.hidden.taken_out(text)))
 
     def figure(self, name: str, caption: str) -> None:
         self.blocks.append(Block("figure", caption, name=name))

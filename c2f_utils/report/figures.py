@@ -4,7 +4,8 @@ Inputs: a stage, its directory, the run's directory, or data already read. Outpu
 numbers behind it (`fig.data`). A metric that is null is named in the figure, with the reason, never drawn as zero.
 Rooms: `figures_training` (01 to 05), `figures_reward` (02: one pair, several reward models, over-optimisation),
 `figures_laws` (09: the study of laws), `figures_merge` (06), `figures_models` (07, several seeds, the README's
-picture), `style` (one look, saving), `results` (reading) and `labels` (names beside lines and points).
+picture), `lineage` (which stage was made from which), `style` (one look, saving), `results` (reading) and `labels`
+(names beside lines and points).
 """
 
 from c2f_utils.report.figures_laws import limit_paths, regret_map
@@ -33,4 +34,5 @@ from c2f_utils.report.figures_training import (
     tokens_to_target,
     training_panel,
 )
+from c2f_utils.report.lineage import lineage
 from c2f_utils.report.style import save_figure

@@ -58,6 +58,11 @@ def folder(source: object) -> Path | None:
     return place.parent if place.is_file() else place
 
 
+def origin_of(place: Path) -> str:
+    """The run, and the stage where it is one, that a folder belongs to, in words."""
+    return f"run {place.parent.name} · {place.name}" if place.name[:2].isdigit() else f"run {place.name}"
+
+
 def load(source: object, stage: str, file: str = "results.json") -> tuple[dict | list, Path | None]:
     """Results of a stage and their directory, from data already read, a Stage, its path, or the run's directory.
 

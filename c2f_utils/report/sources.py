@@ -9,8 +9,9 @@ from pathlib import Path
 import pandas as pd
 
 from c2f_utils import redundancy
-from c2f_utils.files import read_json
-from c2f_utils.report.results import DECODINGS
+from c2f_utils.errors import C2FError
+from c2f_utils.files import PACKED, identity, read_json, sha256
+from c2f_utils.report.results import DECODINGS, PARENTS_OF_06
 
 STAGES = {
     "00_environment_and_data": ("Environment and data", "Is this machine ready, and what does the data look like?"),
@@ -53,11 +54,50 @@ def find_stages(run: Path) -> dict[str, Path]:
     """Stage name -> directory with results: the run's own, else the one another run lent to a later stage."""
     found = {name: run / name for name in STAGES if (run / name / "results.json").is_file()}
     for path in list(found.values()):
-        for name, lender in read(path / "provenance.json").get("parents", {}).items():
+        lenders = read(path / "provenance.json").get("parents")
+        for name, lender in lenders.items() if isinstance(lenders, dict) else ():
             lent = run.parent / str(lender) / name
             if name in STAGES and name not in found and (lent / "results.json").is_file():
                 found[name] = lent
     return {name: found[name] for name in STAGES if name in found}
+
+
+def made_from(runs: list[Path], shown: dict[str, Path], files: Iterable[str]) -> dict[str, object]:
+    """What a report's manifest tells of the origin: the runs, the SHA-256 of each stage's results, and for every file
+    the stages it was made from (as `run/stage`): that of the run shown whose number its name begins with, for 06 with
+    its parents, else all of them."""
+    found = {run.name: find_stages(run) for run in runs}
+    digests = {run: {name: sha256(path / "results.json") for name, path in of.items()} for run, of in found.items()}
+    every = sorted({_short(path) for of in found.values() for path in of.values()})
+    numbered: dict[str, list[str]] = {}
+    for name, path in shown.items():
+        parents = [stage for stage, _ in PARENTS_OF_06.values()] if name.startswith("06") else []
+        numbered[name[:2]] = sorted([_short(path), *(_short(shown[parent]) for parent in parents if parent in shown)])
+    made = {file: numbered.get(Path(file).name[:2], every) for file in files}
+    return {"run": runs[0].name, "runs": [run.name for run in runs], "results": digests, "made_from": made}
+
+
+def identity_of(stage: Path) -> str | None:
+    """The fingerprint that stages built on this one recorded of it, as far as it is still what they met; None where
+    it has no results.
+
+    Of a stage out of a pack, in whose records folders were taken out, what the pack tells, while it is as it was.
+    """
+    if not (stage / "results.json").is_file():
+        return None
+    packed = read(stage.parent / PACKED)
+    listed = {name: (packed.get("files") or {}).get(f"{stage.name}/{name}") or {} for name in _IDENTIFYING}
+    if packed and all(about.get("sha256") == sha256(stage / name) for name, about in listed.items()):
+        return packed["stages"][stage.name]["fingerprint"]
+    config, made = read(stage / "config.json"), read(stage / "provenance.json").get("models")
+    return identity(config.get("settings"), read_json(stage / "results.json"), made)
+
+
+_IDENTIFYING = ("config.json", "results.json", "provenance.json")
+
+
+def _short(stage: Path) -> str:
+    return f"{stage.parent.name}/{stage.name}"
 
 
 def runs_table(stages: Iterable[Path]) -> pd.DataFrame:
@@ -96,8 +136,18 @@ def run_path(run: Path, other: object) -> Path:
 
 
 def read(path: Path) -> dict:
-    found = read_json(path) if path.is_file() else {}
+    """A record of a stage; empty where there is none and where it is `damaged`."""
+    try:
+        found = read_json(path) if path.is_file() else {}
+    except C2FError:
+        return {}
     return found if isinstance(found, dict) else {}
+
+
+def damaged(stage: Path) -> list[str]:
+    """The records of a stage that are there and cannot be read."""
+    names = ("config.json", "status.json", "provenance.json")
+    return [name for name in names if (stage / name).is_file() and not read(stage / name)]
 
 
 def command(run: Path, what: str) -> str:

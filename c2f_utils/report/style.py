@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
 from c2f_utils.files import write_bytes
+from c2f_utils.report.results import origin_of
 
 SINGLE, DOUBLE = 3.3, 6.8  # inches: one and two columns of a paper
 
@@ -171,30 +172,33 @@ def save_figure(fig: Figure, place: object, name: str, data: pd.DataFrame | None
     """Write `name`.pdf, .png (200 dpi) and .csv (the numbers behind it) and return the figure, to be shown by a cell.
 
     `place` is a stage or its directory (the files go to its `figures/`), or any directory named `figures`. `data`
-    defaults to what the figure was drawn from. A small caption names the run. Each file is replaced atomically.
+    defaults to what the figure was drawn from. A small caption names the run, and so do the files' metadata. Each file
+    is replaced atomically.
     """
     directory = Path(getattr(place, "dir", place))
     directory = directory if directory.name == "figures" else directory / "figures"
     source = getattr(fig, "source", None) or directory.parent
     for old in [text for text in fig.texts if text.get_gid() == "caption"]:
         old.remove()
-    words = f"run {source.parent.name} · {source.name}" if source.name[:2].isdigit() else f"run {source.name}"
-    words = getattr(fig, "caption", "") or words
+    words = getattr(fig, "caption", "") or origin_of(source)
     fig.text(0.995, 0.006, words, ha="right", va="bottom", fontsize=5, color="#9a9a9a", gid="caption").set_in_layout(
         False
     )
     fig.draw_without_rendering()
     fig.set_layout_engine("none")  # settled: every format, and every later saving, shows the same places
     frame = data if data is not None else getattr(fig, "data", pd.DataFrame())
-    write_bytes(directory / f"{name}.pdf", _rendered(fig, "pdf"))
-    write_bytes(directory / f"{name}.png", _rendered(fig, "png", dpi=200))
+    write_bytes(directory / f"{name}.pdf", _rendered(fig, "pdf", words=words))
+    write_bytes(directory / f"{name}.png", _rendered(fig, "png", dpi=200, words=words))
     write_bytes(directory / f"{name}.csv", frame.to_csv(index=False).encode("utf-8"))
     return fig
 
 
-def _rendered(fig: Figure, kind: str, dpi: float | None = None, facecolor: str = "auto") -> bytes:
-    """File content without time stamps, so that the same results give the same bytes."""
-    stamps = {"pdf": {"CreationDate": None, "ModDate": None}, "png": {"Software": None}}
+def _rendered(
+    fig: Figure, kind: str, dpi: float | None = None, words: str | None = None, facecolor: str = "auto"
+) -> bytes:
+    """File content without time stamps, so that the same results give the same bytes; `words` name its origin."""
+    told = {"pdf": {"Subject": words, "CreationDate": None, "ModDate": None}}
+    told["png"] = {"Software": None} | ({"Description": words} if words else {})
     with io.BytesIO() as memory:
-        fig.savefig(memory, format=kind, dpi=dpi or STYLE["savefig.dpi"], facecolor=facecolor, metadata=stamps[kind])
+        fig.savefig(memory, format=kind, dpi=dpi or STYLE["savefig.dpi"], facecolor=facecolor, metadata=told[kind])
         return memory.getvalue()

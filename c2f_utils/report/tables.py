@@ -13,8 +13,9 @@ import pandas as pd
 
 from c2f_utils import stats
 from c2f_utils.files import read_json, write_text
+from c2f_utils.private import Private
 from c2f_utils.report.letters import in_html, in_markdown
-from c2f_utils.report.results import METRICS, laws_of, load, model_rows, operator_name, rows_of, seed_frame
+from c2f_utils.report.results import METRICS, laws_of, load, model_rows, operator_name, origin_of, rows_of, seed_frame
 
 # Columns of every table of models.
 MEASURED = (
@@ -109,13 +110,29 @@ def html(frame: pd.DataFrame) -> str:
     )
 
 
-def save_table(frame: pd.DataFrame, place: object, name: str, caption: str = "") -> pd.DataFrame:
-    """Write `name`.csv, .md and .tex to the `tables/` of a stage (or a directory of that name); return the frame."""
+def save_table(frame: pd.DataFrame, place: object, name: str, caption: str = "", origin: str = "") -> pd.DataFrame:
+    """Write `name`.csv, .md and .tex to the `tables/` of a stage (or a directory of that name); return the frame.
+
+    `origin` names the run in a comment of the last two; a CSV has no comments, and `manifest.json` names its run.
+    What is returned and written tells no folder of this machine.
+    """
     directory = Path(getattr(place, "dir", place))
     directory = directory if directory.name == "tables" else directory / "tables"
+    frame, said = _without_folders(frame), " ".join((origin or origin_of(directory.parent)).split()).replace(">", "›")
     write_text(directory / f"{name}.csv", frame.to_csv(index=False))
-    write_text(directory / f"{name}.md", markdown(frame))
-    write_text(directory / f"{name}.tex", latex(frame, caption, name.replace("_", "-")))
+    write_text(directory / f"{name}.md", f"{markdown(frame)}\n<!-- {said} -->\n")
+    write_text(directory / f"{name}.tex", f"% {said}\n" + latex(frame, caption, name.replace("_", "-")))
+    return frame
+
+
+def _without_folders(frame: pd.DataFrame) -> pd.DataFrame:
+    hidden, frame = Private(), frame.copy()
+    for number, name in enumerate(frame.columns):
+        if not _numeric(frame, name):
+            values = list(frame.iloc[:, number])
+            told = {value: hidden.taken_out(value) for value in values if isinstance(value, str)}
+            if any(value != said for value, said in told.items()):
+                frame.isetitem(number, [told[value] if isinstance(value, str) else value for value in values])
     return frame
 
 

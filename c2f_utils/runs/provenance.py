@@ -1,16 +1,14 @@
 """Where a result comes from: code version, package versions, machine, memory, and fingerprints of its inputs."""
 
 import functools
-import hashlib
 import importlib.metadata
-import json
 import os
 import platform
 import subprocess
 import sys
 from pathlib import Path
 
-from c2f_utils.files import flat, sha256
+from c2f_utils.files import fingerprint, flat, sha256
 
 PACKAGES = (
     "torch", "transformers", "trl", "peft", "datasets", "accelerate", "safetensors", "numpy", "scipy", "pandas",
@@ -18,12 +16,6 @@ PACKAGES = (
 )  # fmt: skip
 DECIDING = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "numpy", "scipy")  # decide numbers
 PACKAGE = Path(__file__).parents[1]
-
-
-def fingerprint(value: object) -> str:
-    """16 hex digits of the SHA-256 of a JSON-able value; the order of dictionary keys does not matter."""
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def differences(there: dict, here: dict) -> list[str]:

@@ -8,6 +8,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 
 from c2f_utils.errors import C2FError
 from c2f_utils.files import read_json, too_deep
+from c2f_utils.runs import locks
 
 _Time = Annotated[AwareDatetime, Field(strict=False)]
 
@@ -30,7 +31,7 @@ class _Config(_Record):
 
 
 class _Status(_Record):
-    status: Literal["running", "done", "stopped", "failed"]
+    status: Literal["running", "done", "stopped", "failed", "killed"]
     started: _Time
     heartbeat: _Time
     finished: _Time | None
@@ -78,13 +79,31 @@ def read(path: Path) -> dict:
     return found
 
 
-def damage(folder: Path) -> str | None:
-    """What makes a stage unusable, in words; None where its records are whole, and where it has not begun."""
-    try:
-        found = {name: read(folder / name) for name in _RECORDS}
-    except C2FError as error:
-        return str(error)
+def whole(folder: Path) -> dict[str, dict]:
+    """The records of a stage by file name; raises C2FError that says what makes the stage unusable.
+
+    Without a `config.json` among them it has not begun.
+    """
+    found = {name: read(folder / name) for name in _RECORDS}
     # config.json is written last: without it a stage has not begun, unless its status says that it went on.
     begun = found["config.json"] or found["status.json"].get("status", "running") != "running"
     missing = [name for name, record in found.items() if not record]
-    return f"{folder / missing[0]} is missing" if begun and missing else None
+    if begun and missing:
+        raise C2FError(f"{folder / missing[0]} is missing")
+    return found
+
+
+def damage(folder: Path) -> str | None:
+    """What makes a stage unusable, in words; None where its records are whole, and where it has not begun."""
+    try:
+        whole(folder)
+    except C2FError as error:
+        return str(error)
+    return None
+
+
+def state(status: dict) -> str | None:
+    """running, done, stopped, failed, killed, or lost: it says running but its process is gone; None: not begun."""
+    if status.get("status") == "running" and not locks.alive(status, locks.age(status.get("heartbeat"))):
+        return "lost"
+    return status.get("status")

@@ -2,31 +2,26 @@
 
 from collections.abc import Collection, Iterator
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from c2f_utils.errors import C2FError, short
-from c2f_utils.files import flat, outputs, read_jsonl
-from c2f_utils.runs import provenance
+from c2f_utils.files import outputs
+from c2f_utils.runs import index, provenance, records
 from c2f_utils.runs.locks import age
-from c2f_utils.runs.stage import WEIGHTS, Stage
+from c2f_utils.runs.stage import WEIGHTS, Stage, run_folder
 
 if TYPE_CHECKING:
     import pandas as pd
 
 OF_SETTINGS = {"source": "the settings'"}  # what 03 records for a law or reward that is not an object of the user's
+_USUAL = provenance.fingerprint(OF_SETTINGS)
 
 
-def stages(name: str = "*", run_id: str = "*") -> Iterator[Stage]:
-    """Every whole stage on disk that has begun, by run and stage name; set-aside ones (`.old-k`) are left out."""
-    return (stage for stage in _there(name, run_id) if not stage.damage())
-
-
-def _there(name: str, run_id: str) -> Iterator[Stage]:
-    """The stages of `stages`, and damaged ones."""
-    for folder in sorted(path for path in outputs().glob(f"{run_id}/{name}") if path.is_dir()):
-        stage = Stage(folder)
-        if ".old-" not in stage.name and (stage.damage() or stage.config()):
-            yield stage
+def stages(run_id: str) -> Iterator[Stage]:
+    """Every whole stage of a run that has begun, by name; set-aside ones (`.old-k`) are left out."""
+    found = (Stage(folder) for folder in index.folders(run_id))
+    return (stage for stage in found if not stage.damage() and stage.config())
 
 
 def latest(
@@ -38,11 +33,18 @@ def latest(
     Nor does one that recorded other `weights` (identities by role) serve.
     """
     meant = {f"{WEIGHTS}{role}": value for role, value in (weights or {}).items() if value}
-    found = [item for item in stages(stage) if item.done and kind_of(item) == (profile, seed) and not own_parts(item)]
-    made_with = {item.dir: item.provenance().get("inputs", {}) for item in found}
-    found = [item for item in found if all(made_with[item.dir].get(k, v) == v for k, v in meant.items())]
-    found.sort(key=lambda item: (item.config()["settings"] == prefer, item.status()["finished"]), reverse=True)
-    return next(filter(_has_results, found), None)
+    preferred = provenance.fingerprint(prefer)
+    found = [
+        (facts["settings"] == preferred, facts["status"]["finished"], run)
+        for run, _, facts in index.stages(stage)
+        if "damage" not in facts
+        and facts["status"]["status"] == "done"
+        and (facts["profile"], facts["seed"]) == (profile, seed)
+        and not _own(facts["inputs"])
+        and all(facts["inputs"].get(key, value) == value for key, value in meant.items())
+    ]
+    found.sort(key=lambda each: each[:2], reverse=True)
+    return next(filter(_has_results, (Stage(outputs() / run / stage) for *_, run in found)), None)
 
 
 def _has_results(stage: Stage) -> bool:
@@ -55,8 +57,11 @@ def _has_results(stage: Stage) -> bool:
 
 def own_parts(stage: Stage) -> list[str]:
     """Which of law, reward and operator the stage was made with as an object of the user's, not by its settings."""
-    inputs, usual = stage.provenance().get("inputs", {}), provenance.fingerprint(OF_SETTINGS)
-    return [name for name in ("law", "reward", "operator") if inputs.get(name, usual) != usual]
+    return _own(stage.provenance().get("inputs", {}))
+
+
+def _own(inputs: dict[str, str]) -> list[str]:
+    return [name for name in ("law", "reward", "operator") if inputs.get(name, _USUAL) != _USUAL]
 
 
 def kind_of(stage: Stage) -> tuple[str, int]:
@@ -73,89 +78,89 @@ def began_since(stage: Stage, moment: datetime) -> bool:
 
 def refuse_unknown(run_ids: Collection[object], besides: str | None = None) -> None:
     """Raise C2FError for what is not the id of a run on disk; the run `besides` may be about to be made."""
-    if not run_ids:
-        return
-    known = sorted({stage.run_id for stage in stages()})
-    if wrong := [item for item in run_ids if item not in (*known, besides)]:
-        raise C2FError(
-            f"runs = {short(list(run_ids))}: there is no run {short(wrong[0])} in {outputs()}; there are: "
-            f"{', '.join(known) or 'none'}"
-        )
+    if wrong := [item for item in run_ids if item != besides and not begun(item)]:
+        raise C2FError(f"runs = {short(list(run_ids))}: {_unknown(wrong[0])}")
+
+
+def begun(run_id: object) -> bool:
+    """Whether there is a run of this id with a whole stage in it; any object may be asked about."""
+    try:
+        run_folder(run_id)
+    except C2FError:
+        return False
+    return any(True for _ in stages(run_id))
+
+
+def known(run_id: str) -> Path:
+    """The folder of a run that holds anything of a stage, damaged or not; raises C2FError for any other id."""
+    try:
+        folder = run_folder(run_id)
+    except C2FError:
+        raise C2FError(_unknown(run_id)) from None
+    if not any(path.name[:2].isdecimal() for path in index.folders(run_id)):
+        raise C2FError(_unknown(run_id))
+    return folder
+
+
+def _unknown(run_id: object) -> str:
+    there = list(dict.fromkeys(run for run, *_ in index.stages()))
+    more = f" and {len(there) - _NAMED} more (c2f runs)" if len(there) > _NAMED else ""
+    return f"there is no run {short(run_id)} in {outputs()}; there are: {', '.join(there[:_NAMED]) or 'none'}{more}"
+
+
+_NAMED = 20  # runs that a message lists
 
 
 def heartbeat_age(run_id: str) -> float | None:
     """Seconds since any stage of a run last showed that it is alive, or None for a new run."""
-    return min((age(stage.status()["heartbeat"]) for stage in stages(run_id=run_id)), default=None)
+    return min((age(stage.status()["heartbeat"]) for stage in stages(run_id)), default=None)
 
 
 def threads_of(run_id: str) -> int | None:
     """The thread count that the stages of a run were begun with (the last one's), or None for a new run."""
-    counts = [stage.config()["threads"] for stage in stages(run_id=run_id)]
+    counts = [stage.config()["threads"] for stage in stages(run_id)]
     return counts[-1] if counts else None
 
 
-def table(run_id: str = "*") -> "pd.DataFrame":
+def table() -> "pd.DataFrame":
+    """`rows` as a table."""
+    import pandas as pd
+
+    return pd.DataFrame(rows(), columns=COLUMNS)
+
+
+def rows() -> list[dict[str, object]]:
     """One row per stage on disk, the latest last: state, where training stands, time, memory, parents, alarms.
 
     Of a damaged stage the alarm says what is wrong with it. `changed` names the settings that differ from the
     profile's, and a law, reward or operator of the user's. Units: `minutes` of wall time, `peak_mb` in MiB.
     """
-    import pandas as pd
-
-    rows = [
-        {"run": item.run_id, "stage": item.name, "status": "damaged", "started": "", "alarms": damage}
-        if (damage := item.damage())
-        else _row(item)
-        for item in _there("*", run_id)
-    ]
-    rows.sort(key=lambda row: row["started"])
-    return pd.DataFrame(rows, columns=_COLUMNS)
+    found = [row(*each) for each in index.stages()]
+    return sorted(found, key=lambda each: each["started"])
 
 
-_PROGRESS = ("iteration", "reward", "kl_per_token", "mean_tokens")
-
-_COLUMNS = [
-    "run", "stage", "profile", "seed", "status", *_PROGRESS, "started", "minutes", "peak_mb",
-    "changed", "parents", "alarms",
-]  # fmt: skip
+COLUMNS = (
+    "run", "stage", "profile", "seed", "status", "iteration", "reward", "kl_per_token", "mean_tokens", "started",
+    "minutes", "peak_mb", "changed", "parents", "alarms",
+)  # fmt: skip
 
 
-def _row(stage: Stage) -> dict[str, object]:
-    settings, status = stage.config()["settings"], stage.status()
-    last, alarms = {}, list(status["alarms"])
-    try:
-        last = dict((read_jsonl(stage.dir / "metrics.jsonl") or [{}])[-1])
-    except (C2FError, TypeError, ValueError) as error:  # no row of ours
-        alarms.append(f"metrics.jsonl is damaged: {error}")
-    end = status["finished"] or status["heartbeat"]
-    return {
-        "run": stage.run_id,
-        "stage": stage.name,
-        "profile": settings["profile"],
-        "seed": settings["seed"],
-        "status": stage.state(),
-        **{key: last.get(key) for key in _PROGRESS},
+def row(run: str, stage: str, facts: dict) -> dict[str, object]:
+    """One row of `rows`, of what `index.facts` says of a stage."""
+    found = dict.fromkeys(COLUMNS) | {"run": run, "stage": stage}
+    if "damage" in facts:
+        return found | {"status": "damaged", "started": "", "alarms": facts["damage"]}
+    status = facts["status"]
+    times = [datetime.fromisoformat(status[name] or status["heartbeat"]) for name in ("started", "finished")]
+    own = [f"own {part} {facts['words'].get(part, '')}".strip() for part in _own(facts["inputs"])]
+    return found | {
+        **{name: facts[name] for name in ("profile", "seed")},
+        **facts["last"],
+        "status": records.state(status),
         "started": status["started"][:19],
-        "minutes": round((age(status["started"]) - age(end)) / 60, 1),
+        "minutes": round((times[1] - times[0]).total_seconds() / 60, 1),
         "peak_mb": status["peak_mb"],
-        "changed": "; ".join([*_changed(stage.name, settings), *_own(stage)]),
-        "parents": ", ".join(f"{run}/{name[:2]}" for name, run in stage.provenance().get("parents", {}).items()),
-        "alarms": "; ".join(alarms),
+        "changed": "; ".join([*facts["changed"], *own]),
+        "parents": ", ".join(f"{other}/{name[:2]}" for name, other in facts["parents"].items()),
+        "alarms": "; ".join(status["alarms"]),
     }
-
-
-def _own(stage: Stage) -> list[str]:
-    """The parts that are objects of the user's, as they were recorded in words."""
-    words = stage.provenance().get("words", {})
-    return [f"own {part} {words.get(part, '')}".strip() for part in own_parts(stage)]
-
-
-def _changed(name: str, settings: dict) -> list[str]:
-    from c2f_utils.settings.load import load_settings
-
-    try:
-        usual = load_settings(settings["profile"], settings["seed"], study=settings.get("study", False)).for_stage(name)
-    except C2FError as error:  # a profile of an older version
-        return [str(error)]
-    theirs, ours = flat(settings), flat(usual)
-    return [f"{key}={value!r}" for key, value in theirs.items() if ours.get(key, ...) != value]

@@ -167,7 +167,7 @@ class Run:
         00 and 09, which are about no run, may be run anywhere.
         """
         asked = self.settings.profile, self.settings.seed
-        made = [kind_of(item) for item in stages(run_id=self.id) if item.done and item.name not in ALWAYS_REDONE]
+        made = [kind_of(item) for item in stages(self.id) if item.done and item.name not in ALWAYS_REDONE]
         found = next((kind for kind in made if kind != asked), None)
         if found and stage not in OF_NO_RUN:
             flags = zip(("--profile", "--seed"), found, asked, strict=True)

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 from c2f_utils import weights
 from c2f_utils.errors import C2FError, problems
-from c2f_utils.files import append_jsonl, or_null, outputs, plain, read_json, root, write_json
-from c2f_utils.runs import disk, locks, provenance, records
+from c2f_utils.files import append_jsonl, identity, or_null, outputs, plain, read_json, root, write_json
+from c2f_utils.runs import disk, locks, provenance, records, trackers
 
 if TYPE_CHECKING:
     from c2f_utils.settings.config import Settings
@@ -91,13 +91,8 @@ class Stage:
         return records.damage(self.dir)
 
     def state(self) -> str | None:
-        """running, done, stopped, failed; lost = it says running but its process is gone; damaged; None = not begun."""
-        if self.damage():
-            return "damaged"
-        status = self.status()
-        if status.get("status") == "running" and not locks.alive(status, locks.age(status.get("heartbeat"))):
-            return "lost"
-        return status.get("status")
+        """As `records.state`, or damaged."""
+        return "damaged" if self.damage() else records.state(self.status())
 
     @property
     def done(self) -> bool:
@@ -113,9 +108,7 @@ class Stage:
         """Identity of this stage as an input of others: its settings, results and models, not its times or its name."""
         results = self.dir / "results.json"
         found = read_json(results) if results.is_file() else None
-        what = {"settings": (self.config() or {}).get("settings"), "results": found}
-        made = self.provenance().get("models")
-        return provenance.fingerprint(what | ({"models": made} if made else {}))
+        return identity((self.config() or {}).get("settings"), found, self.provenance().get("models"))
 
     def models(self) -> dict[str, dict]:
         """What the stage recorded of the models it made, by their folders in it: `sha256` and `bytes` of each.
@@ -289,6 +282,7 @@ class Stage:
         threading.Thread(target=self._keep_beating, args=(self._over,), daemon=True).start()
         # Last, because its presence means that the stage has begun.
         write_json(self.path("config.json"), {"stage": self.name, "settings": settings, "threads": self.threads})
+        trackers.follow(self.dir, self.settings.tracking)
         return action
 
     def add_input(self, name: str, fingerprint: str, words: str | None = None) -> None:
@@ -327,11 +321,14 @@ class Stage:
             self._close("stopped" if self._stopped else "done")
         return self.status().get("status", "")
 
-    def fail(self, message: str) -> None:
-        """End the stage as `failed` with a reason; it can be continued. Works on a stage whose process is gone, too."""
+    def fail(self, message: str, state: str = "failed", **fields: object) -> None:
+        """End the stage as `failed` or `killed` with a reason and further `fields` of its status; it can be continued.
+
+        Works on a stage whose process is gone, too.
+        """
         self._status = self._status or self.status()
         if self._status.get("status") == "running":
-            self._close("failed", error=message)
+            self._close(state, error=message, **fields)
 
     def stop(self) -> None:
         """End the stage as `stopped`: it is not finished and can be continued."""

@@ -16,6 +16,7 @@ from c2f_utils.settings.kinds import Count, Few, Items, Name, NonNegative, Posit
 from c2f_utils.settings.retention_options import Retention, Safety, Sampling
 from c2f_utils.settings.rlhf import Coarse, Schedules
 from c2f_utils.settings.task_suites import Tasks
+from c2f_utils.settings.tracking import Tracking
 from c2f_utils.weights import count_of
 
 PROFILES = ("smoke", "tiny", "gpu_demo", "small_gpu", "mistral_7b")
@@ -215,6 +216,7 @@ class Settings(Section):
     sampling: Sampling = Sampling()
     safety: Safety = Safety()
     judge: Judge = Judge()
+    tracking: Tracking = Tracking()  # decides no stage
 
     @property
     def embedded(self) -> bool:

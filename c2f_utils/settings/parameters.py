@@ -8,7 +8,9 @@ tagged `parameters`.
 
 import ast
 import difflib
+import io
 import json
+import tokenize
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +25,13 @@ _TYPES = {"str": str, "int": int, "float": (int, float), "bool": bool, "dict": d
 
 @dataclass(frozen=True)
 class Parameter:
-    """A declared parameter; `type` is one of str, int, float, bool, dict, list."""
+    """A declared parameter; `type` is one of str, int, float, bool, dict, list, `help` the comment behind it."""
 
     name: str
     type: str
     default: object
     optional: bool = False
+    help: str = ""
 
     def problem(self, value: object) -> str | None:
         """What is wrong with a value, with the spelling to use; None when it fits."""
@@ -90,7 +93,7 @@ def declared(source: str) -> dict[str, Parameter]:
     """The parameters of a parameters cell, by name; raises C2FError for a line that is not `name: type = literal`."""
     found = {}
     try:
-        lines = ast.parse(source).body
+        lines, comments = ast.parse(source).body, _comments(source)
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
         raise C2FError(f"parameters cell: {error}; expected lines of the form 'name: type = literal'") from None
     for line in lines:
@@ -105,10 +108,17 @@ def declared(source: str) -> dict[str, Parameter]:
         if kind not in _TYPES:
             raise C2FError(f"parameters cell: {name} has type {annotation}; expected one of {', '.join(_TYPES)}")
         try:
-            found[name] = Parameter(name, kind, ast.literal_eval(line.value), optional)
+            said = comments.get(line.end_lineno, "")
+            found[name] = Parameter(name, kind, ast.literal_eval(line.value), optional, said)
         except ValueError:
             raise C2FError(f"parameters cell: {name} = {ast.unparse(line.value)}; expected a literal") from None
     return found
+
+
+def _comments(source: str) -> dict[int, str]:
+    """The comments of a source that can be parsed, by the number of their line."""
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    return {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
 
 
 def of_notebook(path: Path) -> dict[str, Parameter]:

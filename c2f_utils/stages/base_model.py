@@ -1,5 +1,6 @@
 """01: which base do we start from? The embedded one is pretrained; any other is loaded and checked."""
 
+import shutil
 from dataclasses import asdict
 
 import pandas as pd
@@ -16,7 +17,7 @@ from c2f_utils.runs import work
 from c2f_utils.runs.run import Run
 from c2f_utils.settings.config import STAGES
 from c2f_utils.stages import speed
-from c2f_utils.stages.inputs import Inputs, keep_samples
+from c2f_utils.stages.inputs import CHECKPOINTS, Inputs, keep_samples, stopped_here
 
 
 def make(run: Run) -> dict:
@@ -30,8 +31,9 @@ def make(run: Run) -> dict:
     if settings.embedded:
         # Made here: there is no earlier stage to ask for them.
         inputs.base_source, inputs.tokenizer = str(here.dir / "model"), stories.make_tokenizer(settings.data.world)
-        with here.timer("pretraining"):
-            model = pretrain.pretrain(settings, losses.append, Progress("pretraining", "token"))
+        with here.timer("pretraining"), stopped_here(here):
+            checkpoint, progress = here.path(CHECKPOINTS, "pretraining.safetensors"), Progress("pretraining", "token")
+            model = pretrain.pretrain(settings, losses.append, checkpoint, here.stop_requested, progress)
         save_model(model, inputs.tokenizer, here.path("model"))
     else:
         model = inputs.base()
@@ -53,6 +55,7 @@ def make(run: Run) -> dict:
         }
     keep_samples(here, answers.rows(samples, "base", "sampled_t1"), settings)
     here.save_results(results)
+    shutil.rmtree(here.dir / CHECKPOINTS, ignore_errors=True)
     return results
 
 

@@ -1,7 +1,7 @@
 """The bench of notebook 06: merge into one model on its device, answer validation problems, score with a price on
 length."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from c2f_utils.models import loading
 from c2f_utils.notebook.progress import Progress
 from c2f_utils.rollout.sampler import Sampler
 from c2f_utils.stages.inputs import Inputs
+from c2f_utils.stages.pieces import Pieces
 
 
 def recipe_of(inputs: Inputs, operator: dict, coefficient: float, **shape: object) -> merge.Recipe:
@@ -39,7 +40,7 @@ class Bench:
     """
 
     def __init__(self, inputs: Inputs):
-        self.inputs, self.settings = inputs, inputs.settings
+        self.inputs, self.settings, self.pieces = inputs, inputs.settings, Pieces(inputs.run.here)
         self.prompts = self.inputs.prompts("validation")
         self.progress = Progress("measuring", "merge")
         self.model: nn.Module | None = self.inputs.instruct()
@@ -56,6 +57,7 @@ class Bench:
         self._merger = self._merger_of(coarse)
         self._other: tuple[merge.StateDict, merge.Merger] | None = None  # of the coarse model that was merged last
         self._reference: list[float] | None = None
+        self._compared: dict | None = None  # the recipe of the reference
 
     @property
     def score_text(self) -> str:
@@ -109,9 +111,15 @@ class Bench:
         """Answers of a merge to the validation prompts, in the instruction model's form."""
         return self.inputs.answers(model, self.prompts, form=self.settings.models.instruct_form)
 
-    def measure(self, recipe: merge.Recipe, coarse: merge.StateDict | None = None) -> dict:
-        """Metrics and score of one merge."""
-        return self.row(self.answers(self.merged(recipe, coarse)))
+    def measure(self, recipe: merge.Recipe, coarse: merge.StateDict | None = None, of: str = "coarse") -> dict:
+        """Metrics and score of one merge, kept as a piece of the stage; `of` names the model in `coarse`."""
+        return self.kept(["merge", portable(recipe), of], lambda: self.row(self.answers(self.merged(recipe, coarse))))
+
+    def kept(self, key: list, make: Callable[[], dict]) -> dict:
+        """A row as a piece of the stage; the reference that it is compared with is part of its key."""
+        row = self.pieces([*key, self._compared], make)
+        self.progress.step()
+        return row
 
     def sampled(self, sampler: Sampler) -> dict:
         """Metrics and score of answers from another sampler than the bench's model, in the base's form; the difference
@@ -128,7 +136,6 @@ class Bench:
         if self._reference is not None and comparable:
             found = stats.paired_bootstrap(scores, self._reference, resamples=2000, seed=self.settings.seed)
             row |= {"difference": round(found.difference, 6), "low": round(found.low, 6), "high": round(found.high, 6)}
-        self.progress.step()
         return row
 
     def scores(self, samples: list[Sample]) -> list[float]:
@@ -139,12 +146,20 @@ class Bench:
 
     def compare_with(self, recipe: merge.Recipe) -> None:
         """Take this merge as the reference of later rows."""
-        self._reference = self.scores(self.answers(self.merged(recipe)))
+        self._compared = portable(recipe)
+        self._reference = self.pieces(
+            ["reference", self._compared], lambda: self.scores(self.answers(self.merged(recipe)))
+        )
 
-    def sweep(self, operator: dict, coarse: merge.StateDict | None = None) -> list[dict]:
-        """Metrics and score for every coefficient of the grid."""
+    def sweep(self, operator: dict, coarse: merge.StateDict | None = None, of: str = "coarse") -> list[dict]:
+        """Metrics and score for every coefficient of the grid; `of` names the model in `coarse`."""
         grid = self.settings.merge.coefficients
-        return [{"coefficient": c, **self.measure(self.recipe(operator, c), coarse)} for c in grid]
+        return [{"coefficient": c, **self.measure(self.recipe(operator, c), coarse, of)} for c in grid]
+
+
+def portable(recipe: merge.Recipe) -> dict:
+    """A recipe without the folders of its models: it says the same wherever the run lies."""
+    return {key: value for key, value in recipe.to_dict().items() if key not in ("base", "instruct", "coarse")}
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from c2f_utils import merge
+from c2f_utils.errors import Stopped
 from c2f_utils.models import loading
 from c2f_utils.notebook.interrupt import stopping
 from c2f_utils.notebook.progress import Progress
@@ -20,9 +21,9 @@ from c2f_utils.stages.bench import Bench
 
 
 def expected(settings: Merge) -> int:
-    """How many merges are measured for the controls that are asked for."""
+    """How many merges are measured for the controls that are asked for, and beside them."""
     swept = {"interpolation", "fixed_long_residue"}.intersection(settings.controls)
-    return len(swept) * len(settings.coefficients)
+    return 3 + len(swept) * len(settings.coefficients)  # its three parents first
 
 
 def make(run: Run, bench: Bench, coefficient: float) -> Iterator[tuple[str, dict]]:
@@ -47,7 +48,7 @@ def keep(run: Run, bench: Bench, name: str, model: nn.Module) -> None:
 
 def _interpolation(run: Run, bench: Bench, coefficient: float) -> tuple[nn.Module, dict]:
     base = bench.states["base"]
-    sweep = bench.sweep({"name": "lerp"}, base)
+    sweep = bench.sweep({"name": "lerp"}, base, "base")
     chosen = max(sweep, key=lambda row: row["score"])["coefficient"]
     note = "instruct + c (base - instruct), c chosen on the same grid by the same score"
     return bench.merged(bench.recipe({"name": "lerp"}, chosen), base), {
@@ -68,7 +69,7 @@ def _random(run: Run, bench: Bench, coefficient: float) -> tuple[nn.Module, dict
 
 def _fixed_long(run: Run, bench: Bench, coefficient: float) -> tuple[nn.Module, dict]:
     state = bench.actor(run.parent("04_length_schedules").model(f"models/fixed_long-s{run.settings.seed}"))
-    sweep = bench.sweep({"name": "residue"}, state)
+    sweep = bench.sweep({"name": "residue"}, state, "fixed_long")
     chosen = max(sweep, key=lambda row: row["score"])["coefficient"]
     note = "residue of the actor trained under the fixed long limit, c chosen on the same grid by the same score"
     made = {"coefficient": chosen, "sweep": sweep, "note": note}
@@ -90,5 +91,8 @@ def _ppo(run: Run, bench: Bench, coefficient: float) -> tuple[nn.Module, dict]:
         for row in process:
             run.here.log({"control": "ppo_instruct", **row})
             progress(process.iteration, process.config.iterations)
+    if process.iteration < process.config.iterations:
+        reached = f"iteration {process.iteration} of {process.config.iterations}"
+        raise Stopped(f"RLHF from instruct: stopped after {reached}; run again to continue")
     note = "the same RLHF started from the instruction model, which is also its reference"
     return process.policy.actor, {"rollout_tokens": process.rollout_tokens, "note": note}

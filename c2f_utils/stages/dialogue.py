@@ -27,6 +27,7 @@ from c2f_utils.runs.run import Run
 from c2f_utils.settings.config import Settings
 from c2f_utils.stages import judge_of_run
 from c2f_utils.stages.inputs import Inputs, stopped_here
+from c2f_utils.stages.pieces import Pieces
 
 FINE = "fine"
 NULL_VERDICTS = 5  # per question: the answer against itself, repeated and constant in both orders
@@ -70,7 +71,7 @@ class Dialogues:
     key = "dialogue"
 
     def __init__(self, run: Run, inputs: Inputs):
-        self.run, self.inputs, self.settings = run, inputs, run.settings
+        self.run, self.inputs, self.settings, self.pieces = run, inputs, run.settings, Pieces(run.here)
         self.questions, self.source = questions_of(run.settings, inputs)
         if not self.questions:
             raise C2FError("no test prompt is left to ask in dialogues; set judge.prompts or judge.name to 'none'")
@@ -103,7 +104,12 @@ class Dialogues:
         def answer(prompts: list[Prompt], temperature: float) -> list[Sample]:
             return self.inputs.answers(model, prompts, _DECODING[temperature], limit, form)
 
-        self.said[name] = dialogues.generate(self.questions, prompt, answer)
+        def said() -> list:
+            made = dialogues.generate(self.questions, prompt, answer)
+            return [[place, dialogue.answers, dialogue.tokens] for place, dialogue in made.items()]
+
+        kept = self.pieces([self.key, name], said)
+        self.said[name] = {place: Dialogue(tuple(answers), tuple(tokens)) for place, answers, tokens in kept}
         dialogues.write_answers(self.run.here.path(self.key, "model_answer", f"{name}.jsonl"), name, self.said[name])
 
     def results(self) -> dict:

@@ -3,6 +3,7 @@ method."""
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import nn
 from c2f_utils import redundancy, stats
 from c2f_utils.domain import forms, stories
 from c2f_utils.domain.forms import Form
-from c2f_utils.domain.samples import Prompt, Sample, make_prompts
+from c2f_utils.domain.samples import Prompt, make_prompts
 from c2f_utils.files import write_text
 from c2f_utils.measure import answers
 from c2f_utils.models import loading
@@ -22,7 +23,8 @@ from c2f_utils.settings.config import Settings
 from c2f_utils.settings.task_suites import wanted
 from c2f_utils.stages import tasks
 from c2f_utils.stages.dialogue import Dialogues
-from c2f_utils.stages.inputs import Inputs, keep_samples
+from c2f_utils.stages.inputs import Inputs, keep_samples, stopped_here
+from c2f_utils.stages.pieces import Pieces
 from c2f_utils.stages.retention_and_sampling import Retention, Sampling
 from c2f_utils.stages.safety import Requests, Wordlist
 
@@ -88,37 +90,53 @@ def make(run: Run) -> dict:
     prefixes: dict[str, list[dict]] = {}
     profiles: dict[str, list[dict]] = {}
     table: list[dict] = []
-    said: dict[str, list[Sample]] = {}  # under the first decoding, by the models that are read side by side
-    further = parts(run, inputs)
+    apart: dict[str, list[dict]] = {}  # every answer under the first decoding, by the models that are read side by side
+    further, pieces = parts(run, inputs), Pieces(here)
     progress = Progress("answering", "model")
-    with here.timer("generation and scoring"), progress.counting(_count(settings, inputs)):
+    with here.timer("generation and scoring"), stopped_here(here), progress.counting(_count(settings, inputs)):
         for name, model, prompts, form in _models(run, inputs, test):
             found[name] = {"label": _label(name, form or settings.models.base_form, inputs), "role": _role(name, form)}
             single[name] = {}
             for decoding in settings.evaluation.decodings:
-                samples = inputs.answers(model, prompts, decoding, form=form)
-                rewards = inputs.reward(samples)
-                found[name][decoding] = answers.measure(samples, lambda _, known=rewards: known)
-                single[name][decoding] = answers.per_answer(samples) | {"reward": rewards.tolist()}
-                table += answers.rows(samples[: settings.evaluation.samples_kept], name, decoding, inputs.reward)
+                # No name for what holds the model: the next one is loaded when this one is gone.
+                seen = pieces(["answers", name, decoding], partial(_look, inputs, name, model, prompts, decoding, form))
+                found[name][decoding], single[name][decoding] = seen["metrics"], seen["single"]
+                table += seen["rows"]
                 if decoding == settings.evaluation.decodings[0]:
-                    read, each = [s.answer for s in samples], settings.evaluation.prefixes
-                    prefixes[name] = redundancy.prefix_table(read, each)
-                    profiles[name] = redundancy.profile(read, inputs.text, each)
-                    said |= {name: samples} if name in MAIN else {}
+                    prefixes[name], profiles[name] = seen["prefixes"], seen["profile"]
+                    apart |= {name: seen["all_rows"]} if name in MAIN else {}
             for part in further:
                 part.add(name, model, form or settings.models.base_form)
             del model  # before the next one is loaded
             progress.step()
     keep_samples(here, table, settings)
-    _keep_disagreements(run, inputs, said, single)
+    _keep_disagreements(run, apart, single)
     here.save_results({
         "models": found, "prefix_redundancy": prefixes, "decoding_of_prefixes": settings.evaluation.decodings[0],
         "paired": _paired(single, settings.seed), "limit": settings.evaluation.max_tokens,
         "redundancy": profiles, "gains": _gains(single, settings.evaluation.decodings[0], settings.seed),
         **{part.key: part.results() for part in further},
     })  # fmt: skip
+    pieces.clear()
     return here.results()
+
+
+def _look(inputs: Inputs, name: str, model: nn.Module, prompts: list[Prompt], decoding: str, form: Form | None) -> dict:
+    """What one model makes of the test problems under one decoding; redundancy under the first one only."""
+    wanted = inputs.settings.evaluation
+    samples = inputs.answers(model, prompts, decoding, form=form)
+    rewards = inputs.reward(samples)
+    seen = {
+        "metrics": answers.measure(samples, lambda _: rewards),
+        "single": answers.per_answer(samples) | {"reward": rewards.tolist()},
+        "rows": answers.rows(samples[: wanted.samples_kept], name, decoding, inputs.reward),
+    }
+    if decoding == wanted.decodings[0]:
+        read = [s.answer for s in samples]
+        seen["prefixes"] = redundancy.prefix_table(read, wanted.prefixes)
+        seen["profile"] = redundancy.profile(read, inputs.text, wanted.prefixes)
+        seen["all_rows"] = answers.rows(samples, name, decoding, lambda _: rewards) if name in MAIN else []
+    return seen
 
 
 def _models(run: Run, inputs: Inputs, test: list[Prompt]) -> Iterator[tuple[str, nn.Module, list[Prompt], Form | None]]:
@@ -155,7 +173,7 @@ def _count(settings: Settings, inputs: Inputs) -> int:
     return 3 + 2 * len(inputs.instruct_forms) + len(settings.merge.controls) + forced
 
 
-def _keep_disagreements(run: Run, inputs: Inputs, said: dict[str, list[Sample]], single: dict) -> None:
+def _keep_disagreements(run: Run, rows: dict[str, list[dict]], single: dict) -> None:
     """Write the answers of all main models to the prompts on which fine and instruct differ most to
     `disagreements.jsonl`: those where fine is worst first, then those where it is best."""
     decoding = run.settings.evaluation.decodings[0]
@@ -164,8 +182,7 @@ def _keep_disagreements(run: Run, inputs: Inputs, said: dict[str, list[Sample]],
     gains = np.subtract(fine[metric], instruct[metric])
     order = np.argsort(gains, kind="stable")
     shown = [int(i) for i in (*order[:DISAGREEMENTS], *order[-DISAGREEMENTS:][::-1]) if gains[i]]
-    rows = [row for name in said for row in answers.rows([said[name][i] for i in shown], name, decoding, inputs.reward)]
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    lines = (json.dumps(each[i], ensure_ascii=False) + "\n" for each in rows.values() for i in shown)
     write_text(run.here.path("disagreements.jsonl"), "".join(lines))
 
 

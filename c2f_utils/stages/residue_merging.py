@@ -9,13 +9,14 @@ it. With `merge.select: best_recipe` that best one is `model/`, and one coeffici
 from functools import cached_property
 
 from c2f_utils import merge
+from c2f_utils.domain.forms import Form
 from c2f_utils.errors import C2FError
 from c2f_utils.measure import answers
 from c2f_utils.report.results import operator_name
 from c2f_utils.runs.run import Run
 from c2f_utils.stages import controls, own_parts, variants
-from c2f_utils.stages.bench import Bench, recipe_of
-from c2f_utils.stages.inputs import Inputs, keep_samples
+from c2f_utils.stages.bench import Bench, portable, recipe_of
+from c2f_utils.stages.inputs import Inputs, keep_samples, stopped_here
 
 MATRICES = ("base", "instruct", "coarse")
 
@@ -60,7 +61,8 @@ class Merging:
         """Metrics and score of the operator at every coefficient of the grid."""
         if "sweep" not in self.found:
             grid = self.settings.merge.coefficients
-            with self.here.timer("sweeps"), self.bench.progress.counting(len(grid)):
+            progress = self.bench.progress.counting(len(grid))
+            with self.here.timer("sweeps"), stopped_here(self.here), progress:
                 self.found["sweep"] = self.bench.sweep(self.operator)
         return self.found["sweep"]
 
@@ -69,7 +71,7 @@ class Merging:
         if "chosen" not in self.found:
             self._best = max(self.sweep(), key=lambda row: row["score"])
             self.found["chosen"] = {"operator": self.operator, "coefficient": self._best["coefficient"]}
-            with self.here.timer("sweeps"):
+            with self.here.timer("sweeps"), stopped_here(self.here):
                 self.bench.compare_with(self.recipe(self._best["coefficient"]))
         return self.found["chosen"]
 
@@ -84,14 +86,14 @@ class Merging:
 
     def _try(self, bench: Bench, operator: dict, c: float) -> None:
         sections = self.settings.merge.sections
-        with self.here.timer("sweeps"):
+        with self.here.timer("sweeps"), stopped_here(self.here):
             mine = [{"operator": operator_name(operator), "spec": operator, **self._best}]
             self.found |= {
                 "layers": variants.parts(bench, operator, c) if "layers" in sections else [],
                 "depths": variants.depths(bench, operator, c) if "depths" in sections else [],
                 "operators": mine + variants.others(bench, self.settings.merge.other_operators),
             }
-        with self.here.timer("averages and decode-time merging"):
+        with self.here.timer("averages and decode-time merging"), stopped_here(self.here):
             self.found["averages"] = variants.averages(self.run, bench, operator, c) if "averages" in sections else []
             self.found["proxies"] = variants.proxies(bench, c) if "proxies" in sections else []
 
@@ -106,7 +108,7 @@ class Merging:
             self._richest = _richest(bench, self.operator, c, self._best["score"], self.found)
             made = {"one_coefficient": self.recipe(c), "best_recipe": self._richest["recipe"]}
             fine = made.pop(self.settings.merge.select)
-            with self.here.timer("merge"):
+            with self.here.timer("merge"), stopped_here(self.here):
                 self.found["survival"] = merge.run_merge(merge.plan_merge(fine), self.here.path("model")).survival
                 wanted = "roundings" in self.settings.merge.sections
                 with bench.progress.counting(len(variants.DTYPES)):
@@ -122,11 +124,8 @@ class Merging:
         self.merge()
         bench, c = self.bench, self.choose()["coefficient"]
         form = {"instruct": self.settings.models.instruct_form}
-        parents = {
-            name: bench.row(bench.inputs.answers(bench.loaded(state.items()), bench.prompts, form=form.get(name)))
-            for name, state in bench.states.items()
-        }
-        with bench.progress.counting(controls.expected(self.settings.merge)):
+        with stopped_here(self.here), bench.progress.counting(controls.expected(self.settings.merge)):
+            parents = {name: self._parent(name, form.get(name)) for name in bench.states}
             self.found["controls"] = dict(controls.make(self.run, bench, c))
         self.here.save_results(
             {
@@ -141,7 +140,7 @@ class Merging:
                     "name": self._richest["name"],
                     "score": self._richest["score"],
                     "tried": self._richest["tried"],
-                    "recipe": _portable(self._richest["recipe"]),
+                    "recipe": portable(self._richest["recipe"]),
                 },
                 "controls": self.found["controls"],
                 "anatomy": merge.anatomy(*(bench.states[name] for name in MATRICES)),
@@ -150,7 +149,16 @@ class Merging:
         )
         samples = bench.answers(bench.written(self.here.dir / "model"))
         keep_samples(self.here, answers.rows(samples, "fine", "sampled_t1", bench.inputs.reward), self.settings)
+        bench.pieces.clear()
         return self.results
+
+    def _parent(self, name: str, form: Form | None) -> dict:
+        bench = self.bench
+
+        def row() -> dict:
+            return bench.row(bench.inputs.answers(bench.loaded(bench.states[name].items()), bench.prompts, form=form))
+
+        return bench.kept(["parent", name], row)
 
 
 def _richest(bench: Bench, operator: dict, c: float, score: float, found: dict) -> dict:
@@ -171,8 +179,3 @@ def _richest(bench: Bench, operator: dict, c: float, score: float, found: dict) 
     return max(tried, key=lambda item: item["score"]) | {
         "tried": len(tried) + len(bench.settings.merge.coefficients) - 1
     }
-
-
-def _portable(recipe: merge.Recipe) -> dict:
-    """A recipe without the folders of its models: results say the same wherever the run lies."""
-    return {key: value for key, value in recipe.to_dict().items() if key not in ("base", "instruct", "coarse")}

@@ -8,6 +8,7 @@ domain, where a checker knows what is right.
 import random
 from itertools import islice
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -25,6 +26,7 @@ from c2f_utils.report.results import MAIN
 from c2f_utils.runs.run import Run
 from c2f_utils.stages import data
 from c2f_utils.stages.inputs import Inputs
+from c2f_utils.stages.pieces import Pieces
 
 UNUSED_SEED = 10_000_000  # added to the run's: base documents that no run was trained on
 OWN = "own"  # the answers of instruct itself
@@ -37,7 +39,7 @@ class Retention:
     key = "retention"
 
     def __init__(self, run: Run, inputs: Inputs):
-        self.inputs, self.settings = inputs, run.settings
+        self.inputs, self.settings, self.pieces = inputs, run.settings, Pieces(run.here)
         wanted = run.settings.retention
         self.texts = _documents(run, inputs, wanted.documents) if wanted.documents else {}
         instruct = inputs.instruct()  # first of all: every other model is compared with it on what it said
@@ -49,7 +51,8 @@ class Retention:
 
     def add(self, name: str, model: nn.Module, form: Form) -> None:
         if name not in ("instruct_forced", "base_forced", f"instruct_{form}", f"fine_{form}"):
-            self.found[name] = self._score(model)
+            kept = self.pieces([self.key, name], lambda: {k: list(v) for k, v in self._score(model).items()})
+            self.found[name] = {kind: Scored(*map(np.array, columns)) for kind, columns in kept.items()}
 
     def results(self) -> dict:
         """`label`, `documents` and `tokens` of each kind; of each model `perplexity` and its `ratio` to instruct's by
@@ -131,19 +134,21 @@ class Sampling:
     key = "sampling"
 
     def __init__(self, run: Run, inputs: Inputs):
-        self.inputs, self.settings = inputs, run.settings
+        self.inputs, self.settings, self.pieces = inputs, run.settings, Pieces(run.here)
         self.prompts = inputs.prompts("test")[: run.settings.sampling.problems]
         self.samples = run.settings.sampling.samples
         self.choices = run.settings.data.world.largest + 1  # results that a guess may name
         self.found: dict[str, dict[str, list]] = {}
 
     def add(self, name: str, model: nn.Module, form: Form) -> None:
-        if name not in MAIN:
-            return
+        if name in MAIN:
+            self.found[name] = self.pieces([self.key, name], lambda: self._counted(model, form))
+
+    def _counted(self, model: nn.Module, form: Form) -> dict[str, list]:
         answers = self.inputs.answers(model, [p for p in self.prompts for _ in range(self.samples)], form=form)
         verdicts = [stories.check(s.prompt.problem, s.answer) for s in answers]
         each = [verdicts[start : start + self.samples] for start in range(0, len(verdicts), self.samples)]
-        self.found[name] = {
+        return {
             "answer": [sum(v.last_right for v in mine) for mine in each],
             "worked": [sum(v.last_right and v.correct_steps == v.steps for v in mine) for mine in each],
             "votes": [[v.last_answer for v in mine] for mine in each],

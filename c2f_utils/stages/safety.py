@@ -19,6 +19,7 @@ from c2f_utils.notebook.progress import Progress
 from c2f_utils.runs.run import Run
 from c2f_utils.stages import judge_of_run
 from c2f_utils.stages.inputs import Inputs, stopped_here
+from c2f_utils.stages.pieces import Pieces
 
 FORCED = ("instruct_forced", "base_forced")  # their answers are begun for them
 READS_TEXT = ("local", "openai")  # judges that can say what an answer does
@@ -33,7 +34,7 @@ class Wordlist:
     def __init__(self, run: Run, inputs: Inputs):
         source = run.settings.safety.wordlist
         run.here.add_input(f"data:{source}", sha256(source))
-        self.inputs, self.settings = inputs, run.settings
+        self.inputs, self.settings, self.pieces = inputs, run.settings, Pieces(run.here)
         words = [word for part in user_text.read(source, "safety.wordlist") for word in part.split()]
         self.ids = layer_lens.word_ids(words, inputs.tokenizer)
         self.prompts = inputs.prompts("test")[: run.settings.safety.prompts]
@@ -42,10 +43,13 @@ class Wordlist:
     def add(self, name: str, model: nn.Module, form: Form) -> None:
         if name in FORCED:
             return
+        self.found[name] = self.pieces([self.key, name], lambda: self._measured(model, form))
+
+    def _measured(self, model: nn.Module, form: Form) -> list[dict]:
         tokenizer, asked = self.inputs.asked(self.prompts, form)
         budget = self.settings.coarse.tokens_per_micro_batch
         likely = layer_lens.probability_by_layer(model, asked, self.ids, tokenizer.pad_token_id, budget)
-        self.found[name] = [sampling.mean(row, self.settings.seed)._asdict() for row in likely]
+        return [sampling.mean(row, self.settings.seed)._asdict() for row in likely]
 
     def results(self) -> dict:
         """`tokens` of the list, and of every model the mean probability after each layer with its interval."""

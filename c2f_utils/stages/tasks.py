@@ -20,6 +20,7 @@ from c2f_utils.notebook.progress import Progress
 from c2f_utils.runs.run import Run
 from c2f_utils.settings.task_suites import wanted
 from c2f_utils.stages.inputs import Inputs
+from c2f_utils.stages.pieces import Pieces
 
 SEED = 1_000_003  # added to the run's: its tasks have problems of their own
 
@@ -33,7 +34,7 @@ class Tasks:
     key = "tasks"
 
     def __init__(self, run: Run, inputs: Inputs) -> None:
-        self.run, self.inputs, self.config = run, inputs, run.settings.tasks
+        self.run, self.inputs, self.config, self.pieces = run, inputs, run.settings.tasks, Pieces(run.here)
         self.log = run.here.path("tasks", "lm_eval.log")
         self.folder = self.log.parent
         self.tasks = suites.prepare(list(self._entries()), self.log)
@@ -92,6 +93,7 @@ class Tasks:
             key = task.key(identity, tokenizer, template, limit, self.config.batch)
             found = suites.kept(self.folder / "kept", key)
             if found is None:
+                self.pieces.refuse_to_go_on()
                 self.progress(len(self.rows), max(self.total, len(self.rows) + 1))
                 lm = lm or suites.harness(model, tokenizer, template, self.config.batch, self.log)
                 found = suites.ask(task, lm, template, limit, self.log)

@@ -4,6 +4,7 @@ Parts of the network, profiles over depth, other operators, averages of coarse a
 dtypes. All on validation problems, each with its paired difference to the one-coefficient merge.
 """
 
+import functools
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from c2f_utils.models import loading
 from c2f_utils.report.results import operator_name
 from c2f_utils.rollout.proxy import ProxyDecoder
 from c2f_utils.runs.run import Run
-from c2f_utils.stages.bench import Bench
+from c2f_utils.stages.bench import Bench, portable
 
 DTYPES = ("float32", "bfloat16", "bfloat16_stochastic")
 # Multiples of the chosen coefficient at depth 0, 1/2 and 1; each has mean 1 over depth.
@@ -76,7 +77,7 @@ def averages(run: Run, bench: Bench, operator: dict, coefficient: float) -> list
     for name, states in _families(run, bench):
         if len(states) > 1:
             state = _weighted(states)
-            row = bench.measure(bench.recipe(operator, coefficient), state)
+            row = bench.measure(bench.recipe(operator, coefficient), state, name)
             rows.append({"name": name, "actors": len(states), **row})
     return rows
 
@@ -114,24 +115,34 @@ def proxies(bench: Bench, coefficient: float) -> list[dict]:
     if loading.device(inputs.settings.models).type == "cuda":
         print("proxy-tuning is left out: it has not been run on CUDA (tests/test_cuda.py would show it)", flush=True)
         return []
-    trio = inputs.instruct(), inputs.coarse(), inputs.base()
+    trio = functools.cache(lambda: (inputs.instruct(), inputs.coarse(), inputs.base()))
     longest = max(len(p.ids) for p in bench.prompts) + inputs.settings.evaluation.max_tokens
+
+    def row(c: float) -> dict:
+        stops = inputs.stop_strings()
+        return bench.sampled(ProxyDecoder(*trio(), inputs.tokenizer, c, stop_strings=stops, longest=longest))
+
     return [
-        {"name": f"proxy-tuning, c = {c:g}", "coefficient": c, "forward_passes_per_token": 3, **bench.sampled(decoder)}
+        {
+            "name": f"proxy-tuning, c = {c:g}", "coefficient": c, "forward_passes_per_token": 3,
+            **bench.kept(["proxy", c], lambda c=c: row(c)),
+        }
         for c in dict.fromkeys((coefficient, 1.0))
-        for decoder in [ProxyDecoder(*trio, inputs.tokenizer, c, stop_strings=inputs.stop_strings(), longest=longest)]
-    ]
+    ]  # fmt: skip
 
 
 def roundings(run: Run, bench: Bench, recipe: merge.Recipe) -> list[dict]:
     """How much of the wanted change is left after each output dtype, and what that does to the answers."""
     rows = []
     for dtype in DTYPES:
-        with tempfile.TemporaryDirectory(prefix=".", dir=run.here.dir) as scratch:
-            report = merge.run_merge(
-                merge.plan_merge(recipe.model_copy(update={"out_dtype": dtype})), Path(scratch) / "model"
-            )
-            model = bench.written(Path(scratch) / "model")
-        row = bench.row(bench.answers(model))
-        rows.append({"out_dtype": dtype, "survival": report.survival, **row})
+        rounded = recipe.model_copy(update={"out_dtype": dtype})
+        row = bench.kept(["rounding", portable(rounded)], lambda rounded=rounded: _rounding(run, bench, rounded))
+        rows.append({"out_dtype": dtype, **row})
     return rows
+
+
+def _rounding(run: Run, bench: Bench, recipe: merge.Recipe) -> dict:
+    with tempfile.TemporaryDirectory(prefix=".", dir=run.here.dir) as scratch:
+        report = merge.run_merge(merge.plan_merge(recipe), Path(scratch) / "model")
+        model = bench.written(Path(scratch) / "model")
+    return {"survival": report.survival, **bench.row(bench.answers(model))}

@@ -19,7 +19,7 @@ from c2f_utils.files import root
 from c2f_utils.notebook.opening import deciding, opening
 from c2f_utils.notebook.progress import in_words
 from c2f_utils.notebook.show import Html
-from c2f_utils.notebook.tables import frame
+from c2f_utils.notebook.frames import frame
 from c2f_utils.runs import disk, provenance, registry, work
 from c2f_utils.runs.run import Run
 from c2f_utils.runs.stage import Stage, run_folder
@@ -143,7 +143,7 @@ def _commands() -> None:
 
 
 def _show(html: Html) -> None:
-    """Display it, and have every DataFrame that a later cell shows displayed as `tables` says."""
+    """Display it, and have every DataFrame that a later cell shows displayed as `frames` says."""
     try:
         from IPython import get_ipython
         from IPython.display import display

@@ -16,8 +16,8 @@ from matplotlib.image import imread
 
 from c2f_utils.files import root
 from c2f_utils.notebook import cells, links
-from c2f_utils.notebook.git_filter import clean
 from c2f_utils.notebook.frames import frame
+from c2f_utils.notebook.git_filter import clean
 from c2f_utils.report.style import new_figure
 
 NOTEBOOKS = sorted((root() / "notebooks").glob("*.ipynb"))

@@ -16,10 +16,10 @@ from pathlib import Path
 from c2f_utils import threads
 from c2f_utils.errors import problems
 from c2f_utils.files import root
+from c2f_utils.notebook.frames import frame
 from c2f_utils.notebook.opening import deciding, opening
 from c2f_utils.notebook.progress import in_words
 from c2f_utils.notebook.show import Html
-from c2f_utils.notebook.frames import frame
 from c2f_utils.runs import disk, provenance, registry, work
 from c2f_utils.runs.run import Run
 from c2f_utils.runs.stage import Stage, run_folder

@@ -23,9 +23,14 @@ def display_here():
     return display if shell is not None and hasattr(shell, "kernel") else None
 
 
+def unattended() -> bool:
+    """Whether nobody is reading: a run from the command line."""
+    return os.environ.get("C2F_HEADLESS") == "1"
+
+
 def headless() -> bool:
     """Whether lines of text are wanted instead of something that is redrawn."""
-    return os.environ.get("C2F_HEADLESS") == "1" or display_here() is None
+    return unattended() or display_here() is None
 
 
 class Pace:

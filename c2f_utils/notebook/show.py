@@ -86,10 +86,10 @@ def sample_browser(samples: Iterable[Mapping[str, object]], limit: int = 8) -> H
         by_prompt.setdefault(str(sample["prompt"]), []).append(sample)
     folds = []
     for number, (prompt, answers) in enumerate(list(by_prompt.items())[:limit]):
-        columns = [(_heading(sample), sample) for sample in answers]
+        shown = [(_heading(sample), sample) for sample in answers]
         folds.append(
             f"<details{' open' if number == 0 else ''}><summary>{in_html(_short(prompt))}</summary>"
-            f"{_prompt(prompt)}{_columns(columns)}</details>"
+            f"{prompt_of(prompt)}{_columns(shown)}</details>"
         )
     return Html("".join(folds) or "<p>No samples.</p>")
 
@@ -99,8 +99,8 @@ def side_by_side(
 ) -> Html:
     """The models' answers to the same prompts in equal columns; only prompts that every model has answered are shown.
 
-    With `blind`, the columns are called A, B, C, ... in an order shuffled anew for each prompt, and the names are in
-    a fold.
+    With `blind`, the columns are called A, B, C, ... in an order shuffled anew for each prompt, without the labels that
+    tell models apart, and the names are in a fold. `vote.vote` keeps what a reader chooses.
     """
     answers = {model: {str(sample["prompt"]): sample for sample in found} for model, found in samples_by_model.items()}
     first = next(iter(answers.values()), {})
@@ -113,7 +113,7 @@ def side_by_side(
             order.shuffle(models)
         names = [chr(ord("A") + index) for index in range(len(models))] if blind else models
         named = list(zip(names, models, strict=True))
-        block = _prompt(prompt) + _columns([(name, answers[model][prompt]) for name, model in named])
+        block = prompt_of(prompt) + _columns([(name, answers[model][prompt]) for name, model in named], not blind)
         if blind:
             key = ", ".join(f"{name} = {model}" for name, model in named)
             block += f"<details><summary>Which is which?</summary>{in_html(key)}</details>"
@@ -121,12 +121,19 @@ def side_by_side(
     return Html("<hr>".join(blocks) or "<p>No prompt was answered by every model.</p>")
 
 
-def _columns(columns: Sequence[tuple[str, Mapping[str, object]]]) -> str:
-    width = f"width:{100 / len(columns):.2f}%"
-    heads = "".join(f"<th style='{width};text-align:left{_rule(name)}'>{in_html(name)}</th>" for name, _ in columns)
-    labels = "".join(f"<td style='text-align:left;vertical-align:top'>{chips(sample)}</td>" for _, sample in columns)
-    texts = "".join(f"<td style='{_TEXT}'>{marked(str(sample['text']))}</td>" for _, sample in columns)
-    return f"<table style='table-layout:fixed;width:100%'><tr>{heads}</tr><tr>{labels}</tr><tr>{texts}</tr></table>"
+def _columns(answers: Sequence[tuple[str, Mapping[str, object]]], labelled: bool = True) -> str:
+    labels = [chips(sample) for _, sample in answers] if labelled else []
+    return columns([name for name, _ in answers], [marked(str(sample["text"])) for _, sample in answers], labels)
+
+
+def columns(names: Sequence[str], texts: Sequence[str], labels: Sequence[str] = ()) -> str:
+    """Equal columns of texts that are HTML, under names and, where there are any, labels."""
+    width = f"width:{100 / len(names):.2f}%"
+    heads = "".join(f"<th style='{width};text-align:left{_rule(name)}'>{in_html(name)}</th>" for name in names)
+    chosen = "".join(f"<td style='text-align:left;vertical-align:top'>{label}</td>" for label in labels)
+    body = "".join(f"<td style='{_TEXT}'>{text}</td>" for text in texts)
+    rows = "".join(f"<tr>{row}</tr>" for row in (heads, chosen, body) if row)
+    return f"<table style='table-layout:fixed;width:100%'>{rows}</table>"
 
 
 def _rule(name: str) -> str:
@@ -136,7 +143,8 @@ def _rule(name: str) -> str:
     return f";border-bottom:3px solid {ROLE_COLOURS[name]}" if name in ROLE_COLOURS else ""
 
 
-def _prompt(prompt: str) -> str:
+def prompt_of(prompt: str) -> str:
+    """A prompt above its answers."""
     return f"<p style='white-space:pre-wrap'><b>{in_html(prompt)}</b></p>"
 
 

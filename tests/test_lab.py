@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -53,10 +54,6 @@ class Lab:
         session = f"({PANEL})?.sessionContext"
         connected = f"({CELLS}).length && {session}?.session?.kernel?.connectionStatus"
         wait(lambda: self.page.evaluate(connected) == "connected")
-            lambda: (
-                self.page.evaluate(f"({CELLS}).length && {session}?.session?.kernel?.connectionStatus") == "connected"
-            )
-        )
         self.page.evaluate(f"window.jupyterapp.shell.activateById(({PANEL}).id)")
 
     def do(self, command: str, **arguments: object) -> None:
@@ -90,6 +87,7 @@ class Lab:
         tall = self.page.evaluate("document.querySelector('.jp-Notebook .jp-WindowedPanel-inner').scrollHeight") + 200
         self.page.ask("Emulation.setDeviceMetricsOverride", width=WIDTH, height=int(min(tall, 15_000)),
                       deviceScaleFactor=1, mobile=False)  # fmt: skip
+        time.sleep(1)  # until everything has been drawn
         found = self.page.ask("Page.captureScreenshot", format="png")
         self.page.ask("Emulation.clearDeviceMetricsOverride")
         (self.folder / "shots" / f"{name}.png").write_bytes(base64.b64decode(found["data"]))

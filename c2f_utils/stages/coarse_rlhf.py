@@ -96,6 +96,7 @@ def small_trainer(
     It works on copies (of `law`, too), writes nothing and measures nothing, and its critic and actor learn at once.
     Where training splits full weights over processes, adapters stand in for them: here one process holds everything.
     """
+    own_parts.refuse(law, reward)
     settings = inputs.settings
     coarse = settings.coarse
     count = min(prompts, coarse.prompts)
@@ -125,6 +126,7 @@ def train(
             "coarse.processes > 1 starts new processes, which cannot see a law or reward made in this notebook; "
             "set it to 1"
         )
+    own_parts.refuse(law, reward)
     own_parts.record(here, law=law, reward=reward)
     if here.loaded:
         return

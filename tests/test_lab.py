@@ -87,6 +87,7 @@ class Lab:
         tall = self.page.evaluate("document.querySelector('.jp-Notebook .jp-WindowedPanel-inner').scrollHeight") + 200
         self.page.ask("Emulation.setDeviceMetricsOverride", width=WIDTH, height=int(min(tall, 15_000)),
                       deviceScaleFactor=1, mobile=False)  # fmt: skip
+        self.page.evaluate("document.querySelector('.jp-WindowedPanel-outer').scrollTo(0, 0)")
         time.sleep(1)  # until everything has been drawn
         found = self.page.ask("Page.captureScreenshot", format="png")
         self.page.ask("Emulation.clearDeviceMetricsOverride")

@@ -37,7 +37,7 @@ AT_THE_START = {
     "law that shrinks": (overrides(coarse__law={"name": "useful", "start": 90, "maximum": 20}), "start"),
     "law as a number": (overrides(coarse__law=7), "coarse.law"),
     "unknown source of data": (overrides(data__source="web"), "data.source"),
-    "unknown operator": (overrides(merge__operator="magic"), "magic"),
+    "unknown output type": (overrides(merge__out_dtype="int4"), "merge.out_dtype"),
     "no coefficients": (overrides(merge__coefficients=[]), "merge.coefficients"),
     "unknown decoding": (overrides(evaluation__decodings=["beam"]), "beam"),
     "unknown judge": (overrides(judge__name="oracle"), "oracle"),
@@ -67,7 +67,7 @@ IN_THE_RUN = {
     "law that is a class": (f"{LAW}class law(Law):\n    maximum = 8", "law"),
     "law beyond the model": (f"{LAW}class L(Law):\n    maximum = 10**6\nlaw = L(8)", "positions"),
     "law that says words": (
-        f"{LAW}class L(Law):\n    maximum = 32\n    def update(self, s): return 'more'\nlaw = L(8)",
+        f"{LAW}class L(Law):\n    maximum = 8\n    def update(self, s): return 'more'\nlaw = L(8)",
         "limit",
     ),
 }
@@ -106,15 +106,7 @@ def test_a_wrong_beginning_is_answered_by_a_sentence(case, outputs, shell, capsy
 @pytest.fixture(scope="module")
 def copied(smoke_run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("outputs")
-    for stage in (
-        "01_base_model",
-        "02_reward_model",
-        "03_coarse_rlhf",
-        "04_length_schedules",
-        "05_instruction_model",
-        "06_residue_merging",
-        "07_evaluation",
-    ):
+    for stage in (path.name for path in smoke_run.glob("0[1-7]_*") if path.is_dir()):
         shutil.copytree(smoke_run / stage, folder / "smoke" / stage)
     return folder
 

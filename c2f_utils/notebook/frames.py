@@ -16,9 +16,11 @@ if TYPE_CHECKING:
     import pandas as pd
 
 ROWS = 500  # more are left out in the middle
+WIDE = 12  # columns beyond which letters are smaller
 _BOX = "max-width:1000px;max-height:640px;overflow:auto"
-_WORDS = "text-align:left;white-space:pre-wrap;overflow-wrap:break-word"
-_HEAD = "text-align:{side};vertical-align:bottom;overflow-wrap:break-word"
+_PAD = "padding:4px 6px"
+_WORDS = f"{_PAD};text-align:left;white-space:pre-wrap;overflow-wrap:break-word"
+_HEAD = _PAD + ";text-align:{side};vertical-align:bottom;overflow-wrap:break-word"
 
 
 def frame(table: "pd.DataFrame") -> str | None:
@@ -41,7 +43,8 @@ def frame(table: "pd.DataFrame") -> str | None:
         gone = f"<td colspan='{len(filled)}'>{len(body) - ROWS} rows are not shown</td>"
         body = [*body[: ROWS // 2], gone, *body[-ROWS // 2 :]]
     rows = "".join(f"<tr>{line}</tr>" for line in body)
-    markup = f"<table class='dataframe'><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+    size = "font-size:85%" if len(filled) > WIDE else ""
+    markup = f"<table class='dataframe' style='{size}'><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
     return without_mathematics(f"<div style='{_BOX}'>{markup}</div>")
 
 
@@ -111,4 +114,4 @@ def _breakable(name: str) -> str:
 def _cell(kind: str, markup: str, numeric: bool) -> str:
     if kind == "th":
         return f"<th style='{_HEAD.format(side='right' if numeric else 'left')}'>{markup}</th>"
-    return f"<td>{markup}</td>" if numeric else f"<td style='{_WORDS}'>{markup}</td>"
+    return f"<td style='{_PAD}'>{markup}</td>" if numeric else f"<td style='{_WORDS}'>{markup}</td>"

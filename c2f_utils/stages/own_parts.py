@@ -26,10 +26,7 @@ def record(here: Stage, **parts: object) -> None:
 def refuse(law: object, reward: object) -> None:
     """Raise C2FError for what can be no law or no reward; None is that of the settings."""
     if law is not None and not isinstance(law, limits.Law):
-        made = (
-            "an object of it, such as law = MyLaw(8)" if isinstance(law, type) else "an object of a class of limits.Law"
-        )
-        raise C2FError(f"law = {short(law)}; expected {made}, or None for coarse.law of the settings")
+        raise C2FError(f"law = {short(law)}; expected an object of a class of limits.Law, as Doubling(8) is, or None")
     if reward is not None and not callable(reward):
         raise C2FError(f"reward = {short(reward)}; expected a function from samples to one reward each, or None")
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 ROWS = 500  # more are left out in the middle
 WIDE = 12  # columns beyond which letters are smaller
 _BOX = "max-width:1000px;max-height:640px;overflow:auto"
-_PAD = "padding:4px 6px"
+_PAD = "padding:4px"
 _WORDS = f"{_PAD};text-align:left;white-space:pre-wrap;overflow-wrap:break-word"
 _HEAD = _PAD + ";text-align:{side};vertical-align:bottom;overflow-wrap:break-word"
 
@@ -43,7 +43,7 @@ def frame(table: "pd.DataFrame") -> str | None:
         gone = f"<td colspan='{len(filled)}'>{len(body) - ROWS} rows are not shown</td>"
         body = [*body[: ROWS // 2], gone, *body[-ROWS // 2 :]]
     rows = "".join(f"<tr>{line}</tr>" for line in body)
-    size = "font-size:85%" if len(filled) > WIDE else ""
+    size = "font-size:11px" if len(filled) > WIDE else ""
     markup = f"<table class='dataframe' style='{size}'><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
     return without_mathematics(f"<div style='{_BOX}'>{markup}</div>")
 

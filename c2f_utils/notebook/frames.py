@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 ROWS = 500  # more are left out in the middle
 WIDE = 12  # columns beyond which letters are smaller
 _BOX = "max-width:1000px;max-height:640px;overflow:auto"
-_PAD = "padding:4px"
+_PAD = "padding:4px 3px"
 _WORDS = f"{_PAD};text-align:left;white-space:pre-wrap;overflow-wrap:break-word"
 _HEAD = _PAD + ";text-align:{side};vertical-align:bottom;overflow-wrap:break-word"
 

@@ -20,8 +20,10 @@ test-slow: $(READY)
 
 test-all: test test-slow
 
+# On the project's folder: outputs, report and figures can be reached. Outputs of notebooks are kept from git (.gitattributes).
 lab: $(READY)
-	$(BIN)/jupyter lab notebooks
+	if test -e .git; then git config filter.c2f-notebook.clean 'python3 c2f_utils/notebook/git_filter.py'; fi
+	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks
 
 # The stamp makes a second call install nothing. A torch that is already in .venv (a CUDA build, say) is kept: its pin is left out.
 $(READY): pyproject.toml constraints.txt

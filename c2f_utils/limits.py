@@ -12,9 +12,10 @@ import math
 import random
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import ClassVar
 
-from c2f_utils.errors import C2FError
+from c2f_utils.errors import C2FError, short
 
 
 @dataclass(frozen=True)
@@ -361,9 +362,9 @@ def refuse_unfed(law: Law, measured: Collection[str] = CRITIC_FREE) -> None:
 
 def refuse_beyond(law: Law, asked: Collection[int], largest: int) -> None:
     """Raise C2FError unless all limits asked for (tokens) lie in 1 .. `largest`, which was checked before training."""
-    if wrong := [limit for limit in asked if not 1 <= limit <= largest]:
+    if wrong := [limit for limit in asked if not (isinstance(limit, Real) and 1 <= limit <= largest)]:
         raise C2FError(
-            f"law {type(law).__name__} asks for {wrong[0]} tokens; expected 1 to {largest}, its `maximum` when "
+            f"law {type(law).__name__} asks for {short(wrong[0])} tokens; expected 1 to {largest}, its `maximum` when "
             "training started (without one: its first limit), against which memory and positions were checked: give "
             "it a `maximum` that it never passes"
         )

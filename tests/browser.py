@@ -50,10 +50,10 @@ def wait(what: Callable[[], object], seconds: float = 90) -> object:
 
 
 @contextlib.contextmanager
-def chromium(folder: Path) -> Iterator[Page]:
+def chromium(folder: Path, width: int = 1400, height: int = 3000) -> Iterator[Page]:
     """An empty tab of a browser whose profile lies in `folder`."""
     command = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
-               "--window-size=1400,3000", "--remote-debugging-port=0", f"--user-data-dir={folder}"]  # fmt: skip
+               f"--window-size={width},{height}", "--remote-debugging-port=0", f"--user-data-dir={folder}"]  # fmt: skip
     with _started(command, os.environ):
         wrote = folder / "DevToolsActivePort"
         port = wait(lambda: wrote.is_file() and wrote.read_text().partition("\n")[0])
@@ -63,14 +63,16 @@ def chromium(folder: Path) -> Iterator[Page]:
 
 
 @contextlib.contextmanager
-def lab(folder: Path, own: Path) -> Iterator[Callable[[str], str]]:
+def lab(
+    folder: Path, own: Path, environment: dict[str, str] | None = None, *options: str
+) -> Iterator[Callable[[str], str]]:
     """A JupyterLab on the files in `folder`, its own files in `own`; gives the address of a file by its name."""
     token = secrets.token_hex(16)
     kinds = {"JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR"}
     kinds |= {"JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR"}
     command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", "--ip=127.0.0.1", "--port=0",
-               f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={folder}"]  # fmt: skip
-    with _started(command, os.environ | {kind: str(own / kind) for kind in kinds}):
+               f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={folder}", *options]  # fmt: skip
+    with _started(command, (environment or os.environ) | {kind: str(own / kind) for kind in kinds}):
         runtime = own / "JUPYTER_RUNTIME_DIR"
         place = wait(lambda: next(runtime.glob("jpserver-*-open.html"), None))
         url = json.loads(place.with_name(place.name.replace("-open.html", ".json")).read_text())["url"]

@@ -14,6 +14,7 @@ from c2f_utils.errors import C2FError
 from c2f_utils.files import read_json
 from c2f_utils.notebook import cells, panel, show
 from c2f_utils.notebook.opening import DECIDING, deciding, opening
+from c2f_utils.notebook.progress import in_words
 from c2f_utils.runs import provenance
 from c2f_utils.runs.run import Run
 from c2f_utils.runs.stage import Stage, run_folder
@@ -363,6 +364,9 @@ def row(iteration: int, **fields) -> dict:
         ([row(0, truncated_share=0.92)], "limit", "92 % of answers hit the limit of 50 tokens"),
         ([row(i, kl_per_token=0.9) for i in range(5)], "kl", "KL per token 0.90 > 0.5 nats for 5 iterations"),
         ([row(i, reward=0.2 * i, rep4=0.05 * i) for i in range(10)], "hacking", "likely reward hacking"),
+        ([row(0, truncated_share=1.0, reward_sd=0.0)], "nothing", "every answer is cut and all are paid alike"),
+        ([row(i, rep4=0.05 * i) for i in range(10)], "repeats", "of 4-grams have been said before, 2% at the"),
+        ([row(i, kl_per_token=0.02 + 0.05 * (i > 5)) for i in range(7)], "kl_doubled", "doubled, from 0.020 to 0.070"),
         ([row(0, sampler_mismatch=2e-3)], "sampler_mismatch", "another policy than the one that is trained"),
         ([row(0, ratio_error=1.95, sampler_mismatch=0.0)], "ratio_error", "ratio_error 1.95 > 0.01 (float32)"),
         ([row(0, value_loss=float("nan"))], "nan", "value_loss is not a finite number at iteration 0"),
@@ -370,7 +374,7 @@ def row(iteration: int, **fields) -> dict:
 )
 def test_alarms_are_raised_in_words(rows, kind, said):
     found = panel.alarms(rows)
-    assert list(found) == [kind] and said in found[kind]
+    assert list(found)[-1:] == [kind] and said in found[kind] and set(found) <= {kind, "limit"}
 
 
 def test_a_healthy_run_raises_no_alarm():
@@ -406,6 +410,50 @@ def test_a_headless_panel_writes_lines_alarms_and_the_figure(monkeypatch, capsys
     saved = {path.name for path in (stage.dir / "figures").iterdir()}
     assert saved == {"training_panel.png", "training_panel.pdf", "training_panel.csv"}
     stage.finish()
+
+
+class Shown:
+    """Stands in for a notebook's display: what each place shows at last."""
+
+    def __init__(self, what, display_id=True):
+        self.what = what
+        self.views.append(self)
+
+    def update(self, what):
+        self.what = what
+
+
+def test_a_panel_says_how_long_it_takes_what_was_measured_and_what_is_alarming(monkeypatch):
+    clock = [0.0]
+    Shown.views = []
+    monkeypatch.setattr(panel.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(panel, "display_here", lambda: Shown)
+    monkeypatch.setattr(panel, "headless", lambda: False)
+    run = Run(load_settings("tiny", run_id="a"))
+    stage = run.stage("03_coarse_rlhf")
+    stage.begin()
+    live = panel.LivePanel(stage)
+    evaluated = [{"iteration": 0, "utility": 1.0, "accuracy_last": 0.3}, {"iteration": 3, "utility": 1.5}]
+    for iteration in range(1, 5):
+        clock[0] = 10.0 * iteration
+        stage.log(row(iteration, truncated_share=0.95))
+        live.update(row(iteration, truncated_share=0.95) | {"curve": evaluated})
+    words, training, curve = (view.what for view in Shown.views)
+    total = run.settings.coarse.iterations
+    assert words.text.startswith(f"iteration 4 of {total}, about {in_words(10.0 * (total - 4))} left  reward 0.10")
+    assert "ALARM: 95 % of answers hit the limit" in words.text and f"{stage.path('STOP')}" in words.text
+    assert len(training.data) == 4 and len(curve.axes) == 2
+    assert list(curve.axes[0].lines[0].get_ydata()) == [1.0, 1.5]
+
+    stage.save_results({"curve": [{"iteration": 0, "reward": 0.1}, {"iteration": 4, "reward": 0.7}]})
+    stage.finish()
+    Shown.views = []
+    again = run.stage("03_coarse_rlhf")
+    again.begin()
+    panel.LivePanel(again).close()
+    words, _, curve = (view.what for view in Shown.views)
+    assert "ALARM: 95 % of answers hit the limit of 50 tokens at iteration 4" in words.text, "kept when it is loaded"
+    assert "STOP" not in words.text and list(curve.axes[0].lines[0].get_ydata()) == [0.1, 0.7]
 
 
 def test_a_continued_panel_shows_the_rows_before_the_interruption():

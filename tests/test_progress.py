@@ -35,6 +35,21 @@ def test_what_is_left_is_reckoned_from_where_this_session_began(clock, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == "reward model: step 510 of 600, about 9 min left"
 
 
+def test_steps_of_several_parts_are_counted_together_and_the_last_line_is_right(clock, capsys):
+    show = progress.Progress("judge", "verdict")
+    show.step()  # outside of a block nothing is counted
+    with show.counting(8):
+        for _ in range(5):
+            clock[0] += 6.0
+            show.step(1, 2)
+    assert capsys.readouterr().out.splitlines() == [
+        "judge: verdict 1 of 8, about 42 s left",
+        "judge: verdict 3 of 8, about 30 s left",
+        "judge: verdict 5 of 8, about 18 s left",
+        "judge: verdict 5 of 5",
+    ]
+
+
 def test_in_a_notebook_one_line_is_redrawn_and_its_text_escaped(clock, monkeypatch):
     shown = []
 

@@ -6,11 +6,12 @@ and the law.
 
 from collections.abc import Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from c2f_utils.coarse.ranks import Ranks
 from c2f_utils.domain.samples import Prompt
-from c2f_utils.errors import C2FError, problems
+from c2f_utils.errors import C2FError, problems, short
 from c2f_utils.limits import Law
 from c2f_utils.positions import beyond, positions_of
 from c2f_utils.rollout.library import LibrarySampler
@@ -88,3 +89,15 @@ def refuse(
 
 def _few(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers[:5])) + (" ..." if len(numbers) > 5 else "")
+
+
+def one_each(rewards: object, count: int) -> Tensor:
+    """What a reward gave for `count` answers as [count] float32 on the CPU; C2FError for anything else."""
+    try:
+        found = torch.as_tensor(rewards, dtype=torch.float32).cpu()
+    except (TypeError, ValueError, RuntimeError):
+        found = None
+    if found is None or found.shape != (count,):
+        given = short(rewards) if found is None else f"numbers of shape {list(found.shape)}"
+        raise C2FError(f"the reward gave {given} for {count} answers; expected one reward for each: [{count}] numbers")
+    return found

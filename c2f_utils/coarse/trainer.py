@@ -22,7 +22,7 @@ from c2f_utils.coarse.actor_critic import ActorCritic
 from c2f_utils.coarse.budget import TokenBudget, preflight
 from c2f_utils.coarse.experience import Experience, last_prefixes, pool, signals
 from c2f_utils.coarse.ranks import Ranks
-from c2f_utils.coarse.refusals import refuse
+from c2f_utils.coarse.refusals import one_each, refuse
 from c2f_utils.coarse.updates import Updates
 from c2f_utils.domain.samples import Prompt, Sample
 from c2f_utils.errors import C2FError
@@ -130,7 +130,7 @@ class CoarseTrainer:
                 columns["prefix"] = self.reward.prefix_scores(e.samples)
                 rewards = torch.stack([row[-1] for row in columns["prefix"]])
             else:
-                rewards = torch.as_tensor(self.reward(e.samples), dtype=torch.float32).cpu()
+                rewards = one_each(self.reward(e.samples), len(e.samples))
             for attempt in self.budget.attempts(max(s.positions for s in e.samples)):
                 with attempt as tokens:
                     columns |= self._score(e.samples, tokens)

@@ -76,7 +76,7 @@ def prefix_rewards(
 
 def rows(samples: Sequence[Sample], model: str, decoding: str, reward: RewardFunction | None = None) -> list[dict]:
     """samples.jsonl rows, one per answer; unknown fields are null."""
-    scores = reward(samples).tolist() if reward else [None] * len(samples)
+    scores = reward(samples).tolist() if reward and samples else [None] * len(samples)
     table = []
     for sample, score in zip(samples, scores, strict=True):
         verdict = stories.check(sample.prompt.problem, sample.answer) if sample.prompt.problem else None

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from c2f_utils.errors import C2FError, problems
+from c2f_utils.errors import C2FError, problems, short
 from c2f_utils.merge import kernels
 from c2f_utils.merge.kernels import Kernel
 from c2f_utils.settings.merge_options import OPTIONS, option_problems
@@ -87,7 +87,9 @@ def register_operator(
     """
     declared = list(inspect.signature(kernel).parameters.values())[2:] if inspect.isroutine(kernel) else []
     options = options or {item.name: item.default for item in declared if item.default is not item.empty}
-    found = []
+    found = (
+        [] if callable(kernel) else [f"the kernel of {name!r} is {short(kernel)}; expected a function of (piece, c)"]
+    )
     if name in _REGISTRY and _REGISTRY[name].builtin:
         found.append(f"{name!r} is a built-in operator; choose another name")
     if not name.isidentifier():

@@ -52,7 +52,7 @@ def train(
         **arguments(steps, settings.seed, device(settings.models).type == "cpu", folder or "."),
         per_device_train_batch_size=config.examples_per_step,
         learning_rate=config.learning_rate,
-        gradient_checkpointing=False,
+        activation_checkpointing=False,
     )
     with quiet():
         trainer = SFTTrainer(model=model, args=options, train_dataset=dataset, processing_class=tokenizer)

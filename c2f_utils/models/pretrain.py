@@ -97,9 +97,14 @@ def precision(place: torch.device) -> AbstractContextManager:
 
 
 def pretrain(
-    settings: Settings, log=lambda row: None, checkpoint: Path | None = None, stop: Callable[[], bool] = lambda: False
+    settings: Settings,
+    log=lambda row: None,
+    checkpoint: Path | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> nn.Module:
-    """Train a new base model; `log` receives {"step", "tokens", "loss" (nats per token), "lr"} about 100 times.
+    """Train a new base model; `log` receives {"step", "tokens", "loss" (nats per token), "lr"} about 100 times,
+    `progress` the tokens seen and all tokens.
 
     Continues from the file `checkpoint`, if given, as `train` does.
     """
@@ -108,7 +113,7 @@ def pretrain(
     documents = stories.documents(config.tokens, settings.seed, settings.data.operations, world=world)
     model = new_model(config, settings.seed, len(stories.vocabulary(world)))
     model = fuse_norms(model.to(device(settings.models)))
-    return train(model, documents, config, settings.seed, log, checkpoint, stop)
+    return train(model, documents, config, settings.seed, log, checkpoint, stop, progress)
 
 
 @dataclass
@@ -162,6 +167,7 @@ def train(
     log=lambda row: None,
     checkpoint: Path | None = None,
     stop: Callable[[], bool] = lambda: False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> nn.Module:
     """Train `model` where it is on `documents` (token ids, about `config.tokens` in all, which sets the learning rates'
     decay).
@@ -210,4 +216,6 @@ def train(
             course.rows.append({"step": step, "tokens": tokens, "loss": loss, "lr": groups[0].param_groups[0]["lr"]})
             log(course.rows[-1])
             losses = []
+        progress(min(tokens, config.tokens - 1), config.tokens)  # documents may be a little more
+    progress(config.tokens, config.tokens)
     return model.eval()

@@ -159,7 +159,7 @@ def train(
         **arguments(steps, order, device(settings.models).type == "cpu", folder or "."),
         per_device_train_batch_size=config.pairs_per_step,
         learning_rate=config.learning_rate,
-        gradient_checkpointing=settings.models.gradient_checkpointing,
+        activation_checkpointing=settings.models.gradient_checkpointing,
     )
     with quiet():
         trainer = RewardTrainer(model=model, args=options, train_dataset=dataset, processing_class=tokenizer)

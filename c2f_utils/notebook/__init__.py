@@ -2,4 +2,5 @@
 
 from c2f_utils.notebook.cells import finish, seed_everything, start
 from c2f_utils.notebook.panel import LivePanel
-from c2f_utils.notebook.show import sample_browser, side_by_side
+from c2f_utils.notebook.show import links, sample_browser, side_by_side
+from c2f_utils.notebook.vote import tally, vote

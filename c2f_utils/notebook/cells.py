@@ -8,14 +8,19 @@ seeds, and shows what the notebook runs on; nothing heavy is imported before eve
 
 import os
 import random
+import shlex
+import sys
+import warnings
+from pathlib import Path
 
 from c2f_utils import threads
 from c2f_utils.errors import problems
 from c2f_utils.files import root
+from c2f_utils.notebook.frames import frame
 from c2f_utils.notebook.interrupt import hear
 from c2f_utils.notebook.opening import deciding, opening
 from c2f_utils.notebook.progress import in_words
-from c2f_utils.notebook.show import Html, frame
+from c2f_utils.notebook.show import Html
 from c2f_utils.runs import disk, provenance, registry, work
 from c2f_utils.runs.run import Run
 from c2f_utils.runs.stage import Stage, run_folder
@@ -40,6 +45,8 @@ def start(namespace: dict[str, object], stage: str) -> Run:
     worked on, and a run folder that cannot be written.
     """
     global _here
+    _commands()
+    warnings.filterwarnings("ignore", message="IProgress not found")  # library bars fall back to text: no error
     values, wrong = parameters.of_session(namespace)
     if wrong:
         raise problems("the notebook's parameters cannot be used:", wrong)
@@ -124,8 +131,22 @@ def _near(folder: object) -> str:
     return text.removeprefix(base)
 
 
+def _commands() -> None:
+    """Have commands that messages name run as they are written in a cell (`c2f table`), or after `!`."""
+    folder, known = str(Path(sys.executable).parent), os.environ.get("PATH", "").split(os.pathsep)
+    if folder not in known:
+        os.environ["PATH"] = os.pathsep.join([folder, *known])
+    try:
+        from IPython import get_ipython
+    except ImportError:
+        return
+    if shell := get_ipython():
+        command = f"{shlex.quote(sys.executable)} -m c2f_utils "
+        shell.register_magic_function(lambda line: shell.system(command + line), magic_name="c2f")
+
+
 def _show(html: Html) -> None:
-    """Display it, and have every DataFrame that a later cell shows displayed letter by letter, too."""
+    """Display it, and have every DataFrame that a later cell shows displayed as `frames` says."""
     try:
         from IPython import get_ipython
         from IPython.display import display

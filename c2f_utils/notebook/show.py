@@ -4,16 +4,16 @@ Everything a model or a data set wrote is shown letter by letter. Words inside a
 same answer are marked, so that loops are seen at a glance.
 """
 
+import os
 import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from urllib.parse import quote
 
+from c2f_utils.files import root
 from c2f_utils.redundancy import repeated_spans
-from c2f_utils.report.letters import in_html, visible, without_mathematics
-
-if TYPE_CHECKING:
-    import pandas as pd
+from c2f_utils.report.letters import in_html, without_mathematics
 
 _CHIP = "display:inline-block;border:1px solid #bbb;border-radius:8px;padding:0 6px;margin:0 4px 4px 0;font-size:85%"
 _TEXT = "white-space:pre-wrap;text-align:left;vertical-align:top;overflow-wrap:anywhere"
@@ -32,15 +32,6 @@ class Html:
 
     def _repr_html_(self) -> str:
         return without_mathematics(self.markup)
-
-
-def frame(table: "pd.DataFrame") -> str | None:
-    """A DataFrame as pandas shows it, its words letter by letter; None where pandas shows plain text."""
-    import pandas as pd
-
-    with pd.option_context("display.html.use_mathjax", False):
-        markup = table._repr_html_()
-    return None if markup is None else visible(markup)
 
 
 def marked(text: str) -> str:
@@ -74,6 +65,16 @@ def chips(sample: Mapping[str, object]) -> str:
     return "".join(f"<span style='{_CHIP}'>{in_html(label)}</span>" for label in labels)
 
 
+def links(*files: Path) -> Html:
+    """Links to files, relative to the notebook's folder, so that JupyterLab and an export can follow them."""
+    items, base = [], root()
+    for path in files:
+        name = os.path.relpath(path, base) if path.is_relative_to(base) else str(path)
+        place = quote(os.path.relpath(path).replace(os.sep, "/"))
+        items.append(f"<li><a href='{place}' target='_blank'>{in_html(name)}</a></li>")
+    return Html(f"<ul>{''.join(items)}</ul>", "\n".join(str(path) for path in files))
+
+
 def sample_browser(samples: Iterable[Mapping[str, object]], limit: int = 8) -> Html:
     """One fold per prompt (the first open), its answers side by side in the order of training.
 
@@ -85,10 +86,10 @@ def sample_browser(samples: Iterable[Mapping[str, object]], limit: int = 8) -> H
         by_prompt.setdefault(str(sample["prompt"]), []).append(sample)
     folds = []
     for number, (prompt, answers) in enumerate(list(by_prompt.items())[:limit]):
-        columns = [(_heading(sample), sample) for sample in answers]
+        shown = [(_heading(sample), sample) for sample in answers]
         folds.append(
             f"<details{' open' if number == 0 else ''}><summary>{in_html(_short(prompt))}</summary>"
-            f"{_prompt(prompt)}{_columns(columns)}</details>"
+            f"{prompt_of(prompt)}{_columns(shown)}</details>"
         )
     return Html("".join(folds) or "<p>No samples.</p>")
 
@@ -98,8 +99,8 @@ def side_by_side(
 ) -> Html:
     """The models' answers to the same prompts in equal columns; only prompts that every model has answered are shown.
 
-    With `blind`, the columns are called A, B, C, ... in an order shuffled anew for each prompt, and the names are in
-    a fold.
+    With `blind`, the columns are called A, B, C, ... in an order shuffled anew for each prompt, without the labels that
+    tell models apart, and the names are in a fold. `vote.vote` keeps what a reader chooses.
     """
     answers = {model: {str(sample["prompt"]): sample for sample in found} for model, found in samples_by_model.items()}
     first = next(iter(answers.values()), {})
@@ -112,7 +113,7 @@ def side_by_side(
             order.shuffle(models)
         names = [chr(ord("A") + index) for index in range(len(models))] if blind else models
         named = list(zip(names, models, strict=True))
-        block = _prompt(prompt) + _columns([(name, answers[model][prompt]) for name, model in named])
+        block = prompt_of(prompt) + _columns([(name, answers[model][prompt]) for name, model in named], not blind)
         if blind:
             key = ", ".join(f"{name} = {model}" for name, model in named)
             block += f"<details><summary>Which is which?</summary>{in_html(key)}</details>"
@@ -120,12 +121,19 @@ def side_by_side(
     return Html("<hr>".join(blocks) or "<p>No prompt was answered by every model.</p>")
 
 
-def _columns(columns: Sequence[tuple[str, Mapping[str, object]]]) -> str:
-    width = f"width:{100 / len(columns):.2f}%"
-    heads = "".join(f"<th style='{width};text-align:left{_rule(name)}'>{in_html(name)}</th>" for name, _ in columns)
-    labels = "".join(f"<td style='text-align:left;vertical-align:top'>{chips(sample)}</td>" for _, sample in columns)
-    texts = "".join(f"<td style='{_TEXT}'>{marked(str(sample['text']))}</td>" for _, sample in columns)
-    return f"<table style='table-layout:fixed;width:100%'><tr>{heads}</tr><tr>{labels}</tr><tr>{texts}</tr></table>"
+def _columns(answers: Sequence[tuple[str, Mapping[str, object]]], labelled: bool = True) -> str:
+    labels = [chips(sample) for _, sample in answers] if labelled else []
+    return columns([name for name, _ in answers], [marked(str(sample["text"])) for _, sample in answers], labels)
+
+
+def columns(names: Sequence[str], texts: Sequence[str], labels: Sequence[str] = ()) -> str:
+    """Equal columns of texts that are HTML, under names and, where there are any, labels."""
+    width = f"width:{100 / len(names):.2f}%"
+    heads = "".join(f"<th style='{width};text-align:left{_rule(name)}'>{in_html(name)}</th>" for name in names)
+    chosen = "".join(f"<td style='text-align:left;vertical-align:top'>{label}</td>" for label in labels)
+    body = "".join(f"<td style='{_TEXT}'>{text}</td>" for text in texts)
+    rows = "".join(f"<tr>{row}</tr>" for row in (heads, chosen, body) if row)
+    return f"<table style='table-layout:fixed;width:100%'>{rows}</table>"
 
 
 def _rule(name: str) -> str:
@@ -135,7 +143,8 @@ def _rule(name: str) -> str:
     return f";border-bottom:3px solid {ROLE_COLOURS[name]}" if name in ROLE_COLOURS else ""
 
 
-def _prompt(prompt: str) -> str:
+def prompt_of(prompt: str) -> str:
+    """A prompt above its answers."""
     return f"<p style='white-space:pre-wrap'><b>{in_html(prompt)}</b></p>"
 
 

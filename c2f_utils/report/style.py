@@ -17,6 +17,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch
 from matplotlib.transforms import Bbox
 
 from c2f_utils.files import write_bytes
@@ -85,7 +86,15 @@ class ResultFigure(Figure):
     caption: str = ""  # names the runs where there are several
 
     def _repr_png_(self) -> bytes:
-        return _rendered(self, "png", dpi=STYLE["figure.dpi"])
+        """For a notebook: a white card with round corners, on which colours are the paper's in a dark theme, too."""
+        size = self.get_size_inches()
+        card = FancyBboxPatch((0, 0), *size, "round,pad=0,rounding_size=0.1", transform=self.dpi_scale_trans,
+                              facecolor="white", linewidth=0, zorder=-1)  # fmt: skip
+        self.add_artist(card)
+        try:
+            return _rendered(self, "png", dpi=STYLE["figure.dpi"], facecolor="none")
+        finally:
+            card.remove()
 
 
 def styled(function: Callable) -> Callable:
@@ -209,10 +218,10 @@ def _without_title_and_stamp(fig: Figure) -> Iterator[Bbox]:
             text.set_visible(True)
 
 
-def _rendered(fig: Figure, kind: str, dpi: float | None = None, words: str | None = None, **box: Bbox) -> bytes:
+def _rendered(fig: Figure, kind: str, dpi: float | None = None, words: str | None = None, **look: object) -> bytes:
     """File content without time stamps, so that the same results give the same bytes; `words` name its origin."""
     told = {"pdf": {"Subject": words, "CreationDate": None, "ModDate": None}}
     told["png"] = {"Software": None} | ({"Description": words} if words else {})
     with io.BytesIO() as memory:
-        fig.savefig(memory, format=kind, dpi=dpi or STYLE["savefig.dpi"], metadata=told[kind], **box)
+        fig.savefig(memory, format=kind, dpi=dpi or STYLE["savefig.dpi"], metadata=told[kind], **look)
         return memory.getvalue()

@@ -11,7 +11,7 @@ from c2f_utils.domain.samples import Prompt, make_prompts
 from c2f_utils.measure import answers
 from c2f_utils.models import pretrain, rewards
 from c2f_utils.models.loading import save_model
-from c2f_utils.notebook.progress import in_words
+from c2f_utils.notebook.progress import Progress, in_words
 from c2f_utils.rollout.sampler import Sampler
 from c2f_utils.runs import work
 from c2f_utils.runs.run import Run
@@ -32,8 +32,8 @@ def make(run: Run) -> dict:
         # Made here: there is no earlier stage to ask for them.
         inputs.base_source, inputs.tokenizer = str(here.dir / "model"), stories.make_tokenizer(settings.data.world)
         with here.timer("pretraining"), stopped_here(here):
-            checkpoint = here.path(CHECKPOINTS, "pretraining.safetensors")
-            model = pretrain.pretrain(settings, losses.append, checkpoint, here.stop_requested)
+            checkpoint, progress = here.path(CHECKPOINTS, "pretraining.safetensors"), Progress("pretraining", "token")
+            model = pretrain.pretrain(settings, losses.append, checkpoint, here.stop_requested, progress)
         save_model(model, inputs.tokenizer, here.path("model"))
     else:
         model = inputs.base()

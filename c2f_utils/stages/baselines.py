@@ -116,7 +116,7 @@ class Baseline:
             "lr_scheduler_type": "constant",
             "adam_epsilon": 1e-5,
             "max_grad_norm": config.gradient_clip,
-            "gradient_checkpointing": settings.models.gradient_checkpointing,
+            "activation_checkpointing": settings.models.gradient_checkpointing,
             "logging_steps": 1,
             "model_init_kwargs": {"use_safetensors": True, **revision},  # of the reference
         }

@@ -11,6 +11,7 @@ from c2f_utils import merge, stats
 from c2f_utils.domain.samples import Sample
 from c2f_utils.measure import answers
 from c2f_utils.models import loading
+from c2f_utils.notebook.progress import Progress
 from c2f_utils.rollout.sampler import Sampler
 from c2f_utils.stages.inputs import Inputs
 from c2f_utils.stages.pieces import Pieces
@@ -41,6 +42,7 @@ class Bench:
     def __init__(self, inputs: Inputs):
         self.inputs, self.settings, self.pieces = inputs, inputs.settings, Pieces(inputs.run.here)
         self.prompts = self.inputs.prompts("validation")
+        self.progress = Progress("measuring", "merge")
         self.model: nn.Module | None = self.inputs.instruct()
         stored = merge.open_stored(self.recipe({"name": "residue"}, 1.0))
         self.stored = _is_as_stored(self.model, stored["instruct"])
@@ -115,7 +117,9 @@ class Bench:
 
     def kept(self, key: list, make: Callable[[], dict]) -> dict:
         """A row as a piece of the stage; the reference that it is compared with is part of its key."""
-        return self.pieces([*key, self._compared], make)
+        row = self.pieces([*key, self._compared], make)
+        self.progress.step()
+        return row
 
     def sampled(self, sampler: Sampler) -> dict:
         """Metrics and score of answers from another sampler than the bench's model, in the base's form; the difference

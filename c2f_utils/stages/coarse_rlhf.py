@@ -96,6 +96,7 @@ def small_trainer(
     It works on copies (of `law`, too), writes nothing and measures nothing, and its critic and actor learn at once.
     Where training splits full weights over processes, adapters stand in for them: here one process holds everything.
     """
+    own_parts.refuse(law, reward)
     settings = inputs.settings
     coarse = settings.coarse
     count = min(prompts, coarse.prompts)
@@ -112,7 +113,8 @@ def small_trainer(
 def train(
     run: Run, law: limits.Law | None = None, reward: RewardFunction | None = None, ranks: Ranks | None = None
 ) -> Iterator[dict]:
-    """Train the Coarse Actor of notebook 03, yielding one metrics row per iteration; nothing for a stage done before.
+    """Train the Coarse Actor of notebook 03, yielding one metrics row per iteration, with the evaluations so far as its
+    `curve`; nothing for a stage done before.
 
     `law` and `reward` may be your own objects; the stage then remembers their source and refuses to mix two of them.
     With `coarse.processes` above 1 the work is done by processes of their own (`processes.py`); `ranks` is set inside
@@ -124,6 +126,7 @@ def train(
             "coarse.processes > 1 starts new processes, which cannot see a law or reward made in this notebook; "
             "set it to 1"
         )
+    own_parts.refuse(law, reward)
     own_parts.record(here, law=law, reward=reward)
     if here.loaded:
         return
@@ -141,7 +144,7 @@ def train(
         for row in process:
             here.log(row)
             _snapshot(run, process)
-            yield row
+            yield row | {"curve": curve(process)}
     if process.iteration < process.config.iterations:
         print(f"stopped after iteration {process.iteration} of {process.config.iterations}; run again to continue")
     with here.timer("evaluation"):
@@ -187,10 +190,15 @@ def summary(process: CoarseTrainer, samples: list[Sample], inputs: Inputs) -> di
         "iterations": process.iteration,
         "final": answers.measure(samples, inputs.reward),
         "prefix_rewards": answers.prefix_rewards(samples, inputs.reward, inputs.settings.evaluation.prefixes),
-        "curve": [{key: value for key, value in point.items() if key != "probes"} for point in process.curve],
+        "curve": curve(process),
         "limits": [row["limit"] for row in process.history],
         "probes": probes,
     }
+
+
+def curve(process: CoarseTrainer) -> list[dict]:
+    """The evaluations so far, without their probes."""
+    return [{key: value for key, value in point.items() if key != "probes"} for point in process.curve]
 
 
 def restore_rows(run: Run, process: CoarseTrainer, **labels: object) -> None:

@@ -12,10 +12,18 @@ from c2f_utils import merge
 from c2f_utils.errors import Stopped
 from c2f_utils.models import loading
 from c2f_utils.notebook.interrupt import stopping
+from c2f_utils.notebook.progress import Progress
 from c2f_utils.runs.run import Run
+from c2f_utils.settings.config import Merge
 from c2f_utils.settings.laws import make_law
 from c2f_utils.stages import coarse_rlhf
 from c2f_utils.stages.bench import Bench
+
+
+def expected(settings: Merge) -> int:
+    """How many merges are measured for the controls that are asked for, and beside them."""
+    swept = {"interpolation", "fixed_long_residue"}.intersection(settings.controls)
+    return 3 + len(swept) * len(settings.coefficients)  # its three parents first
 
 
 def make(run: Run, bench: Bench, coefficient: float) -> Iterator[tuple[str, dict]]:
@@ -78,9 +86,11 @@ def _ppo(run: Run, bench: Bench, coefficient: float) -> tuple[nn.Module, dict]:
         evaluated=False,
     )
     coarse_rlhf.restore_rows(run, process, control="ppo_instruct")
+    progress = Progress("RLHF from the instruction model", "iteration")
     with run.here.timer("ppo_instruct"), stopping(run.here):
         for row in process:
             run.here.log({"control": "ppo_instruct", **row})
+            progress(process.iteration, process.config.iterations)
     if process.iteration < process.config.iterations:
         reached = f"iteration {process.iteration} of {process.config.iterations}"
         raise Stopped(f"RLHF from instruct: stopped after {reached}; run again to continue")

@@ -78,6 +78,7 @@ class Dialogues:
         if not self.questions:
             raise C2FError("no test prompt is left to ask in dialogues; set judge.prompts or judge.name to 'none'")
         self.said: dict[str, dict[str | int, Dialogue]] = {}
+        self.progress = Progress("judge", "verdict")
         judge, others = run.settings.judge, compared_with(run.settings)
         if unknown := [name for name in judge.against if name not in others]:
             raise C2FError(f"judge.against names {', '.join(unknown)}; 07 compares fine with {', '.join(others)}")
@@ -121,7 +122,8 @@ class Dialogues:
         with here.timer("dialogue: judge"), stopped_here(here):
             judge, trained = judge_of_run.make(self.run, self.inputs)
         verdicts = Verdicts(here.path(self.key, "verdicts.jsonl"))
-        with here.timer("dialogue: verdicts"), stopped_here(here):
+        expected = len(verdicts.missing(self._cases(), judge))
+        with here.timer("dialogue: verdicts"), stopped_here(here), self.progress.counting(expected):
             checks = judge_summary.null_checks(self._null_pairs(), judge, verdicts, **self._watch())
             against, rows = self._compared(judge, verdicts) if "pairwise" in settings.judge.grading else ({}, [])
             grades = self._graded(judge, verdicts) if "single" in settings.judge.grading else {}
@@ -142,7 +144,20 @@ class Dialogues:
         }  # fmt: skip
 
     def _watch(self) -> dict:
-        return {"progress": Progress("judge", "verdict"), "stop": self.run.here.stop_requested}
+        return {"progress": self.progress.step, "stop": self.run.here.stop_requested}
+
+    def _cases(self) -> list[Case]:
+        """Everything that the judge will be shown, but for second looks."""
+        grading, asked = self.settings.judge.grading, list(self._null_pairs().values())
+        others = [other for other in self.said if other != FINE] if "pairwise" in grading else []
+        asked += [pairs(self.questions, FINE, other, self.said) for other in others]
+        single = [case for said in self.said.values() for case in self._alone(said)] if "single" in grading else []
+        return [case for group in asked for pair in group for case in pair.cases()] + single
+
+    def _alone(self, said: dict[str | int, Dialogue]) -> list[Case]:
+        """One model's answer to every turn of every question, to be graded."""
+        turns = ((question, turn) for question in self.questions for turn in range(1, len(question.turns) + 1))
+        return [Case(question, turn, (said[question.id].answers[:turn],)) for question, turn in turns]
 
     def _null_pairs(self) -> dict:
         settings, count = self.settings, lambda text: len(self.inputs.tokenizer(text)["input_ids"])
@@ -172,10 +187,10 @@ class Dialogues:
         return found, rows
 
     def _graded(self, judge: Judge, verdicts: Verdicts) -> dict[str, dict]:
-        asked = [(question, turn) for question in self.questions for turn in range(1, len(question.turns) + 1)]
         found = {}
         for name, said in self.said.items():
-            cases = [Case(question, turn, (said[question.id].answers[:turn],)) for question, turn in asked]
+            cases = self._alone(said)
+            asked = [(case.question, case.turn) for case in cases]
             opinions = verdicts.opinions(cases, judge, **self._watch())
             found[name] = judge_summary.grades(asked, opinions, self.settings.seed)
             place = self.run.here.path(self.key, "model_judgment", f"{judge.name}_single_{name}.jsonl")

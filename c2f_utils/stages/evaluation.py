@@ -16,8 +16,10 @@ from c2f_utils.domain.samples import Prompt, make_prompts
 from c2f_utils.files import write_text
 from c2f_utils.measure import answers
 from c2f_utils.models import loading
+from c2f_utils.notebook.progress import Progress
 from c2f_utils.report.results import GAINED, MAIN
 from c2f_utils.runs.run import Run
+from c2f_utils.settings.config import Settings
 from c2f_utils.settings.task_suites import wanted
 from c2f_utils.stages import tasks
 from c2f_utils.stages.dialogue import Dialogues
@@ -92,7 +94,8 @@ def make(run: Run) -> dict:
     table: list[dict] = []
     apart: dict[str, list[dict]] = {}  # every answer under the first decoding, by the models that are read side by side
     further, pieces = parts(run, inputs), Pieces(here)
-    with here.timer("generation and scoring"), stopped_here(here):
+    progress = Progress("answering", "model")
+    with here.timer("generation and scoring"), stopped_here(here), progress.counting(_count(settings, inputs)):
         for name, model, prompts, form in _models(run, inputs, test):
             found[name] = {"label": _label(name, form or settings.models.base_form, inputs), "role": _role(name, form)}
             single[name] = {}
@@ -107,6 +110,7 @@ def make(run: Run) -> dict:
             for part in further:
                 part.add(name, model, form or settings.models.base_form)
             del model  # before the next one is loaded
+            progress.step()
     keep_samples(here, table, settings)
     _keep_disagreements(run, apart, single)
     here.save_results({
@@ -166,6 +170,12 @@ def _models(run: Run, inputs: Inputs, test: list[Prompt]) -> Iterator[tuple[str,
         forced = make_prompts([p.problem for p in test], stories.FORCED_ANALYSIS)
         yield "instruct_forced", inputs.instruct(), forced, form
         yield "base_forced", inputs.base(), forced, None
+
+
+def _count(settings: Settings, inputs: Inputs) -> int:
+    """How many models `_models` gives."""
+    forced = 2 if settings.embedded else 0
+    return 3 + 2 * len(inputs.instruct_forms) + len(settings.merge.controls) + forced
 
 
 def _keep_disagreements(run: Run, rows: dict[str, list[dict]], single: dict) -> None:

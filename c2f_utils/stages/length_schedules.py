@@ -3,6 +3,7 @@
 from c2f_utils.files import read_json, write_json
 from c2f_utils.models.loading import save_model
 from c2f_utils.notebook.interrupt import stopping
+from c2f_utils.notebook.progress import Progress
 from c2f_utils.report.results import LAW_OF_03
 from c2f_utils.runs.registry import own_parts
 from c2f_utils.runs.run import Run
@@ -87,9 +88,11 @@ def _one(run: Run, inputs: Inputs, name: str, law, seed: int) -> dict | None:
         inputs, make_law(law), here.path("checkpoints", f"{name}-s{seed}"), seed=seed, config=config
     )
     coarse_rlhf.restore_rows(run, process, law=name, seed=seed)
+    progress = Progress(f"{name}, seed {seed}", "iteration")
     with here.timer(name), stopping(here):
         for row in process:
             here.log({"law": name, "seed": seed, **row})
+            progress(process.iteration, process.config.iterations)
     if process.iteration < process.config.iterations:
         return None
     samples = inputs.answers(process.policy.actor, inputs.prompts("test"))
@@ -109,8 +112,14 @@ def _baseline(run: Run, inputs: Inputs, name: str, entry, seed: int) -> dict | N
         return read_json(done)
     process = Baseline(inputs, entry, here.path("checkpoints", f"{name}-s{seed}"), seed=seed)
     coarse_rlhf.restore_rows(run, process, law=name, seed=seed)
+    progress = Progress(f"{name}, seed {seed}", "iteration")
+
+    def log(row: dict) -> None:
+        here.log({"law": name, "seed": seed, **row})
+        progress(row["iteration"], process.config.iterations)
+
     with here.timer(name), stopping(here):
-        process.train(lambda row: here.log({"law": name, "seed": seed, **row}))
+        process.train(log)
     if process.iteration < process.config.iterations:
         return None
     result = coarse_rlhf.summary(process, inputs.answers(process.actor, inputs.prompts("test")), inputs)

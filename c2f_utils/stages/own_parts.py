@@ -10,6 +10,7 @@ import re
 from torch import nn
 
 from c2f_utils import limits
+from c2f_utils.errors import C2FError, short
 from c2f_utils.runs import provenance
 from c2f_utils.runs.registry import OF_SETTINGS
 from c2f_utils.runs.stage import Stage
@@ -20,6 +21,14 @@ def record(here: Stage, **parts: object) -> None:
     stage was begun with another one."""
     for name, own in parts.items():
         here.add_input(name, provenance.fingerprint(identity(own)), _in_words(own))
+
+
+def refuse(law: object, reward: object) -> None:
+    """Raise C2FError for what can be no law or no reward; None is that of the settings."""
+    if law is not None and not isinstance(law, limits.Law):
+        raise C2FError(f"law = {short(law)}; expected an object of a class of limits.Law, as Doubling(8) is, or None")
+    if reward is not None and not callable(reward):
+        raise C2FError(f"reward = {short(reward)}; expected a function from samples to one reward each, or None")
 
 
 def identity(own: object) -> dict[str, str]:

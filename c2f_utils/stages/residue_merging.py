@@ -60,7 +60,9 @@ class Merging:
     def sweep(self) -> list[dict]:
         """Metrics and score of the operator at every coefficient of the grid."""
         if "sweep" not in self.found:
-            with self.here.timer("sweeps"), stopped_here(self.here):
+            grid = self.settings.merge.coefficients
+            progress = self.bench.progress.counting(len(grid))
+            with self.here.timer("sweeps"), stopped_here(self.here), progress:
                 self.found["sweep"] = self.bench.sweep(self.operator)
         return self.found["sweep"]
 
@@ -77,21 +79,23 @@ class Merging:
         """Rows of everything richer than one coefficient, by kind; those that `merge.sections` leaves out are empty."""
         kinds = ("layers", "depths", "operators", "averages", "proxies")
         if "layers" not in self.found:
-            bench, operator, sections = self.bench, self.operator, self.settings.merge.sections
-            c = self.choose()["coefficient"]
-            with self.here.timer("sweeps"), stopped_here(self.here):
-                mine = [{"operator": operator_name(operator), "spec": operator, **self._best}]
-                self.found |= {
-                    "layers": variants.parts(bench, operator, c) if "layers" in sections else [],
-                    "depths": variants.depths(bench, operator, c) if "depths" in sections else [],
-                    "operators": mine + variants.others(bench, self.settings.merge.other_operators),
-                }
-            with self.here.timer("averages and decode-time merging"), stopped_here(self.here):
-                self.found["averages"] = (
-                    variants.averages(self.run, bench, operator, c) if "averages" in sections else []
-                )
-                self.found["proxies"] = variants.proxies(bench, c) if "proxies" in sections else []
+            bench, c = self.bench, self.choose()["coefficient"]
+            with bench.progress.counting(variants.expected(bench)):
+                self._try(bench, self.operator, c)
         return {kind: self.found[kind] for kind in kinds}
+
+    def _try(self, bench: Bench, operator: dict, c: float) -> None:
+        sections = self.settings.merge.sections
+        with self.here.timer("sweeps"), stopped_here(self.here):
+            mine = [{"operator": operator_name(operator), "spec": operator, **self._best}]
+            self.found |= {
+                "layers": variants.parts(bench, operator, c) if "layers" in sections else [],
+                "depths": variants.depths(bench, operator, c) if "depths" in sections else [],
+                "operators": mine + variants.others(bench, self.settings.merge.other_operators),
+            }
+        with self.here.timer("averages and decode-time merging"), stopped_here(self.here):
+            self.found["averages"] = variants.averages(self.run, bench, operator, c) if "averages" in sections else []
+            self.found["proxies"] = variants.proxies(bench, c) if "proxies" in sections else []
 
     def merge(self) -> dict[str, float]:
         """Write the Fine Actor to `model/`, what was not selected to `controls/`, and the rounding comparison.
@@ -107,7 +111,8 @@ class Merging:
             with self.here.timer("merge"), stopped_here(self.here):
                 self.found["survival"] = merge.run_merge(merge.plan_merge(fine), self.here.path("model")).survival
                 wanted = "roundings" in self.settings.merge.sections
-                self.found["roundings"] = variants.roundings(self.run, bench, fine) if wanted else []
+                with bench.progress.counting(len(variants.DTYPES)):
+                    self.found["roundings"] = variants.roundings(self.run, bench, fine) if wanted else []
             for name, recipe in made.items():
                 controls.keep(self.run, bench, name, bench.merged(recipe))
         return self.found["survival"]
@@ -119,7 +124,7 @@ class Merging:
         self.merge()
         bench, c = self.bench, self.choose()["coefficient"]
         form = {"instruct": self.settings.models.instruct_form}
-        with stopped_here(self.here):
+        with stopped_here(self.here), bench.progress.counting(controls.expected(self.settings.merge)):
             parents = {name: self._parent(name, form.get(name)) for name in bench.states}
             self.found["controls"] = dict(controls.make(self.run, bench, c))
         self.here.save_results(

@@ -120,11 +120,13 @@ class Requests:
         verdicts = Verdicts(here.path(self.key, "verdicts.jsonl"))
         with here.timer("requests: verdicts"), stopped_here(here):
             judge, _ = judge_of_run.make(self.run, self.inputs)
-            watch = {"progress": Progress("judge", "verdict"), "stop": here.stop_requested}
-            for name, said in self.said.items():
-                texts = [sample.text for sample in said]
-                found[name]["judged"] = refused_requests.by_judge(self.requests, texts, judge, verdicts, **watch)
-            checked = refused_requests.check(self.requests, judge, verdicts, **watch)
+            progress = Progress("judge of requests", "verdict")
+            watch = {"progress": progress.step, "stop": here.stop_requested}
+            with progress.counting(len(self.requests) * (len(self.said) + 1)):
+                for name, said in self.said.items():
+                    texts = [sample.text for sample in said]
+                    found[name]["judged"] = refused_requests.by_judge(self.requests, texts, judge, verdicts, **watch)
+                checked = refused_requests.check(self.requests, judge, verdicts, **watch)
         return {"name": judge.name, "id": judge.id, "check": checked}
 
     def _reward(self, found: dict[str, dict]) -> None:

@@ -20,8 +20,17 @@ from c2f_utils.rollout.proxy import ProxyDecoder
 from c2f_utils.runs.run import Run
 from c2f_utils.stages.bench import Bench, portable
 
+DTYPES = ("float32", "bfloat16", "bfloat16_stochastic")
 # Multiples of the chosen coefficient at depth 0, 1/2 and 1; each has mean 1 over depth.
 PROFILES = {"rising": (0.5, 1.0, 1.5), "falling": (1.5, 1.0, 0.5), "middle": (0.5, 1.5, 0.5), "ends": (1.5, 0.5, 1.5)}
+
+
+def expected(bench: Bench) -> int:
+    """How many merges everything below but the roundings measures, at most."""
+    layers, settings = layer_count(bench.states["instruct"]), bench.settings.merge
+    each = {"layers": 2 * (min(4, layers) + 3), "depths": len(PROFILES), "averages": 4, "proxies": 2}
+    sections = sum(count for name, count in each.items() if name in settings.sections)
+    return sections + len(settings.other_operators) * len(settings.coefficients)
 
 
 def parts(bench: Bench, operator: dict, coefficient: float) -> list[dict]:
@@ -125,7 +134,7 @@ def proxies(bench: Bench, coefficient: float) -> list[dict]:
 def roundings(run: Run, bench: Bench, recipe: merge.Recipe) -> list[dict]:
     """How much of the wanted change is left after each output dtype, and what that does to the answers."""
     rows = []
-    for dtype in ("float32", "bfloat16", "bfloat16_stochastic"):
+    for dtype in DTYPES:
         rounded = recipe.model_copy(update={"out_dtype": dtype})
         row = bench.kept(["rounding", portable(rounded)], lambda rounded=rounded: _rounding(run, bench, rounded))
         rows.append({"out_dtype": dtype, **row})

@@ -1,0 +1,169 @@
+"""The notebooks of a finished run as a person sees them: a real JupyterLab, a real Chromium, light and dark."""
+
+import base64
+import json
+import os
+import re
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from browser import CHROMIUM, Page, chromium, lab, wait
+from finished_runs import ROOT, surroundings
+
+from c2f_utils.files import read_json
+
+pytestmark = [
+    pytest.mark.slow, pytest.mark.browser,
+    pytest.mark.skipif(not CHROMIUM, reason="no Chromium here (Debian: apt-get install chromium)"),
+]  # fmt: skip
+NAMES = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
+WIDTH = 1280
+FIGURES = {"02_reward_model": 4, "03_coarse_rlhf": 2, "04_length_schedules": 2, "06_residue_merging": 3,
+           "07_evaluation": 3, "08_report": 1}  # at least  # fmt: skip
+PANEL = "[...(window.jupyterapp?.shell?.widgets('main') ?? [])].find(each => each.content?.widgets)"
+CELLS = f"(({PANEL})?.content?.widgets ?? [])"
+CODE = f"{CELLS}.filter(cell => cell.model.type == 'code')"
+OUTPUTS = f"{CODE}.flatMap(cell => cell.model.outputs.toJSON())"
+# Elements of outputs, and the boxes in them, that are wider than the room they have.
+WIDE = (
+    "[...document.querySelectorAll('.jp-OutputArea-output, .jp-OutputArea-output div, .jp-RenderedMarkdown')]"
+    ".filter(box => box.clientWidth && box.scrollWidth > box.clientWidth + 1)"
+    ".map(box => box.scrollWidth + ' > ' + box.clientWidth + ': ' + box.textContent.slice(0, 80))"
+)
+
+
+class Lab:
+    """One JupyterLab on a project of its own, with its notebooks, and a tab of a browser in it."""
+
+    def __init__(self, folder: Path, page: Page, address) -> None:
+        self.folder, self.page, self.address = folder, page, address
+
+    def open(self, name: str, run_id: str = "smoke", **parameters: object) -> None:
+        """A working copy of a notebook with these parameters."""
+        notebook = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text(encoding="utf-8"))
+        cell = next(cell for cell in notebook["cells"] if "parameters" in cell["metadata"].get("tags", []))
+        values = {"profile": "smoke", "run_id": run_id, **parameters}
+        source = "".join(cell["source"])
+        for key, value in values.items():  # as a person would: in place
+            source = re.sub(rf"(?m)^({key}: .*?) = .*$", rf"\1 = {value!r}", source)
+        cell["source"] = source
+        (self.folder / "notebooks" / f"{name}.ipynb").write_text(json.dumps(notebook), encoding="utf-8")
+        self.page.ask("Page.navigate", url=self.address(f"notebooks/{name}.ipynb") + "&reset")
+        session = f"({PANEL})?.sessionContext"
+        connected = f"({CELLS}).length && {session}?.session?.kernel?.connectionStatus"
+        wait(lambda: self.page.evaluate(connected) == "connected")
+        self.page.evaluate(f"window.jupyterapp.shell.activateById(({PANEL}).id)")
+
+    def do(self, command: str, **arguments: object) -> None:
+        self.page.evaluate(f"void window.jupyterapp.commands.execute('{command}', {json.dumps(arguments)})")
+
+    def run(self) -> None:
+        self.do("notebook:run-all-cells")
+
+    def counts(self) -> list[int | None]:
+        return self.page.evaluate(f"{CODE}.map(cell => cell.model.executionCount)")
+
+    def finished(self) -> list[dict]:
+        """The outputs, when all cells have been run; at once when one has failed."""
+        wait(lambda: self.failures() or self.counts()[-1], 120)
+        assert not self.failures()
+        return self.outputs()
+
+    def outputs(self) -> list[dict]:
+        return self.page.evaluate(OUTPUTS)
+
+    def failures(self) -> list[str]:
+        """Errors, and whatever is shown on red."""
+        bad = [out for out in self.outputs() if out["output_type"] == "error" or out.get("name") == "stderr"]
+        return [str(out)[:2000] for out in bad]
+
+    def text(self) -> str:
+        return self.page.evaluate("document.querySelector('.jp-Notebook').innerText")
+
+    def shot(self, name: str) -> None:
+        """The whole notebook as a picture."""
+        tall = self.page.evaluate("document.querySelector('.jp-Notebook .jp-WindowedPanel-inner').scrollHeight") + 200
+        self.page.ask("Emulation.setDeviceMetricsOverride", width=WIDTH, height=int(min(tall, 15_000)),
+                      deviceScaleFactor=1, mobile=False)  # fmt: skip
+        self.page.evaluate("document.querySelector('.jp-WindowedPanel-outer').scrollTo(0, 0)")
+        time.sleep(1)  # until everything has been drawn
+        found = self.page.ask("Page.captureScreenshot", format="png")
+        self.page.ask("Emulation.clearDeviceMetricsOverride")
+        (self.folder / "shots" / f"{name}.png").write_bytes(base64.b64decode(found["data"]))
+
+    def close(self) -> None:
+        self.do("docmanager:save")
+        self.do("kernelmenu:shutdown")
+
+
+@pytest.fixture(scope="module")
+def here(smoke_run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lab") / "project"
+    for each in ("notebooks", "shots"):
+        (folder / each).mkdir(parents=True)
+    shutil.copytree(smoke_run, folder / "outputs" / "smoke")
+    settings = folder.parent / "own" / "JUPYTERLAB_SETTINGS_DIR" / "@jupyterlab"
+    tracker = settings / "notebook-extension" / "tracker.jupyterlab-settings"
+    tracker.parent.mkdir(parents=True)
+    tracker.write_text(json.dumps({"windowingMode": "none"}))  # cells out of sight are there, too
+    news = settings / "apputils-extension" / "notification.jupyterlab-settings"
+    news.parent.mkdir(parents=True)
+    news.write_text(json.dumps({"fetchNews": "false", "checkForUpdates": False}))
+    environment = surroundings(folder / "outputs")
+    environment = {key: value for key, value in environment.items() if key != "C2F_HEADLESS"}
+    print(f"screenshots: {folder / 'shots'}")
+    started = lab(folder, folder.parent / "own", environment, "--LabApp.expose_app_in_browser=True")
+    with started as address, chromium(folder.parent / "profile", WIDTH, 1600) as page:
+        yield Lab(folder, page, address)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_notebook_of_a_finished_run_is_fit_to_be_read(here, name):
+    here.open(name)
+    here.do("application:toggle-left-area")
+    here.run()
+    outputs = here.finished()
+    figures = sum("image/png" in out.get("data", {}) for out in outputs)
+    assert figures >= FIGURES.get(name, 0)
+    for theme in ("Light", "Dark"):
+        here.do("apputils:change-theme", theme=f"JupyterLab {theme}")
+        wait(
+            lambda theme=theme: (
+                here.page.evaluate("document.body.dataset.jpThemeLight") == str(theme == "Light").lower()
+            )
+        )
+        here.shot(f"{name}_{theme.lower()}")
+        assert here.page.evaluate(WIDE) == []
+    here.close()
+
+
+def test_03_is_interrupted_and_resumed_and_what_follows_can_be_run(here):
+    here.open("03_coarse_rlhf", "stopped", overrides={"coarse.iterations": 40})
+    here.run()
+    wait(lambda: "iteration 2 of 40" in here.text() or "iteration 3 of 40" in here.text(), 120)
+    here.do("notebook:interrupt-kernel")
+    here.finished()
+    assert "; run again to continue" in here.text() and "of 40; run again" in here.text()
+    place = here.folder / "outputs" / "stopped" / "03_coarse_rlhf"
+    assert read_json(place / "status.json")["status"] == "stopped"
+    here.shot("03_interrupted")
+    here.do("notebook:clear-all-cell-outputs")
+    here.run()
+    wait(lambda: here.failures() or read_json(place / "status.json")["status"] == "done", 120)
+    assert here.failures() == [] and read_json(place / "results.json")["iterations"] == 40
+    here.close()
+
+
+def test_the_recipes_of_an_own_law_and_reward_train_to_the_last_cell_with_the_panel(here):
+    here.open("03_coarse_rlhf", "own", own_law=True, own_reward=True)
+    here.run()
+    outputs = here.finished()
+    place = here.folder / "outputs" / "own" / "03_coarse_rlhf"
+    assert (
+        read_json(place / "status.json")["status"] == "done" and read_json(place / "results.json")["law"] == "doubling"
+    )
+    assert sum("image/png" in out.get("data", {}) for out in outputs) >= 3 and os.path.exists(place / "figures")
+    here.shot("03_own")
+    here.close()

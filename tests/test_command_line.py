@@ -242,6 +242,9 @@ def test_a_rerun_of_all_notebooks_is_the_same_bit_for_bit(smoke_run, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [line for line in done.stdout.splitlines() if "results.json" in line]
     assert len(lines) == 7 and all(line.endswith(": identical") for line in lines), done.stdout
+    again = next(path for path in tmp_path.iterdir() if path.is_dir() and path.name != "smoke")
+    for path in (*smoke_run.glob("*/samples.jsonl"), *smoke_run.glob("*/model/*.safetensors")):
+        assert path.read_bytes() == (again / path.relative_to(smoke_run)).read_bytes(), path
 
 
 # Clean

@@ -82,7 +82,9 @@ def test_shares_are_of_the_answers_that_could_be_judged_and_add_up(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("judge", "value"), [(Reader(), 1), (Reader(blind=True), 0), (Same("A"), 0), (Same("C"), 0)], ids=lambda x: str(x)
+    ("judge", "value"),
+    [(Reader(), 1), (Reader(blind=True), 0), (Same("A"), 0), (Same("C"), 0)],
+    ids=["sound", "blind", "always A", "always C"],
 )
 def test_a_judge_that_does_not_tell_a_plain_refusal_from_a_consent_fails_its_check(tmp_path, judge, value):
     found = refused_requests.check(REQUESTS, judge, Verdicts(tmp_path / "v.jsonl"))

@@ -16,6 +16,7 @@ from c2f_utils.report import (
     sources,
     tables,
     tables_dialogue,
+    tables_label_free,
     tables_retention,
     tables_safety,
     tables_tasks,
@@ -85,6 +86,8 @@ def tables_of(name: str, found: dict) -> Made:
                 ("sweep", lambda: tables.sweep_table(found), "The coefficient sweep."),
                 ("layer_recipes", lambda: tables.layer_table(found), "Layer recipes."),
                 ("operator_scores", lambda: tables.operator_table(found), "Merge operators."),
+                ("label_free", lambda: tables_label_free.label_free_table(found), "The coefficient without labels."),
+                ("label_free_by", lambda: tables_label_free.quantities_table(found), "What these rules choose by."),
             ]
         case "07_evaluation":
             made: Made = [

@@ -154,37 +154,44 @@ def test_a_model_that_the_library_keeps_otherwise_than_stored_is_held_and_merges
 def test_rules_without_labels_choose_by_two_answers_and_are_judged_by_a_third(smoke_run, tmp_path, monkeypatch):
     run = begun(smoke_run, tmp_path, monkeypatch, "06_residue_merging", sections=["label_free"])
     merging = Merging(run)
-    bench, drawn = merging.bench, []
+    bench, drawn, rows = merging.bench, [], merging.sweep()
+    sweep = [{**rows[0], "coefficient": 0.0}, *rows]  # with c = 0, the instruction model itself
     sample = bench.inputs.sampled
     monkeypatch.setattr(bench.inputs, "sampled", lambda *given: drawn.append(sample(*given)) or drawn[-1])
-    # c = 0 is the instruction model itself, so that the perplexity under it is that of its own draws
-    sweep = [{"coefficient": 0.0, **results(smoke_run, "06")["sweep"][0], "score": -1.0}, *merging.sweep()]
-    sweep[0]["coefficient"] = 0.0
     found = choice_without_labels.compare(bench, {"name": "residue"}, sweep)
     count = len(bench.prompts)
     assert [len(samples) for samples in drawn] == [3 * count] * 3 == [found["prompts"] * 3] * 3
-    logps = torch.cat([s.logps for s in drawn[0][: 2 * count]]).double()
+    logps = torch.cat([s.logps for s in drawn[0][: 2 * count]]).double()  # under instruct, whose own answers they are
     assert found["rows"][0]["perplexity"] == pytest.approx(logps.mean().neg().exp().item(), rel=1e-5)
     for row, samples in zip(found["rows"], drawn, strict=True):
         last = samples[2 * count :]
         score = sum(bench.scores(last)) / count
         assert row["judged"] == answers.measure(last) | {"score": pytest.approx(score)}
         assert 0 <= row["agreement_draws"] <= 1 and row["prompt_perplexity"] > 1
-    chosen = {row["rule"]: row["coefficient"] for row in found["rules"]}
-    assert chosen["checker"] == max(sweep, key=lambda row: row["score"])["coefficient"]
+    (checker,) = (row["coefficient"] for row in found["rules"] if row["rule"] == "checker")
+    assert checker == max(sweep, key=lambda row: row["score"])["coefficient"]
     assert choice_without_labels.compare(bench, {"name": "residue"}, sweep) == found and len(drawn) == 3, (
         "kept as pieces"
     )
     run.here.stop()
 
 
-def test_06_keeps_the_choice_without_labels_only_where_it_is_asked_for(smoke_run, tmp_path, monkeypatch):
-    plain = {"controls": [], "other_operators": []}
+def test_06_chooses_without_labels_and_interpolates_with_coarse_only_where_it_is_asked_to(
+    smoke_run, tmp_path, monkeypatch
+):
+    plain = {"controls": ["coarse_interpolation"], "other_operators": []}
     run = begun(smoke_run, tmp_path, monkeypatch, "06_residue_merging", sections=["label_free"], **plain)
     found, usual = Merging(run).finish(), results(smoke_run, "06")
     assert found["sweep"] == usual["sweep"] and found["chosen"] == usual["chosen"]
     assert found.keys() - usual.keys() == {"label_free"}
     assert found["label_free"]["rules"][4]["coefficient"] == found["chosen"]["coefficient"]
+    control = found["controls"]["coarse_interpolation"]
+    assert control["coefficient"] == max(control["sweep"], key=lambda row: row["score"])["coefficient"]
+    folders = {"05_instruction_model": "model", "03_coarse_rlhf": "model", "06_residue_merging": "controls"}
+    folders["06_residue_merging"] += "/coarse_interpolation"
+    instruct, coarse, made = (dict(loading.stored(tmp_path / "mine" / stage / folders[stage])) for stage in folders)
+    for name, value in made.items():
+        assert torch.allclose(value, torch.lerp(instruct[name], coarse[name], control["coefficient"]), atol=1e-6), name
     run.here.finish()
 
 

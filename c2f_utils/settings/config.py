@@ -180,9 +180,9 @@ class Merge(Section):
         description="comparisons beside the coefficient sweep; each costs generation runs; label_free: what "
         "coefficient would be chosen without a checker",
     )
-    controls: list[Literal["interpolation", "random_residue", "ppo_instruct", "fixed_long_residue"]] = [
-        "interpolation", "random_residue", "ppo_instruct", "fixed_long_residue",
-    ]  # fmt: skip
+    controls: list[
+        Literal["interpolation", "coarse_interpolation", "random_residue", "ppo_instruct", "fixed_long_residue"]
+    ] = ["interpolation", "random_residue", "ppo_instruct", "fixed_long_residue"]
 
 
 class Evaluation(Section):

@@ -861,6 +861,15 @@ def test_every_operator_passes_verification_in_float64(tmp_path, operator, dtype
         assert verify(tmp_path / out_dtype, Recipe(**paths, **changes)).worst <= 1
 
 
+def test_a_merge_whose_report_knows_no_scales_is_verified_as_before(tmp_path):
+    paths, changes = trio(tmp_path), {"operator": {"name": "trim", "density": 0.3}}
+    merge(paths, tmp_path / "out", **changes)
+    report = json.loads((tmp_path / "out" / "merge_report.json").read_text())
+    assert all(values.pop("scales") == [] for values in report["statistics"].values())
+    (tmp_path / "out" / "merge_report.json").write_text(json.dumps(report))
+    assert verify(tmp_path / "out", Recipe(**paths, **changes)).worst <= 1
+
+
 def test_kernels_do_not_write_into_their_inputs():
     parts = {what: torch.randn(64) for what in ("instruct", "base", "coarse.0", "delta.instruct", "delta.coarse.0")}
     before = {what: part.clone() for what, part in parts.items()}

@@ -122,7 +122,7 @@ def test_instruction_model_and_fine_actor_are_measured_in_both_forms_and_the_tab
     import yaml
 
     offline["models"]["instruct_form"] = "template"
-    offline["merge"] |= {"sections": [], "controls": ["interpolation"], "other_operators": []}
+    offline["merge"] |= {"sections": ["label_free"], "controls": ["interpolation"], "other_operators": []}
     (tmp_path / "o.yaml").write_text(yaml.safe_dump(offline))
     finished(tmp_path, "run", "all", "--profile", "mistral_7b", "--overrides", str(tmp_path / "o.yaml"))
     found = results(tmp_path / "lab", "07")["models"]
@@ -132,5 +132,9 @@ def test_instruction_model_and_fine_actor_are_measured_in_both_forms_and_the_tab
     assert labels["base"] == "base, transcript" and labels["coarse"] == "coarse actor, transcript"
     for row in rows(tmp_path / "lab" / "07_evaluation" / "samples.jsonl"):
         assert row["prompt"].endswith(preferences.ASSISTANT), "answers are scored in the transcript"
+    merged = results(tmp_path / "lab", "06")
+    choices = {row["rule"]: row["coefficient"] for row in merged["label_free"]["rules"]}
+    assert choices.pop("reward") == merged["chosen"]["coefficient"] and not any(choices.values()), "no checker here"
+    assert all(row["perplexity"] > 1 and row["judged"] is None for row in merged["label_free"]["rows"])
     fine = tmp_path / "lab" / "06_residue_merging" / "model"
     assert (fine / "chat_template.jinja").read_text() == TEMPLATE and (fine / "generation_config.json").is_file()

@@ -271,7 +271,7 @@ def test_nan_in_the_factors_is_found_and_named(tmp_path, sound_adapter):
     paths, sound = sound_adapter
     folder = Path(shutil.copytree(sound, tmp_path / "adapter"))
     rewrite(folder, lambda t: {**t, f"{Q}.lora_A.weight": torch.full((4, 16), torch.nan)})
-    for operator in ("residue", "dare", "ties", "slerp"):
+    for operator in ("residue", "dare", "ties", "dots", "slerp"):
         recipe = Recipe(**{**paths, "coarse": str(folder)}, operator={"name": operator})
         with pytest.raises(C2FError, match="retrain the adapter"):
             run_merge(plan_merge(recipe), tmp_path / "out")

@@ -318,7 +318,7 @@ def test_a_tensor_too_few_or_too_many_in_any_model_is_named(tmp_path, role, chan
         assert any("odd" not in p.name for p in plan_merge(Recipe(**paths, ignore=["odd"])).placements)
 
 
-@pytest.mark.parametrize("operator", ["trim", "dare", "ties", "slerp", "orthogonal", "tsv", "lerp"])
+@pytest.mark.parametrize("operator", ["trim", "dare", "ties", "dots", "slerp", "orthogonal", "tsv", "lerp"])
 @pytest.mark.parametrize("role", ["base", "instruct", "coarse"])
 def test_no_operator_lets_a_nan_through(tmp_path, operator, role):
     if operator == "lerp" and role == "base":

@@ -48,7 +48,7 @@ def test_memory_stays_under_the_limit_for_a_model_of_more_than_that(tmp_path):
 @pytest.mark.slow
 def test_every_elementwise_operator_merges_half_a_gigabyte_within_the_limit(tmp_path):
     paths = generate(tmp_path, 4, 1792)
-    for operator in ("residue", "lerp", "slerp", "trim", "dare", "ties", "orthogonal"):
+    for operator in ("residue", "lerp", "slerp", "trim", "dare", "ties", "dots", "orthogonal"):
         figures = measure(paths, tmp_path / "out", operator)
         assert figures["bytes_written"] > 0.5e9 and figures["memory_mb"] < LIMIT_MB, operator
 

@@ -214,6 +214,55 @@ def test_dare_draws_apart_for_each_coarse_model_tensor_and_seed():
     )
 
 
+def reference_dots(
+    base: np.ndarray, instruct: np.ndarray, coarse: list, factors: tuple[float, ...], density: float
+) -> np.ndarray:
+    merged = base.copy()
+    for factor, model in zip(factors, (instruct, *coarse), strict=True):
+        delta = model - base
+        kept = reference_trim(delta, density)
+        merged += factor * kept * np.linalg.norm(delta) / np.linalg.norm(kept)
+    return merged
+
+
+@pytest.mark.parametrize("density", [0.05, 0.3, 1.0])
+def test_dots_adds_the_top_of_both_deltas_with_their_norms(density):
+    base, instruct, first = random_trio(10, 30, 20)
+    second = random_trio(11, 30, 20)[2]
+    parts = [part.astype(np.float64) for part in (base, instruct, first, second)]
+    spec = {"name": "dots", "density": density, "instruct": 0.8}
+    result = merge(spec, base, instruct, first, second, c=-0.6, w0=1.0, w1=0.5)
+    close(result, reference_dots(*parts[:2], parts[2:], (0.8, -0.6, -0.3), density))
+
+
+def test_dots_with_all_of_both_deltas_is_their_sum_and_with_one_coefficient_zero_the_other_alone():
+    base, instruct, coarse = random_trio(12, 1000)
+    b, i, k = (part.astype(np.float64) for part in (base, instruct, coarse))
+    close(merge({"name": "dots", "density": 1.0}, base, instruct, coarse, c=1.0), i + k - b)
+    alone = merge({"name": "dots", "instruct": 0.0}, np.zeros(1000), instruct - base, coarse - base, c=1.0)
+    assert int(torch.count_nonzero(alone)) == 300
+    assert torch.linalg.norm(alone).item() == pytest.approx(np.linalg.norm(k - b), rel=1e-5)
+    assert torch.equal(merge({"name": "dots"}, base, base, base, c=1.0), torch.from_numpy(base))  # no norm to keep
+
+
+def test_dots_keeps_norms_whose_squares_float32_cannot_hold():
+    values = np.array([3.0, 4.0, 0.5, -0.25], np.float32)
+    for scale in (1e-25, 1e25):
+        result = merge({"name": "dots", "density": 0.5}, np.zeros(4), np.zeros(4), scale * values, c=1.0)
+        assert torch.linalg.norm(result.double()).item() == pytest.approx(scale * np.linalg.norm(values), rel=1e-5)
+
+
+def test_dots_keeps_the_norm_over_all_tensors_in_the_global_scope():
+    other = "model.norm.weight"
+    small, large = torch.linspace(0.001, 0.002, 50), torch.linspace(1, 2, 50)
+    models = [{NAME: factor * large, other: factor * small} for factor in (0.0, 0.0, 1.0)]
+    spec = {"name": "dots", "density": 0.25, "scope": "global"}
+    found = merge_state_dicts(Recipe(base="b", instruct="i", coarse="c", operator=spec, coefficient=1.0), *models)
+    assert not found[other].any() and int(torch.count_nonzero(found[NAME])) == 25
+    whole = torch.cat([large, small])
+    assert torch.linalg.norm(found[NAME]).item() == pytest.approx(torch.linalg.norm(whole).item(), rel=1e-5)
+
+
 def test_tsv_recombines_orthogonal_tasks_without_loss():
     generator = np.random.default_rng(0)
     q = np.linalg.qr(generator.standard_normal((12, 12)))[0]

@@ -92,6 +92,8 @@ def test_every_problem_of_a_recipe_is_reported_at_once():
         ({"operator": {"name": "trim", "density": True}}, "not a finite number"),
         ({"operator": {"name": "trim", "scope": "layer"}}, "tensor or global"),
         ({"operator": {"name": "dare", "density": 0.0}}, "divides by it"),
+        ({"operator": {"name": "dots", "density": 0.0}}, "dots divides by the norm of what is kept"),
+        ({"operator": {"name": "dots", "instruct": "all"}}, "finite number"),
         ({"operator": {"name": "dare", "seed": 0.5}}, "whole number"),
         ({"operator": {"name": "tsv", "rank": 2.0}}, "operator.rank"),
         ({"operator": 3}, "operator: expected a name such as residue, or {name: trim"),

@@ -38,10 +38,12 @@ OPERATORS = [
     {"name": "dare", "density": 0.5},
     {"name": "ties", "density": 0.4},
     {"name": "ties", "density": 0.4, "scope": "global"},
+    {"name": "dots"},
+    {"name": "dots", "density": 0.4, "scope": "global"},
     {"name": "orthogonal"},
     {"name": "tsv"},
 ]
-IDENTITY = [operator for operator in OPERATORS if operator["name"] not in ("ties", "tsv")]
+IDENTITY = [operator for operator in OPERATORS if operator["name"] not in ("ties", "dots", "tsv")]
 
 
 def label(operator: dict) -> str:
@@ -798,7 +800,8 @@ def test_the_plan_is_a_table_of_every_tensor(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("operator", "models_read"), [("residue", 3), ("lerp", 2), ("slerp", 6), ("trim", 5), ("ties", 6), ("dare", 3)]
+    ("operator", "models_read"),
+    [("residue", 3), ("lerp", 2), ("slerp", 6), ("trim", 5), ("ties", 6), ("dare", 3), ("dots", 9)],
 )
 def test_the_plan_counts_the_bytes_that_are_read(tmp_path, monkeypatch, operator, models_read):
     from c2f_utils.merge.readers import Files
@@ -858,10 +861,19 @@ def test_every_operator_passes_verification_in_float64(tmp_path, operator, dtype
         assert verify(tmp_path / out_dtype, Recipe(**paths, **changes)).worst <= 1
 
 
+def test_a_merge_whose_report_knows_no_scales_is_verified_as_before(tmp_path):
+    paths, changes = trio(tmp_path), {"operator": {"name": "trim", "density": 0.3}}
+    merge(paths, tmp_path / "out", **changes)
+    report = json.loads((tmp_path / "out" / "merge_report.json").read_text())
+    assert all(values.pop("scales") == [] for values in report["statistics"].values())
+    (tmp_path / "out" / "merge_report.json").write_text(json.dumps(report))
+    assert verify(tmp_path / "out", Recipe(**paths, **changes)).worst <= 1
+
+
 def test_kernels_do_not_write_into_their_inputs():
     parts = {what: torch.randn(64) for what in ("instruct", "base", "coarse.0", "delta.instruct", "delta.coarse.0")}
     before = {what: part.clone() for what, part in parts.items()}
-    stats = kernels.Statistics(((2.0, 0.1), (0.1, 1.0)), (kernels.Threshold(0.5, 0, 0.5),) * 2, 64)
+    stats = kernels.Statistics(((2.0, 0.1), (0.1, 1.0)), (kernels.Threshold(0.5, 0, 0.5),) * 2, 64, (1.5, 2.0))
     for kernel, options in (
         (kernels.residue, {}),
         (kernels.lerp, {}),
@@ -869,6 +881,7 @@ def test_kernels_do_not_write_into_their_inputs():
         (kernels.trim, {"density": 0.5, "scope": "tensor"}),
         (kernels.dare, {"density": 0.5, "seed": 0}),
         (kernels.ties, {"density": 0.5, "scope": "tensor"}),
+        (kernels.dots, {"density": 0.5, "instruct": 0.8, "scope": "tensor"}),
         (kernels.orthogonal, {}),
         (kernels.tsv, {"rank": 0.0}),
     ):

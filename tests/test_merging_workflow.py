@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from tiny_models import TOKENIZER, causal, prompts
 
 from c2f_utils import merge
+from c2f_utils.measure import answers
 from c2f_utils.models import loading
 from c2f_utils.report.results import operator_name
 from c2f_utils.rollout.decoder import KVDecoder
@@ -19,7 +20,7 @@ from c2f_utils.rollout.proxy import ProxyDecoder
 from c2f_utils.rollout.sampler import BatchedSampler
 from c2f_utils.runs.run import Run
 from c2f_utils.settings.load import load_settings
-from c2f_utils.stages import evaluation, variants
+from c2f_utils.stages import choice_without_labels, evaluation, variants
 from c2f_utils.stages.bench import Bench
 from c2f_utils.stages.inputs import Inputs
 from c2f_utils.stages.residue_merging import Merging
@@ -95,12 +96,13 @@ def loaded(monkeypatch):
     return counts
 
 
-def begun(smoke_run, tmp_path, monkeypatch, stage: str) -> Run:
+def begun(smoke_run, tmp_path, monkeypatch, stage: str, **merge: object) -> Run:
     for folder in smoke_run.glob(f"0[0-{int(stage[1]) - 1}]_*"):
         if folder.is_dir():
             shutil.copytree(folder, tmp_path / "mine" / folder.name)
     monkeypatch.setenv("C2F_OUTPUTS", str(tmp_path))
-    run = Run(load_settings("smoke", run_id="mine"))
+    changes = {f"merge.{name}": value for name, value in merge.items()}
+    run = Run(load_settings("smoke", run_id="mine", overrides=changes))
     run.here = run.stage(stage)
     run.here.begin(run.inputs(stage)[0])
     return run
@@ -147,6 +149,50 @@ def test_a_model_that_the_library_keeps_otherwise_than_stored_is_held_and_merges
     found = held.merged(held.recipe({"name": "residue"}, 0.4, rules=[{"match": "^table$", "set": 0.0}])).state_dict()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     run.here.stop()
+
+
+def test_rules_without_labels_choose_by_two_answers_and_are_judged_by_a_third(smoke_run, tmp_path, monkeypatch):
+    run = begun(smoke_run, tmp_path, monkeypatch, "06_residue_merging", sections=["label_free"])
+    merging = Merging(run)
+    bench, drawn, rows = merging.bench, [], merging.sweep()
+    sweep = [{**rows[0], "coefficient": 0.0}, *rows]  # with c = 0, the instruction model itself
+    sample = bench.inputs.sampled
+    monkeypatch.setattr(bench.inputs, "sampled", lambda *given: drawn.append(sample(*given)) or drawn[-1])
+    found = choice_without_labels.compare(bench, {"name": "residue"}, sweep)
+    count = len(bench.prompts)
+    assert [len(samples) for samples in drawn] == [3 * count] * 3 == [found["prompts"] * 3] * 3
+    logps = torch.cat([s.logps for s in drawn[0][: 2 * count]]).double()  # under instruct, whose own answers they are
+    assert found["rows"][0]["perplexity"] == pytest.approx(logps.mean().neg().exp().item(), rel=1e-5)
+    for row, samples in zip(found["rows"], drawn, strict=True):
+        last = samples[2 * count :]
+        score = sum(bench.scores(last)) / count
+        assert row["judged"] == answers.measure(last) | {"score": pytest.approx(score)}
+        assert 0 <= row["agreement_draws"] <= 1 and row["prompt_perplexity"] > 1
+    (checker,) = (row["coefficient"] for row in found["rules"] if row["rule"] == "checker")
+    assert checker == max(sweep, key=lambda row: row["score"])["coefficient"]
+    assert choice_without_labels.compare(bench, {"name": "residue"}, sweep) == found and len(drawn) == 3, (
+        "kept as pieces"
+    )
+    run.here.stop()
+
+
+def test_06_chooses_without_labels_and_interpolates_with_coarse_only_where_it_is_asked_to(
+    smoke_run, tmp_path, monkeypatch
+):
+    plain = {"controls": ["coarse_interpolation"], "other_operators": []}
+    run = begun(smoke_run, tmp_path, monkeypatch, "06_residue_merging", sections=["label_free"], **plain)
+    found, usual = Merging(run).finish(), results(smoke_run, "06")
+    assert found["sweep"] == usual["sweep"] and found["chosen"] == usual["chosen"]
+    assert found.keys() - usual.keys() == {"label_free"}
+    assert found["label_free"]["rules"][4]["coefficient"] == found["chosen"]["coefficient"]
+    control = found["controls"]["coarse_interpolation"]
+    assert control["coefficient"] == max(control["sweep"], key=lambda row: row["score"])["coefficient"]
+    folders = {"05_instruction_model": "model", "03_coarse_rlhf": "model", "06_residue_merging": "controls"}
+    folders["06_residue_merging"] += "/coarse_interpolation"
+    instruct, coarse, made = (dict(loading.stored(tmp_path / "mine" / stage / folders[stage])) for stage in folders)
+    for name, value in made.items():
+        assert torch.allclose(value, torch.lerp(instruct[name], coarse[name], control["coefficient"]), atol=1e-6), name
+    run.here.finish()
 
 
 @pytest.mark.slow

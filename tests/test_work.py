@@ -36,6 +36,10 @@ def test_what_is_asked_for_decides_how_long_it_takes():
     assert (
         of("06_residue_merging", merge__sections=[], merge__controls=[]).generated < of("06_residue_merging").generated
     )
+    few, more = (of("06_residue_merging", merge__sections=found, merge__controls=[]) for found in ([], ["label_free"]))
+    assert more.generated == 3 * len(load_settings("tiny").merge.coefficients) * 256 * 160 + few.generated
+    swept = of("06_residue_merging", merge__sections=[], merge__controls=["coarse_interpolation"])
+    assert 3 * (swept.generated - few.generated) == more.generated - few.generated
     alone = {"tasks__suites": [], "judge__name": "none"}
     one_of_three = of("07_evaluation", evaluation__decodings=["greedy"], **alone)
     assert one_of_three.generated == of("07_evaluation", **alone).generated / 3

@@ -3,7 +3,7 @@
 import math
 from itertools import chain
 
-from c2f_utils.merge.kernels import Statistics
+from c2f_utils.merge.kernels import Piece, Statistics, Threshold
 from c2f_utils.merge.operators import Operator
 from c2f_utils.merge.ranges import Target, blocks, chunks
 from c2f_utils.merge.readers import Workspace
@@ -15,15 +15,47 @@ from c2f_utils.merge.workers import Workers
 def gather(
     operator: Operator, options: dict, targets: list[Target], models: int, seed: int, chunk: int, workers: Workers
 ) -> list[Statistics]:
-    """Give each target's statistics; with option scope == "global" the thresholds are those of all targets together."""
+    """Give each target's statistics; with option scope == "global" the thresholds and scales are those of all targets
+    together."""
     grams = [_gram(target, models, chunk, workers) if "gram" in operator.statistics else () for target in targets]
-    limits = [()] * len(targets)
+    limits, scales = [()] * len(targets), [()] * len(targets)
     if "thresholds" in operator.statistics:
         first = 0 if "instruct_threshold" in operator.statistics else 1
         groups = [targets] if options.get("scope") == "global" else [[target] for target in targets]
         found = [thresholds(group, first, models, options["density"], seed, chunk, workers) for group in groups]
-        limits = found * len(targets) if len(groups) < len(targets) else found
-    return [Statistics(gram, limit, target.count) for gram, limit, target in zip(grams, limits, targets, strict=True)]
+        each = len(targets) // max(1, len(groups))
+        limits = found * each
+        if "scales" in operator.statistics:
+            kept = zip(groups, found, strict=True)
+            scales = [_scales(group, limit, seed, chunk, workers) for group, limit in kept] * each
+    return [
+        Statistics(gram, limit, target.count, scale)
+        for gram, limit, scale, target in zip(grams, limits, scales, targets, strict=True)
+    ]
+
+
+def _scales(
+    targets: list[Target], limits: tuple[Threshold, ...], seed: int, chunk: int, workers: Workers
+) -> tuple[float, ...]:
+    """|d| / |the part of d beyond its threshold| over all targets, of d_I and the residues; 1 where nothing is kept."""
+    roles = ["delta.instruct", *(f"delta.coarse.{k}" for k in range(len(limits) - 1))]
+    stats = Statistics(thresholds=limits)
+
+    def squares(span: tuple[Target, int, int], workspace: Workspace) -> list[list[float]]:
+        target, start, stop = span
+        loaded = target.reader.load(start, stop, workspace)
+        rows = []
+        for low, high in blocks(start, stop):
+            wholes = {role: loaded.read(role, low, high) for role in roles}
+            piece = Piece(target.name, (target.count,), low, wholes.__getitem__, (), stats, seed)
+            pairs = [(whole, piece.trimmed(whole, index)) for index, whole in enumerate(wholes.values())]
+            doubles = [part.double() for pair in pairs for part in pair]  # squares of float32 may leave its range
+            rows.append([inner(part, part) for part in doubles])
+        return rows
+
+    spans = ((target, *span) for target in targets for span in chunks(0, target.count, chunk))
+    sums = [math.fsum(column) for column in zip(*chain.from_iterable(workers.map(squares, spans)), strict=True)]
+    return tuple(math.sqrt(whole / kept) if kept else 1.0 for whole, kept in zip(sums[::2], sums[1::2], strict=True))
 
 
 def _gram(target: Target, models: int, chunk: int, workers: Workers) -> tuple[tuple[float, ...], ...]:

@@ -42,12 +42,13 @@ class Threshold:
 @dataclass(frozen=True)
 class Statistics:
     """What the pass before the kernel found: `gram[i][j]` = <d_i, d_j> over the tensor (0 is d_I, then residues);
-    thresholds alike.
+    thresholds alike, and `scales`: the norm of each delta over that of its part beyond the threshold.
     """
 
     gram: tuple[tuple[float, ...], ...] = ()
     thresholds: tuple[Threshold, ...] = ()
     count: int = 0
+    scales: tuple[float, ...] = ()
 
 
 class Piece:
@@ -213,6 +214,17 @@ def ties(piece: Piece, c: float, density: float, scope: str) -> Tensor:
         below.add_(torch.as_tensor(agrees * np.float32(weight)))
     below.add_(torch.eq(below, 0.0, out=total))  # where nothing agrees the mean is 0
     return above.div_(below).add_(piece.base)
+
+
+def dots(piece: Piece, c: float, density: float, instruct: float, scope: str) -> Tensor:
+    """The largest of d_I and of d_k, each with the norm of the whole and a coefficient of its own (after DoTS, arXiv
+    2605.00610; there one norm spans all tensors, here that is scope "global").
+    """
+    deltas, factors = (piece.instruct_residue, *piece.residues), (instruct, *(c * weight for weight in piece.weights))
+    merged = piece.base.clone()
+    for index, (delta, factor) in enumerate(zip(deltas, factors, strict=True)):
+        merged.add_(piece.trimmed(delta, index).mul_(factor * piece.stats.scales[index]))
+    return merged
 
 
 def orthogonal(piece: Piece, c: float) -> Tensor:

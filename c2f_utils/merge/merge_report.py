@@ -86,6 +86,7 @@ def encode_statistics(stats: Statistics) -> dict:
         "gram": [[value.hex() for value in row] for row in stats.gram],
         "thresholds": [[t.value.hex(), t.tie_cut, t.density] for t in stats.thresholds],
         "count": stats.count,
+        "scales": [scale.hex() for scale in stats.scales],
     }
 
 
@@ -96,6 +97,7 @@ def decode_statistics(content: dict) -> Statistics:
         gram,
         tuple(Threshold(float.fromhex(v), cut, density) for v, cut, density in content["thresholds"]),
         content["count"],
+        tuple(map(float.fromhex, content.get("scales", ()))),  # a merge made earlier has none
     )
 
 

@@ -16,10 +16,10 @@ from c2f_utils.settings.merge_options import OPTIONS, option_problems
 class Operator:
     """A kernel and what it asks of the plan.
 
-    `reads`: the models it needs. `statistics`: a choice of "gram", "thresholds" (of residues), "instruct_threshold".
-    `options`: keys with default values. `zero_is_instruct`: c = 0 gives instruct, so bytes are copied; `one_is_coarse`:
-    c = 1 gives coarse, likewise. `several`: takes more than one coarse model. `matrix`: the kernel gets whole 2-D
-    tensors (others are merged as `residue`).
+    `reads`: the models it needs. `statistics`: a choice of "gram", "thresholds" (of residues), "instruct_threshold",
+    "scales" (with both thresholds). `options`: keys with default values. `zero_is_instruct`: c = 0 gives instruct, so
+    bytes are copied; `one_is_coarse`: c = 1 gives coarse, likewise. `several`: takes more than one coarse model.
+    `matrix`: the kernel gets whole 2-D tensors (others are merged as `residue`).
     """
 
     name: str
@@ -55,6 +55,10 @@ _BUILT_IN = (
     Operator(
         "ties", kernels.ties, "base + elected mean of top(d_I), top(d_k) with weights 1, c",
         statistics=("thresholds", "instruct_threshold"), several=True, negative=False,
+    ),
+    Operator(
+        "dots", kernels.dots, "base + instruct * top(d_I) |d_I| / |top(d_I)| + c * the same of r, part by part",
+        statistics=("thresholds", "instruct_threshold", "scales"), several=True,
     ),
     Operator(
         "orthogonal", kernels.orthogonal, "instruct + c * (r - proj(r on d_I))", statistics=("gram",),
@@ -132,7 +136,7 @@ def check_operator(spec: Mapping[str, object], models: int) -> list[str]:
     if models > 1 and not operator.several:
         found.append(
             f"operator {name} takes one coarse model, the recipe names {models}; use residue, trim, dare, "
-            f"ties, orthogonal or tsv"
+            f"ties, dots, orthogonal or tsv"
         )
     return found
 

@@ -108,7 +108,8 @@ class Plan:
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of weights read: once for merging and once for statistics (samples and further passes not counted)."""
+        """Bytes of weights read: once for merging and once for each kind of statistics (samples and further passes not
+        counted)."""
         wanted = self.operator.statistics
         total = 0
         for placement in self.placements:
@@ -118,6 +119,8 @@ class Plan:
                 passes.append(roles)
             elif wanted:
                 passes.append([role for role in roles if role != "instruct"])
+            if "scales" in wanted:
+                passes.append(roles)
             for read in passes:
                 infos = {(info.file, info.offset): info for info in (placement.sources[role].info for role in read)}
                 total += placement.merged * sum(ITEM_BYTES[info.dtype] for info in infos.values())

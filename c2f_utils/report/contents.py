@@ -17,6 +17,7 @@ from c2f_utils.report import (
     sources,
     tables,
     tables_dialogue,
+    tables_label_free,
     tables_retention,
     tables_safety,
     tables_tasks,
@@ -104,6 +105,8 @@ def tables_of(name: str, found: dict) -> Made:
                     lambda: against.shares_with_intervals(tables.operator_table(found)),
                     "Merge operators.",
                 ),
+                ("label_free", lambda: tables_label_free.label_free_table(found), "The coefficient without labels."),
+                ("label_free_by", lambda: tables_label_free.quantities_table(found), "What these rules choose by."),
             ]
         case "07_evaluation":
             made: Made = [

@@ -130,11 +130,10 @@ def _merging(settings: Settings, speeds: Speeds) -> Work:
     merge, sections = settings.merge, settings.merge.sections
     grid = len(merge.coefficients)
     parts = 2 * (4 + 3)  # with and without each of four blocks of layers and three kinds of module
-    rounds = {"layers": parts, "depths": 4, "averages": 4, "roundings": 3, "proxies": 0}
+    rounds = {"layers": parts, "depths": 4, "averages": 4, "roundings": 3, "proxies": 0, "label_free": 3 * grid}
     rounds = sum(count for name, count in rounds.items() if name in sections) + grid * (1 + len(merge.other_operators))
-    rounds += sum(
-        {"interpolation": grid, "random_residue": 1, "fixed_long_residue": grid}.get(c, 0) for c in merge.controls
-    )
+    controls = dict.fromkeys(("interpolation", "coarse_interpolation", "fixed_long_residue"), grid)
+    rounds += sum((controls | {"random_residue": 1}).get(c, 0) for c in merge.controls)
     rounds += 1 + 3 + 1  # the reference of all differences, the parents, the Fine Actor
     each = settings.data.validation_prompts, settings.evaluation.max_tokens, speeds
     total = _answered(*each) * rounds + _answered(*each, models=3) * (2 * ("proxies" in sections))

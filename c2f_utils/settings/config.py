@@ -175,13 +175,14 @@ class Merge(Section):
     )
     token_price: NonNegative = Field(0.02, description="score = utility (or reward) - token_price * mean tokens")
     out_dtype: Literal["same", "float32", "bfloat16", "bfloat16_stochastic"] = "same"
-    sections: list[Literal["layers", "depths", "averages", "proxies", "roundings"]] = Field(
+    sections: list[Literal["layers", "depths", "averages", "proxies", "roundings", "label_free"]] = Field(
         ["layers", "depths", "averages", "proxies", "roundings"],
-        description="comparisons beside the coefficient sweep; each costs generation runs",
+        description="comparisons beside the coefficient sweep; each costs generation runs; label_free: what "
+        "coefficient would be chosen without a checker",
     )
-    controls: list[Literal["interpolation", "random_residue", "ppo_instruct", "fixed_long_residue"]] = [
-        "interpolation", "random_residue", "ppo_instruct", "fixed_long_residue",
-    ]  # fmt: skip
+    controls: list[
+        Literal["interpolation", "coarse_interpolation", "random_residue", "ppo_instruct", "fixed_long_residue"]
+    ] = ["interpolation", "random_residue", "ppo_instruct", "fixed_long_residue"]
 
 
 class Evaluation(Section):

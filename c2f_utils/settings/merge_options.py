@@ -11,8 +11,9 @@ from c2f_utils.errors import short
 OPTIONS: dict[str, dict[str, object]] = {
     "residue": {}, "lerp": {}, "slerp": {}, "orthogonal": {}, "tsv": {"rank": 0.0},
     "trim": {"density": 0.2, "scope": "tensor"}, "ties": {"density": 0.2, "scope": "tensor"},
-    "dare": {"density": 0.5, "seed": 0},
+    "dare": {"density": 0.5, "seed": 0}, "dots": {"density": 0.3, "instruct": 1.0, "scope": "tensor"},
 }  # fmt: skip
+_DIVISORS = {"dare": "it", "dots": "the norm of what is kept"}
 _KINDS = {float: "a finite number", int: "a whole number", str: "text", bool: "true or false"}
 
 
@@ -31,8 +32,8 @@ def option_problems(name: str, spec: Mapping[str, object], defaults: Mapping[str
 
 def _out_of_bounds(name: str, options: Mapping[str, object]) -> list[str]:
     found, density, rank = [], options.get("density"), options.get("rank", 0)
-    if name == "dare" and not 0 < density <= 1:
-        found.append(f"operator.density: {density} must be above 0 and at most 1: dare divides by it")
+    if name in _DIVISORS and not 0 < density <= 1:
+        found.append(f"operator.density: {density} must be above 0 and at most 1: {name} divides by {_DIVISORS[name]}")
     elif density is not None and not 0 <= density <= 1:
         found.append(f"operator.density: {density} must lie within 0 and 1 (the share kept)")
     if not 0 <= options.get("seed", 0) < 2**63:

@@ -31,6 +31,7 @@ def make(run: Run, bench: Bench, coefficient: float) -> Iterator[tuple[str, dict
     wanted = run.settings.merge.controls
     makers = {
         "interpolation": _interpolation,
+        "coarse_interpolation": _coarse_interpolation,
         "random_residue": _random,
         "fixed_long_residue": _fixed_long,
         "ppo_instruct": _ppo,
@@ -47,15 +48,21 @@ def keep(run: Run, bench: Bench, name: str, model: nn.Module) -> None:
 
 
 def _interpolation(run: Run, bench: Bench, coefficient: float) -> tuple[nn.Module, dict]:
-    base = bench.states["base"]
-    sweep = bench.sweep({"name": "lerp"}, base, "base")
+    return _swept(bench, "lerp", "instruct + c (base - instruct)", bench.states["base"], "base")
+
+
+def _coarse_interpolation(run: Run, bench: Bench, coefficient: float) -> tuple[nn.Module, dict]:
+    return _swept(bench, "lerp", "instruct + c (coarse - instruct)")
+
+
+def _swept(
+    bench: Bench, operator: str, formula: str, state: merge.StateDict | None = None, of: str = "coarse"
+) -> tuple[nn.Module, dict]:
+    spec = {"name": operator}
+    sweep = bench.sweep(spec, state, of)
     chosen = max(sweep, key=lambda row: row["score"])["coefficient"]
-    note = "instruct + c (base - instruct), c chosen on the same grid by the same score"
-    return bench.merged(bench.recipe({"name": "lerp"}, chosen), base), {
-        "coefficient": chosen,
-        "sweep": sweep,
-        "note": note,
-    }
+    note = f"{formula}, c chosen on the same grid by the same score"
+    return bench.merged(bench.recipe(spec, chosen), state), {"coefficient": chosen, "sweep": sweep, "note": note}
 
 
 def _random(run: Run, bench: Bench, coefficient: float) -> tuple[nn.Module, dict]:
@@ -69,11 +76,7 @@ def _random(run: Run, bench: Bench, coefficient: float) -> tuple[nn.Module, dict
 
 def _fixed_long(run: Run, bench: Bench, coefficient: float) -> tuple[nn.Module, dict]:
     state = bench.actor(run.parent("04_length_schedules").model(f"models/fixed_long-s{run.settings.seed}"))
-    sweep = bench.sweep({"name": "residue"}, state, "fixed_long")
-    chosen = max(sweep, key=lambda row: row["score"])["coefficient"]
-    note = "residue of the actor trained under the fixed long limit, c chosen on the same grid by the same score"
-    made = {"coefficient": chosen, "sweep": sweep, "note": note}
-    return bench.merged(bench.recipe({"name": "residue"}, chosen), state), made
+    return _swept(bench, "residue", "residue of the actor trained under the fixed long limit", state, "fixed_long")
 
 
 def _ppo(run: Run, bench: Bench, coefficient: float) -> tuple[nn.Module, dict]:

@@ -34,6 +34,7 @@ LABELS = {
     "coarse": "coarse actor",
     "fine": "fine actor",
     "interpolation": "instruct + base, no RL",
+    "coarse_interpolation": "instruct + coarse, interpolated",
     "random_residue": "instruct + random residue",
     "instruct_forced": "instruct, analysis forced",
     "base_forced": "base, analysis forced",

@@ -14,7 +14,7 @@ from c2f_utils.errors import C2FError
 from c2f_utils.measure import answers
 from c2f_utils.report.results import operator_name
 from c2f_utils.runs.run import Run
-from c2f_utils.stages import controls, own_parts, variants
+from c2f_utils.stages import choice_without_labels, controls, own_parts, variants
 from c2f_utils.stages.bench import Bench, portable, recipe_of
 from c2f_utils.stages.inputs import Inputs, keep_samples, stopped_here
 
@@ -117,11 +117,19 @@ class Merging:
                 controls.keep(self.run, bench, name, bench.merged(recipe))
         return self.found["survival"]
 
+    def label_free(self) -> dict | None:
+        """What every rule without labels would choose, and its regret; None unless `merge.sections` names it."""
+        if "label_free" in self.settings.merge.sections and "label_free" not in self.found:
+            with self.here.timer("label-free choice"), stopped_here(self.here):
+                self.found["label_free"] = choice_without_labels.compare(self.bench, self.operator, self.sweep())
+        return self.found.get("label_free")
+
     def finish(self) -> dict:
         """Make the other controls, and keep results and samples; returns the results."""
         if "controls" in self.found:
             return self.results
         self.merge()
+        unlabelled = self.label_free()
         bench, c = self.bench, self.choose()["coefficient"]
         form = {"instruct": self.settings.models.instruct_form}
         with stopped_here(self.here), bench.progress.counting(controls.expected(self.settings.merge)):
@@ -145,6 +153,7 @@ class Merging:
                 "controls": self.found["controls"],
                 "anatomy": merge.anatomy(*(bench.states[name] for name in MATRICES)),
                 "survival": self.found["survival"],
+                **({"label_free": unlabelled} if unlabelled else {}),
             }
         )
         samples = bench.answers(bench.written(self.here.dir / "model"))

@@ -6,6 +6,7 @@ domain, where a checker knows what is right.
 """
 
 import random
+from collections.abc import Sequence
 from itertools import islice
 
 import numpy as np
@@ -84,19 +85,21 @@ class Retention:
             row["forward_kl"] = retention.forward_kl(found[OWN], self.reference[OWN], seed)._asdict()
         return row
 
-    @torch.no_grad()
     def _score(self, model: nn.Module) -> dict[str, Scored]:
-        head, pad = Head(model), self.inputs.tokenizer.pad_token_id
-        device, budget = loading.device(self.settings.models), self.settings.coarse.tokens_per_micro_batch
-        found = {}
-        for kind, texts in self.texts.items():
-            logps: list = [None] * len(texts)
-            for group in pack([text.positions for text in texts], budget):
-                batch = collate([texts[i] for i in group], pad, device, sampled=True)
-                for i, values in zip(group, batch.split(head.score(model, batch).cpu()), strict=True):
-                    logps[i] = values.tolist()
-            found[kind] = retention.scored(logps)
-        return found
+        head = Head(model)
+        return {kind: scored(self.inputs, model, head, texts) for kind, texts in self.texts.items()}
+
+
+@torch.no_grad()
+def scored(inputs: Inputs, model: nn.Module, head: Head, texts: list[Sample]) -> Scored:
+    """Log-probabilities under a model of the tokens that were sampled in these texts."""
+    pad, device = inputs.tokenizer.pad_token_id, loading.device(inputs.settings.models)
+    logps: list = [None] * len(texts)
+    for group in pack([text.positions for text in texts], inputs.settings.coarse.tokens_per_micro_batch):
+        batch = collate([texts[i] for i in group], pad, device, sampled=True)
+        for i, values in zip(group, batch.split(head.score(model, batch).cpu()), strict=True):
+            logps[i] = values.tolist()
+    return retention.scored(logps)
 
 
 def _documents(run: Run, inputs: Inputs, count: int) -> dict[str, list[Sample]]:
@@ -106,22 +109,23 @@ def _documents(run: Run, inputs: Inputs, count: int) -> dict[str, list[Sample]]:
     if settings.embedded:
         stated, seed = settings.data, settings.seed + UNUSED_SEED
         corpus = stories.documents(10**9, seed, stated.operations, world=stated.world)
-        found["corpus"] = [_text(ids, 1) for ids in islice(corpus, count)]
+        found["corpus"] = [as_text(ids, 1) for ids in islice(corpus, count)]
         rng = random.Random(f"chosen-{settings.seed}")
         problems = [prompt.problem for prompt in inputs.prompts("test")[:count]]
-        found["chosen"] = [_text([*p.prompt_ids, *_worked(p, rng)], len(p.prompt_ids)) for p in problems]
+        found["chosen"] = [as_text([*p.prompt_ids, *_worked(p, rng)], len(p.prompt_ids)) for p in problems]
         return found
     pairs = data.hub_pairs(settings, inputs.tokenizer)[1][:count]
-    found["chosen"] = [_text(pair.tokens[0], pair.prompt_tokens) for pair in pairs]
+    found["chosen"] = [as_text(pair.tokens[0], pair.prompt_tokens) for pair in pairs]
     if source := settings.retention.text:
         run.here.add_input(f"data:{source}", sha256(source))
         longest = settings.data.max_prompt_tokens + settings.evaluation.max_tokens
         read = (inputs.tokenizer(text)["input_ids"][:longest] for text in user_text.read(source, "retention.text"))
-        found["text"] = [_text(ids, 1) for ids in islice((ids for ids in read if len(ids) > 1), count)]
+        found["text"] = [as_text(ids, 1) for ids in islice((ids for ids in read if len(ids) > 1), count)]
     return found
 
 
-def _text(ids: list[int], context: int) -> Sample:
+def as_text(ids: Sequence[int], context: int) -> Sample:
+    """Tokens of a document to be scored after its first `context` ones."""
     return Sample(Prompt(tuple(ids[:context]), ""), list(ids[context:]), "limit", len(ids))
 
 

@@ -8,7 +8,7 @@ from test_command_line import old
 from test_runs import make, open_run
 
 from c2f_utils.files import read_json
-from c2f_utils.headless import clean
+from c2f_utils.headless import clean, sweeps
 from c2f_utils.runs.stage import run_folder
 
 BASE, REWARD = "01_base_model", "02_reward_model"
@@ -68,3 +68,15 @@ def test_the_folder_of_a_run_goes_only_when_nothing_of_the_users_is_in_it(parent
         (run / name).write_text("{}")
     clean.delete(clean.candidates(30, ["done"]), 30, ["done"])
     assert [path.name for path in run.iterdir()] == ["notes.md"]
+
+
+def test_a_stage_of_another_run_that_a_waiting_sweep_builds_on_stays(parent):
+    make(open_run("parent"), REWARD)
+    old(run_folder("parent") / REWARD, 40)
+    grid = {"coarse.iterations": [3, 5]}
+    sweeps.prepare(sweeps.Wanted("s", ("03_coarse_rlhf",), grid, (0,), "smoke", {}))
+    assert named() == []
+    record = read_json(run_folder("s") / "sweep.json")
+    done = record | {"runs": [run | {"notebooks": []} for run in record["runs"]]}
+    (run_folder("s") / "sweep.json").write_text(json.dumps(done))
+    assert named() == [f"parent/{BASE}", f"parent/{REWARD}"]

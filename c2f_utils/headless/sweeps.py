@@ -116,7 +116,8 @@ def prepare(wanted: Wanted, most: int = MOST) -> dict:
 
 
 def _runs(wanted: Wanted, most: int) -> list[dict]:
-    """Every run: its id, seed, point, the notebooks that it runs, and the run that it comes after.
+    """Every run: its id, seed, point, the notebooks that it runs, the run that it comes after, and which stages which
+    other runs lend.
 
     A stage that all points of a seed share goes to a run of its own, `<sweep>-s<seed>` (its point is None); of earlier
     stages only those that no other run has.
@@ -134,16 +135,16 @@ def _runs(wanted: Wanted, most: int) -> list[dict]:
         shared = [name for name in keys[0] if len(points) > 1 and all(key[name] == keys[0][name] for key in keys)]
         earlier = [name for name in needed if name not in wanted.notebooks]
         first = wanted.settings(seed, points[0])
-        there = [name for name in shared if name in earlier and _exists(name, first)]
-        before = [name for name in shared if name not in there]
+        lent = {name: run for name in shared if name in earlier and (run := _lender(name, first))}
+        before = [name for name in shared if name not in lent]
         common = f"{wanted.name}-s{seed}"
         if before:
-            runs.append({"run": common, "seed": seed, "point": None, "notebooks": before, "after": None})
+            runs.append({"run": common, "seed": seed, "point": None, "notebooks": before, "after": None, "lent": lent})
         for name, point in zip(names, points, strict=True):
             own = [stage for stage in needed if stage not in shared]
             run_id = f"{wanted.name}-{name}-s{seed}" if name else common
             after = common if before else None
-            runs.append({"run": run_id, "seed": seed, "point": point, "notebooks": own, "after": after})
+            runs.append({"run": run_id, "seed": seed, "point": point, "notebooks": own, "after": after, "lent": lent})
     for run in runs:
         run_folder(run["run"])
     return runs
@@ -178,10 +179,10 @@ def _refuse_alike(keys: list[dict], points: list[dict], wanted: Wanted) -> None:
             )
 
 
-def _exists(name: str, settings: Settings) -> bool:
-    """Whether some run has this stage done with exactly these settings, and on earlier stages of which that is true."""
+def _lender(name: str, settings: Settings) -> str | None:
+    """The run that has this stage done with exactly these settings, and on earlier stages of which that is true."""
     found = registry.latest(name, settings.profile, settings.seed, settings.for_stage(name))
-    return found is not None and _is_as_wanted(found, settings)
+    return found.run_id if found is not None and _is_as_wanted(found, settings) else None
 
 
 def _is_as_wanted(stage: Stage, settings: Settings) -> bool:

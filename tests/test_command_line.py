@@ -11,6 +11,7 @@ from finished_runs import c2f
 from test_runs import BASE, make, open_run
 
 from c2f_utils.__main__ import main
+from c2f_utils.errors import C2FError
 from c2f_utils.files import read_json, root
 from c2f_utils.headless import clean, jobs, request
 from c2f_utils.headless.kernel import Job
@@ -177,6 +178,22 @@ def test_a_recorded_request_that_a_notebook_run_by_hand_has_overtaken_does_not_c
     (run_folder("r") / request.FILE).write_text("[1]")
     assert request.parameters("r", BASE)["overrides"] == {"pretrain.tokens": 6}
     assert "no command is recorded" in said("run", "--resume", "r")[1]
+
+
+def test_a_stage_not_begun_takes_the_parameters_of_all_others_where_they_agree(outputs):
+    values = {"profile": "smoke", "seed": 0, "study": False, "run_id": "r", "overwrite": False}
+
+    def asked(name: str, **overrides) -> None:
+        request.record([Job(root() / f"notebooks/{name}.ipynb", name, values | {"overrides": overrides})])
+
+    asked(COARSE, **{"coarse.iterations": 5})
+    asked("05_instruction_model")
+    asked("08_report")
+    assert request.parameters("r", "06_residue_merging")["overrides"] == {"coarse.iterations": 5}
+    asked("04_length_schedules", **{"coarse.iterations": 7})
+    with pytest.raises(C2FError, match=r"03_coarse_rlhf \(there\) was asked for otherwise(.|\n)*: 5 there, 7 here"):
+        request.parameters("r", "06_residue_merging")
+    assert request.parameters("r", "05_instruction_model")["overrides"] == {}, "which is recorded"
 
 
 # Repeat

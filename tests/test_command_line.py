@@ -98,6 +98,14 @@ def test_two_writers_and_a_folder_that_cannot_be_written_do_no_harm(outputs, alw
     assert registry.rows() == both and not (outputs / index.FILE).exists()
 
 
+def test_a_stage_that_could_not_be_read_once_is_read_again(outputs, always, monkeypatch):
+    make(open_run("a"))
+    with monkeypatch.context() as denied:
+        denied.setattr(index.records, "whole", lambda folder: (_ for _ in ()).throw(C2FError("Stale file handle")))
+        assert [row["status"] for row in registry.rows()] == ["damaged"]
+    assert [row["status"] for row in registry.rows()] == ["done"] and registry.latest(BASE, "smoke", 0).run_id == "a"
+
+
 def test_a_few_runs_need_no_index(outputs):
     make(open_run("a"))
     assert registry.rows() and not (outputs / index.FILE).exists()

@@ -127,6 +127,18 @@ def test_without_slurm_the_command_says_so(outputs, monkeypatch, capsys):
     assert "there is no sbatch on this machine" in capsys.readouterr().err and list(outputs.iterdir()) == []
 
 
+def test_an_element_whose_time_is_up_while_it_waits_for_a_claim_is_requeued(outputs, monkeypatch):
+    sweeps.prepare(sweeps.Wanted("s", (BASE,), {}, (0, 1), "smoke", {}))
+    handlers, said = {}, []
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    monkeypatch.setattr(slurm.locks, "holder", lambda *_: {"host": "elsewhere"})
+    monkeypatch.setattr(slurm.time, "sleep", lambda _: handlers[signal.SIGUSR1](signal.SIGUSR1, None))
+    monkeypatch.setattr(slurm, "_said", said.append)
+    for name, value in (("SLURM_ARRAY_JOB_ID", "7"), ("SLURM_ARRAY_TASK_ID", "1")):
+        monkeypatch.setenv(name, value)
+    assert slurm.work("s", "1") == jobs.STOPPED and said == [["scontrol", "requeue", "7_1"]]
+
+
 def test_an_element_does_not_start_before_the_run_that_it_comes_after_is_done(outputs, monkeypatch, capsys):
     grid = {"coarse.iterations": [3, 5]}
     sweeps.prepare(sweeps.Wanted("s", ("03_coarse_rlhf",), grid, (0,), "smoke", {}))

@@ -89,14 +89,14 @@ def work(name: str, number: str) -> int:
     if late := next((each for each in runs if each["run"] == run["after"] and not sweeps.is_done(record, each)), None):
         print(f"{run['run']} not started: {late['run']}, which it comes after, is not done", flush=True)
         return jobs.FAILED
-    _wait_for_the_dead(run["run"])
+    _wait_for_the_dead(run["run"], seen)
     count = threads.requested() or int(os.environ.get("SLURM_CPUS_PER_TASK", 1))
     print(f"{run['run']}, begun {os.environ.get('SLURM_RESTART_COUNT', 0)} times before", flush=True)
-    if seen:
-        return jobs.STOPPED
-    at_work.append(sweeps.start(record, run, count))
-    code = at_work[0].process.wait()
-    print(f"{run['run']} ended with exit code {code}: {at_work[0].reason}", flush=True)
+    code = jobs.STOPPED
+    if not seen:
+        at_work.append(sweeps.start(record, run, count))
+        code = at_work[0].process.wait()
+        print(f"{run['run']} ended with exit code {code}: {at_work[0].reason}", flush=True)
     if code == jobs.STOPPED and signal.SIGUSR1 in seen:
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
         try:
@@ -106,10 +106,11 @@ def work(name: str, number: str) -> int:
     return code
 
 
-def _wait_for_the_dead(run_id: str) -> None:
-    """A run whose node died is claimed from another machine until its heartbeat is old enough: wait for that."""
+def _wait_for_the_dead(run_id: str, seen: list[int]) -> None:
+    """A run whose node died is claimed from another machine until its heartbeat is old enough: wait for that, or for a
+    signal."""
     deadline = time.monotonic() + locks.LOST
-    while time.monotonic() < deadline:
+    while not seen and time.monotonic() < deadline:
         other = locks.holder(run_folder(run_id) / ".run.claim", registry.heartbeat_age(run_id))
         if not other or other["host"] == socket.gethostname():
             return

@@ -216,6 +216,9 @@ def hostile(tmp_path: Path) -> dict[str, Path]:
     made["of another run"] = archive(next(at), GOOD, run="else")
     for number, files in enumerate((None, [], {"x": None}, "x")):
         made[f"files {number}"] = archive(next(at), GOOD, files=files)
+    config = ("demo/01_base_model/config.json", b"{}")
+    for number, stages in enumerate((None, {}, [], {"01_base_model": {}}, {"01_base_model": {"fingerprint": 1}})):
+        made[f"stages {number}"] = archive(next(at), config, stages=stages)
     made["a bad id"] = archive(next(at), run_id=".demo")
     whole = archive(next(at), GOOD).read_bytes()
     for name, raw in {

@@ -3,6 +3,7 @@ and its own end."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -200,6 +201,8 @@ def test_a_point_made_from_stages_with_other_settings_is_not_done(outputs):
     assert sweeps.state(record["runs"][1])[1] == "done" and not sweeps.is_done(record, record["runs"][1])
     with pytest.raises(C2FError, match="03_coarse_rlhf in run 's-iterations3-s0' was made from stages with other"):
         sweeps.prepare(wanted("03_coarse_rlhf", **points))
+    shutil.rmtree(outputs / "other")
+    assert sweeps.is_done(record, record["runs"][1]), "what it was made from is gone and cannot be told"
 
 
 # With kernels

@@ -167,13 +167,17 @@ def _lender(name: str, settings: Settings) -> str | None:
     return found.run_id if found is not None and _is_as_wanted(found, settings) else None
 
 
-def _is_as_wanted(stage: Stage, settings: Settings) -> bool:
+def _is_as_wanted(stage: Stage, settings: Settings, unknown: bool = False) -> bool:
+    """Whether a stage and all that it was made from have these settings; `unknown` is the answer where that is gone."""
     config, wanted = None if stage.damage() else stage.config(), settings.for_stage(stage.name)
-    if not config or settings.recorded(config["settings"], stage.name) != wanted:
+    if not config:
+        return unknown
+    if settings.recorded(config["settings"], stage.name) != wanted:
         return False
     origins = stage.provenance().get("parents", {})
     earlier = [Stage(run_folder(origins[name]) / name) for name in PARENTS[stage.name] if name in origins]
-    return len(earlier) == len(PARENTS[stage.name]) and all(_is_as_wanted(each, settings) for each in earlier)
+    whole = unknown or len(earlier) == len(PARENTS[stage.name])
+    return whole and all(_is_as_wanted(each, settings, unknown) for each in earlier)
 
 
 def _names(wanted: Wanted, points: list[dict]) -> list[str]:
@@ -229,7 +233,7 @@ def _foreign(record: dict, run: dict) -> list[str]:
     """The finished stages of a run that have other settings than the sweep's, or were made from some that have."""
     settings = load_settings(record["profile"], run["seed"], run["run"], _overrides(record, run), record["study"])
     stages = [Stage(run_folder(run["run"]) / name) for name in run["notebooks"] if name not in ALWAYS_REDONE]
-    return [stage.name for stage in stages if stage.done and not _is_as_wanted(stage, settings)]
+    return [stage.name for stage in stages if stage.done and not _is_as_wanted(stage, settings, unknown=True)]
 
 
 def table(name: str) -> "pd.DataFrame":

@@ -58,7 +58,7 @@ def submit(record: dict, text: str, thread_count: int | None = None) -> int:
         [number for number, run in left.items() if run["point"] is None],
         [number for number, run in left.items() if run["point"] is not None],
     ]
-    earlier: list[str] = []
+    earlier: list[str] = []  # `afterok` would hold back all seeds for one that failed: each element looks for its own
     for numbers in filter(None, arrays):
         options = [f"--array={','.join(map(str, numbers))}", f"--job-name={record['sweep']}", f"--chdir={root()}"]
         options += [] if "--output" in text else [f"--output={folder}/logs/slurm-%A_%a.txt"]

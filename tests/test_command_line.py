@@ -10,9 +10,11 @@ import pytest
 from finished_runs import c2f
 from test_runs import BASE, make, open_run
 
+from c2f_utils import weights
 from c2f_utils.__main__ import main
-from c2f_utils.files import read_json, root
-from c2f_utils.headless import clean, jobs, request
+from c2f_utils.errors import C2FError
+from c2f_utils.files import read_json, root, sha256
+from c2f_utils.headless import again, clean, jobs, request
 from c2f_utils.headless.kernel import Job
 from c2f_utils.runs import index, locks, provenance, registry
 from c2f_utils.runs.run import Run
@@ -97,6 +99,14 @@ def test_two_writers_and_a_folder_that_cannot_be_written_do_no_harm(outputs, alw
     assert registry.rows() == both and not (outputs / index.FILE).exists()
 
 
+def test_a_stage_that_could_not_be_read_once_is_read_again(outputs, always, monkeypatch):
+    make(open_run("a"))
+    with monkeypatch.context() as denied:
+        denied.setattr(index.records, "whole", lambda folder: (_ for _ in ()).throw(C2FError("Stale file handle")))
+        assert [row["status"] for row in registry.rows()] == ["damaged"]
+    assert [row["status"] for row in registry.rows()] == ["done"] and registry.latest(BASE, "smoke", 0).run_id == "a"
+
+
 def test_a_few_runs_need_no_index(outputs):
     make(open_run("a"))
     assert registry.rows() and not (outputs / index.FILE).exists()
@@ -179,6 +189,22 @@ def test_a_recorded_request_that_a_notebook_run_by_hand_has_overtaken_does_not_c
     assert "no command is recorded" in said("run", "--resume", "r")[1]
 
 
+def test_a_stage_not_begun_takes_the_parameters_of_all_others_where_they_agree(outputs):
+    values = {"profile": "smoke", "seed": 0, "study": False, "run_id": "r", "overwrite": False}
+
+    def asked(name: str, **overrides) -> None:
+        request.record([Job(root() / f"notebooks/{name}.ipynb", name, values | {"overrides": overrides})])
+
+    asked(COARSE, **{"coarse.iterations": 5})
+    asked("05_instruction_model")
+    asked("08_report")
+    assert request.parameters("r", "06_residue_merging")["overrides"] == {"coarse.iterations": 5}
+    asked("04_length_schedules", **{"coarse.iterations": 7})
+    with pytest.raises(C2FError, match=r"03_coarse_rlhf \(there\) was asked for otherwise(.|\n)*: 5 there, 7 here"):
+        request.parameters("r", "06_residue_merging")
+    assert request.parameters("r", "05_instruction_model")["overrides"] == {}, "which is recorded"
+
+
 # Repeat
 
 
@@ -224,6 +250,37 @@ def test_a_rerun_says_what_is_identical_and_where_it_differs(outputs, said, kern
     assert code == jobs.BAD_INPUT and "are not those that 01_base_model ran" in text
     monkeypatch.setattr(provenance, "code_digest", lambda: "0" * 16)
     assert "c2f_utils: " in said("rerun", "r")[1] and not run_folder("r.again").exists()
+
+
+def test_a_rerun_compares_models_and_names_data_and_weights_that_have_changed(outputs, kernels, tmp_path):
+    made = make(open_run("r"))
+    record = made.provenance()
+    for run_id, digest in (("r", "1"), ("twin", "1"), ("other", "2")):
+        folder = run_folder(run_id) / BASE
+        folder.mkdir(parents=True, exist_ok=True)
+        models = {"model": {"sha256": digest, "bytes": 1}}
+        (folder / "provenance.json").write_text(json.dumps(record | {"models": models}))
+    assert f"  {BASE}/model: identical" in again.compared(made.dir, run_folder("twin") / BASE)
+    assert f"  {BASE}/model: differs in its weights" in again.compared(made.dir, run_folder("other") / BASE)
+
+    for name in ("kept", "altered", "lost"):
+        (tmp_path / name).write_text(name)
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"1")
+    inputs = {f"data:{tmp_path / name}": sha256(tmp_path / name) for name in ("kept", "altered", "lost")}
+    inputs["weights:base"] = weights.identity(str(model))
+    (made.dir / "provenance.json").write_text(json.dumps(record | {"inputs": inputs}))
+    config = made.config()
+    config["settings"]["models"] = config["settings"].get("models", {}) | {"base": str(model)}
+    (made.dir / "config.json").write_text(json.dumps(config))
+    assert [*again._changed_inputs(made)] == []
+    (tmp_path / "altered").write_text("else")
+    (tmp_path / "lost").unlink()
+    (model / "model.safetensors").write_bytes(b"22")
+    said = [*again._changed_inputs(made)]
+    assert len(said) == 3 and "altered, which 01_base_model read, is another one now" in said[0]
+    assert "lost, which 01_base_model read, is not there" in said[1] and said[2].startswith("weights:base, ")
 
 
 def test_a_rerun_of_what_was_made_from_another_run_wants_the_same_parent(outputs, said, kernels):

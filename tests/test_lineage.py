@@ -99,6 +99,16 @@ def test_in_a_pack_whose_records_were_rewritten_nothing_has_changed(tmp_path, mo
     assert lineage.stages_of(there).set_index("stage").loc[REWARD, "changed"] == [BASE]
 
 
+def test_a_pack_that_does_not_tell_of_its_stages_is_drawn_as_damaged(tmp_path):
+    made("a", BASE, REWARD)
+    there = pack.unpack(pack.pack("a", tmp_path / "a.zip"), tmp_path / "there")
+    manifest = json.loads((there / "pack.json").read_text())
+    del manifest["stages"]
+    (there / "pack.json").write_text(json.dumps(manifest))
+    assert all(state.startswith("damaged") for state in lineage.stages_of(there)["state"])
+    assert "damaged" in words(figures.lineage(there))
+
+
 def test_figures_and_tables_name_their_run_in_their_files(tmp_path):
     run = fake_run(tmp_path, "demo")
     fig = figures.lineage(run)

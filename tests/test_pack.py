@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from fake_results import fake_run
+from test_runs import make, open_run
 
 from c2f_utils.__main__ import main
 from c2f_utils.errors import C2FError
@@ -215,6 +216,9 @@ def hostile(tmp_path: Path) -> dict[str, Path]:
     made["of another run"] = archive(next(at), GOOD, run="else")
     for number, files in enumerate((None, [], {"x": None}, "x")):
         made[f"files {number}"] = archive(next(at), GOOD, files=files)
+    config = ("demo/01_base_model/config.json", b"{}")
+    for number, stages in enumerate((None, {}, [], {"01_base_model": {}}, {"01_base_model": {"fingerprint": 1}})):
+        made[f"stages {number}"] = archive(next(at), config, stages=stages)
     made["a bad id"] = archive(next(at), run_id=".demo")
     whole = archive(next(at), GOOD).read_bytes()
     for name, raw in {
@@ -254,6 +258,15 @@ def test_a_size_that_is_not_true_gets_no_more_bytes_than_it_says(outputs, tmp_pa
     file.write_bytes(raw.replace(struct.pack("<L", 2**23), struct.pack("<L", 2)))
     assert main(["pack", "--open", str(file)]) == 2
     assert "is no whole pack" in capsys.readouterr().err and not list(outputs.iterdir())
+
+
+def test_a_run_out_of_a_pack_lends_nothing(outputs, tmp_path):
+    make(open_run("mine"))
+    make(open_run("theirs"))
+    file = pack.pack("theirs", tmp_path / "p.zip")
+    shutil.rmtree(outputs / "theirs")
+    pack.unpack(file)
+    assert registry.latest(BASE, "smoke", 0).run_id == "mine"
 
 
 def test_an_id_that_is_taken_is_refused_and_the_run_left_alone(run, tmp_path, capsys):

@@ -94,10 +94,11 @@ def test_preempted_out_of_time_cancelled_and_killed_a_sweep_ends_as_an_undisturb
     assert "exit code 3: stopped on request" in log(LONG) and "begun 1 times before" in log(LONG)
     assert "4 of 6 runs are done already" in submit()
     wait(over)
-    for run in sweep_results.read("s")["runs"]:
+    record = sweep_results.read("s")
+    for run in record["runs"]:
         found = json.loads((outputs / run["run"] / BASE / "results.json").read_text())
         wanted = light_project.value(run["point"]["pretrain.tokens"], 0)
-        assert sweeps.is_done(run) and found == {"behaviour": {"accuracy_last": wanted}}, run
+        assert sweeps.is_done(record, run) and found == {"behaviour": {"accuracy_last": wanted}}, run
 
 
 @pytest.mark.parametrize(
@@ -124,3 +125,24 @@ def test_without_slurm_the_command_says_so(outputs, monkeypatch, capsys):
     monkeypatch.setenv("PATH", "")
     assert main(["sweep", "01", "--name", "s", "--profile", "smoke", "--slurm"]) == jobs.BAD_INPUT
     assert "there is no sbatch on this machine" in capsys.readouterr().err and list(outputs.iterdir()) == []
+
+
+def test_an_element_whose_time_is_up_while_it_waits_for_a_claim_is_requeued(outputs, monkeypatch):
+    sweeps.prepare(sweeps.Wanted("s", (BASE,), {}, (0, 1), "smoke", {}))
+    handlers, said = {}, []
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    monkeypatch.setattr(slurm.locks, "holder", lambda *_: {"host": "elsewhere"})
+    monkeypatch.setattr(slurm.time, "sleep", lambda _: handlers[signal.SIGUSR1](signal.SIGUSR1, None))
+    monkeypatch.setattr(slurm, "_said", said.append)
+    for name, value in (("SLURM_ARRAY_JOB_ID", "7"), ("SLURM_ARRAY_TASK_ID", "1")):
+        monkeypatch.setenv(name, value)
+    assert slurm.work("s", "1") == jobs.STOPPED and said == [["scontrol", "requeue", "7_1"]]
+
+
+def test_an_element_does_not_start_before_the_run_that_it_comes_after_is_done(outputs, monkeypatch, capsys):
+    grid = {"coarse.iterations": [3, 5]}
+    sweeps.prepare(sweeps.Wanted("s", ("03_coarse_rlhf",), grid, (0,), "smoke", {}))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sweeps, "start", lambda *_: pytest.fail("it would take stages of other runs"))
+    assert slurm.work("s", "1") == jobs.FAILED
+    assert "s-s0, which it comes after, is not done" in capsys.readouterr().out

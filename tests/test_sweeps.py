@@ -3,6 +3,7 @@ and its own end."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,8 +13,10 @@ import light_project
 import pytest
 from finished_runs import surroundings
 from light_project import BASE
+from test_runs import make, open_run
 
 from c2f_utils.__main__ import main
+from c2f_utils.errors import C2FError
 from c2f_utils.files import read_json
 from c2f_utils.headless import jobs, sweeps
 from c2f_utils.report import sweep_results
@@ -167,6 +170,39 @@ def test_each_worker_has_a_device_of_its_own(outputs, monkeypatch):
     record = sweeps.prepare(wanted(BASE, seeds=(1, 2, 3, 4)))
     sweeps.run(record, 2, ["4", "7"])
     assert given == [("s-s1", "4"), ("s-s2", "7"), ("s-s3", "4"), ("s-s4", "7")]
+
+
+def test_a_run_whose_shared_run_failed_is_not_started(outputs, monkeypatch, capsys):
+    begun = []
+
+    class Started:
+        def __init__(self, command, **_):
+            begun.append(command[command.index("--run-id") + 1])
+
+        def poll(self):
+            return jobs.FAILED
+
+    monkeypatch.setattr(sweeps.subprocess, "Popen", Started)
+    monkeypatch.setattr(sweeps, "BETWEEN", 0.0)
+    monkeypatch.setattr(sweeps, "_POLL", 0.0)
+    record = sweeps.prepare(wanted("03_coarse_rlhf", seeds=(1, 2), coarse__iterations=[3, 5]))
+    assert sweeps.run(record, 1) == jobs.FAILED
+    said = capsys.readouterr().out
+    assert begun == ["s-s1", "s-s2"] and said.count("not started: s-s1, which it comes after, is not done") == 2
+
+
+def test_a_point_made_from_stages_with_other_settings_is_not_done(outputs):
+    for name in ("01_base_model", "02_reward_model"):
+        make(open_run("other", **{"reward.pairs": 30}), name)
+    points = {"coarse__iterations": [3, 5], "reward__pairs": [40]}
+    record = sweeps.prepare(wanted("03_coarse_rlhf", **points))
+    assert read_json(outputs / "s" / "overrides" / "s-s0.json")["reward.pairs"] == 40, "as all points want it"
+    make(open_run("s-iterations3-s0", **{"coarse.iterations": 3, "reward.pairs": 40}), "03_coarse_rlhf")
+    assert sweeps.state(record["runs"][1])[1] == "done" and not sweeps.is_done(record, record["runs"][1])
+    with pytest.raises(C2FError, match="03_coarse_rlhf in run 's-iterations3-s0' was made from stages with other"):
+        sweeps.prepare(wanted("03_coarse_rlhf", **points))
+    shutil.rmtree(outputs / "other")
+    assert sweeps.is_done(record, record["runs"][1]), "what it was made from is gone and cannot be told"
 
 
 # With kernels

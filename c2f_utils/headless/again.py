@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from c2f_utils.errors import C2FError, problems
-from c2f_utils.files import UNPARSABLE, read_json, read_jsonl
+from c2f_utils.files import UNPARSABLE, read_json, read_jsonl, root, sha256
 
 if TYPE_CHECKING:
     from c2f_utils.headless.kernel import Job
@@ -83,10 +83,19 @@ _DIFFERS = ": differs"
 
 
 def compared(there: Path, here: Path) -> Iterator[str]:
-    """A line for each results file of a stage: identical, or the places where it differs.
+    """A line for each results file of a stage, and each model whose SHA-256 both recorded: identical, or where it
+    differs.
 
     Of metrics.jsonl the seconds are left out; results.json and samples.jsonl hold no time, and each byte counts.
     """
+    from c2f_utils.runs.stage import Stage
+
+    models = [Stage(folder).models() for folder in (there, here)]
+    for name in sorted(models[0].keys() & models[1].keys()):
+        digests = [each[name].get("sha256") for each in models]
+        if all(digests):
+            same = digests[0] == digests[1]
+            yield f"  {there.name}/{name}" + (": identical" if same else f"{_DIFFERS} in its weights")
     for name in _COMPARED:
         files = [folder / name for folder in (there, here)]
         if not any(file.exists() for file in files):
@@ -126,7 +135,8 @@ def _places(there: object, here: object, where: str = "") -> Iterator[str]:
 
 
 def _changes(stage: "Stage") -> list[str]:
-    """What has changed since a stage was made, a line each: code, packages, the cells of its notebook."""
+    """What has changed since a stage was made, a line each: code, packages, the cells of its notebook, the data and
+    models that it read."""
     from c2f_utils.headless import jobs, request
     from c2f_utils.runs import provenance
 
@@ -136,7 +146,26 @@ def _changes(stage: "Stage") -> list[str]:
     executed = stage.dir / "notebook.ipynb"
     if executed.is_file() and (not path.is_file() or _cells(executed) != _cells(path)):
         found.append(f"the cells of {path} are not those that {stage.name} ran")
-    return found
+    return [*found, *_changed_inputs(stage)]
+
+
+def _changed_inputs(stage: "Stage") -> Iterator[str]:
+    """The data files, and the models that the settings name, that are not as a stage met them."""
+    from c2f_utils import weights
+    from c2f_utils.runs.stage import WEIGHTS
+
+    models = stage.config()["settings"].get("models", {})
+    for name, then in stage.provenance()["inputs"].items():
+        role, file = name.removeprefix(WEIGHTS), root() / name.removeprefix("data:")
+        if name.startswith("data:"):
+            now = sha256(file) if file.is_file() else None
+        elif role != name and (source := models.get(role)):
+            revision = models.get(f"{role}_revision")
+            now = weights.identity(f"{source}@{revision}" if revision else source)
+        else:
+            continue
+        if now != then:
+            yield f"{name}, which {stage.name} read, is {'another one now' if now else 'not there any more'}"
 
 
 def _cells(path: Path) -> list[str] | None:

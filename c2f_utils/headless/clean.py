@@ -1,10 +1,12 @@
 """`c2f clean`: free the disk of old stages, and of nothing that something kept was made from.
 
-A stage goes as a whole, a run's folder with its last stage. Never touched: a run at work, the runs of a sweep that is
-not done, parents of anything kept (and theirs), links, and what is no stage.
+A stage goes as a whole; with the last one of a run its folder, unless something is in it that no command here wrote.
+Never touched: a run at work, the runs of a sweep that is not done and the stages lent to them, parents of anything
+kept (and theirs), links, and what is no stage.
 """
 
 import argparse
+import contextlib
 import re
 import shutil
 import sys
@@ -17,6 +19,9 @@ from c2f_utils.errors import C2FError, short
 
 _UNITS = {"h": 1 / 24, "d": 1.0, "w": 7.0}
 _SETASIDE = re.compile(r"(\d\d_\w+)\.old-\d+")
+_WRITTEN = re.compile(
+    r"STOP|(run|pack)\.json|\..+\.(claim|partial)|\d\d_\w+\.(running|refused)\.(ipynb|log)"
+)  # in a run
 _USUAL = "failed,killed,lost,stopped,damaged"  # done ones only where they are asked for
 
 
@@ -64,7 +69,7 @@ def _clean(options: argparse.Namespace) -> int:
     if not options.yes and input("delete them? [y/N] ").strip().lower() not in ("y", "yes"):
         print("nothing was deleted")
         return 0
-    freed, kept = delete(found)
+    freed, kept = delete(found, days, states)
     print("\n".join([*kept, f"{freed / 2**20:.1f} MB freed"]))
     return 0
 
@@ -79,16 +84,23 @@ def _days(text: str) -> float:
 def candidates(days: float, states: Sequence[str]) -> list[Candidate]:
     """Stages that gave no sign of life for so many days and are in one of these states, or set aside; without those
     that something kept needs."""
-    from c2f_utils.files import outputs
     from c2f_utils.runs import disk
 
+    chosen = _chosen(days, states)
+    return [Candidate(each, state, _age(each), disk.used(each)) for each, state in sorted(chosen.items())]
+
+
+def _chosen(days: float, states: Sequence[str]) -> dict[Path, str]:
+    from c2f_utils.files import outputs
+
     every = dict(_stages(outputs()))
-    busy = {folder for folder in every if folder.parent in _at_work(every) | _of_sweeps(outputs(), every)}
-    ages = {folder: _age(folder) for folder in every}
+    working, swept = _at_work(every), _of_sweeps(outputs(), every)
     chosen = {
         folder
         for folder, state in every.items()
-        if folder not in busy and ages[folder] > days and (state in states or _SETASIDE.fullmatch(folder.name))
+        if not (folder.is_symlink() or folder.parent.is_symlink() or folder.parent in working or folder in swept)
+        and (state in states or _SETASIDE.fullmatch(folder.name))
+        and _age(folder) > days
     }
     queue = [folder for folder in every if folder not in chosen]
     while queue:  # what is kept keeps its parents, and those theirs
@@ -96,46 +108,65 @@ def candidates(days: float, states: Sequence[str]) -> list[Candidate]:
             if parent in chosen:
                 chosen.discard(parent)
                 queue.append(parent)
-    return [Candidate(each, every[each], ages[each], disk.used(each)) for each in sorted(chosen)]
+    return {folder: every[folder] for folder in chosen}
 
 
-def delete(found: Sequence[Candidate]) -> tuple[float, list[str]]:
-    """Delete stages, and the folders of runs that hold nothing else; the bytes freed, and a line for each that stayed
-    because somebody has begun to work in its run, or it cannot be deleted."""
+def delete(found: Sequence[Candidate], days: float, states: Sequence[str]) -> tuple[float, list[str]]:
+    """Delete stages that are still candidates once their runs are claimed, and the files of runs left without any.
+
+    Returns the bytes freed, and a line for each stage or run that stayed, with the reason.
+    """
     from c2f_utils.runs import locks, registry
-    from c2f_utils.runs.stage import Stage
 
-    freed, stayed = 0.0, []
-    for run in dict.fromkeys(each.folder.parent for each in found):
-        claim = run / ".run.claim"
-        try:
-            other = locks.take(claim, registry.heartbeat_age(run.name))
-        except OSError as error:
-            stayed.append(f"{run} stays: {error.strerror}")
-            continue
-        for each in found if other is None else ():
-            if each.folder.parent == run and Stage(each.folder).state() == each.state:
-                shutil.rmtree(each.folder, ignore_errors=True)
-                if each.folder.exists():
-                    stayed.append(f"{each.folder} could not be deleted")
-                else:
-                    freed += each.size
-        if other:
-            stayed.append(f"{run} stays: process {other['pid']} on {other['host']} has begun to work in it")
-        elif not any(path.is_dir() for path in run.iterdir()):  # neither stages nor a report: files of ours alone
-            shutil.rmtree(run, ignore_errors=True)
-        else:
-            locks.release(claim)
+    freed, stayed, claimed = 0.0, [], []
+    try:
+        for run in dict.fromkeys(each.folder.parent for each in found):
+            try:
+                other = locks.take(run / ".run.claim", registry.heartbeat_age(run.name))
+            except OSError as error:
+                stayed.append(f"{run} stays: {error.strerror}")
+                continue
+            if other:
+                stayed.append(f"{run} stays: process {other['pid']} on {other['host']} has begun to work in it")
+            else:
+                claimed.append(run)
+        still = _chosen(days, states)  # minutes may have passed since somebody was asked
+        for each in found:
+            if each.folder.parent not in claimed:
+                continue
+            if still.get(each.folder) != each.state:
+                stayed.append(f"{each.folder} stays: it has changed, or something needs it by now")
+                continue
+            shutil.rmtree(each.folder, ignore_errors=True)
+            if each.folder.exists():
+                stayed.append(f"{each.folder} could not be deleted")
+            else:
+                freed += each.size
+    finally:
+        for run in claimed:
+            if any(path.is_dir() for path in run.iterdir()):  # stages or a report
+                locks.release(run / ".run.claim")
+            else:
+                _remove(run)
     return freed, stayed
 
 
+def _remove(run: Path) -> None:
+    """Delete what commands wrote into the folder of a run, and the folder if nothing of the user's is in it."""
+    for path in run.iterdir():
+        if _WRITTEN.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        run.rmdir()
+
+
 def _stages(outputs: Path) -> Iterator[tuple[Path, str]]:
-    """Every stage that has begun, set-aside ones too, with its state; links are left out."""
+    """Every stage that has begun, with its state: set-aside ones, and those behind links, which need parents, too."""
     from c2f_utils.runs.run import PARENTS
     from c2f_utils.runs.stage import Stage
 
-    for run in sorted(path for path in outputs.glob("*") if path.is_dir() and not path.is_symlink()):
-        for folder in sorted(path for path in run.iterdir() if path.is_dir() and not path.is_symlink()):
+    for run in sorted(path for path in outputs.glob("*") if path.is_dir()):
+        for folder in sorted(path for path in run.iterdir() if path.is_dir()):
             if _name(folder) in PARENTS and (state := Stage(folder).state()):
                 yield folder, state
 
@@ -169,27 +200,48 @@ def _at_work(every: dict[Path, str]) -> set[Path]:
 
 
 def _of_sweeps(outputs: Path, every: dict[Path, str]) -> set[Path]:
-    """The runs of each sweep of which a stage is not done; raises C2FError for a sweep that cannot be read."""
+    """The stages of each sweep of which one is not done, with those of other runs that it found and did not make
+    again; raises C2FError for a sweep that cannot be read."""
     from c2f_utils.files import read_json
 
     found: set[Path] = set()
     for path in outputs.glob("*/sweep.json"):
         try:
-            runs = {outputs / run["run"]: run["notebooks"] for run in read_json(path)["runs"]}
+            record = read_json(path)["runs"]
+            runs = {outputs / run["run"]: run["notebooks"] for run in record}
+            lent = {outputs / lender / name for run in record for name, lender in run.get("lent", {}).items()}
             done = all(every.get(run / Path(name).stem) == "done" for run, names in runs.items() for name in names)
         except (LookupError, TypeError, AttributeError):
             raise C2FError(f"{path} is not what a sweep writes; delete it, and its runs are runs like others") from None
-        found |= set() if done else set(runs)
+        found |= set() if done else lent | {folder for folder in every if folder.parent in runs}
     return found
 
 
 def _parents(folder: Path, chosen: set[Path]) -> Iterator[Path]:
-    """The stages that one was made from; where it does not say so any more, all that it may have been made from."""
+    """The stages that one was made from, set aside since or not; where it does not say so any more, all that it may
+    have been made from."""
     from c2f_utils.runs import records
     from c2f_utils.runs.run import PARENTS
 
     try:
-        parents = records.read(folder / "provenance.json").get("parents", {})
-        yield from [folder.parent.parent / run / name for name, run in parents.items()]
+        record = records.read(folder / "provenance.json")
+        parents = record["parents"]
+    except (C2FError, KeyError):  # damaged or missing
+        yield from [other for other in chosen if _name(other) in PARENTS[_name(folder)]]
+        return
+    for name, run in parents.items():
+        parent, recorded = folder.parent.parent / run / name, record["inputs"].get(name)
+        yield parent
+        aside = [each for each in chosen if each.parent == parent.parent and each != parent and _name(each) == name]
+        if aside and recorded and _fingerprint(parent) != recorded:
+            yield from [each for each in aside if _fingerprint(each) in (recorded, None)]
+
+
+def _fingerprint(folder: Path) -> str | None:
+    """What a stage built on this one would record of it; None where it cannot be told."""
+    from c2f_utils.runs.stage import Stage
+
+    try:
+        return Stage(folder).fingerprint()
     except C2FError:
-        yield from [other for other in chosen if other.name in PARENTS[_name(folder)]]
+        return None

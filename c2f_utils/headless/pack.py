@@ -226,14 +226,21 @@ def _hostile(entry: zipfile.ZipInfo, run_id: str) -> str | None:
 
 
 def _listed(file: Path, run_id: str, raw: bytes) -> dict[str, str]:
-    """SHA-256 by name, as the manifest tells it."""
+    """SHA-256 by name, as the manifest tells it; every stage must have its fingerprint there."""
     found = json.loads(raw)
     if not isinstance(found, dict) or too_deep(found) or found.get("run") != run_id or found.get("format") != FORMAT:
         raise C2FError(f"{file}: {PACKED} is not of run {run_id!r} in format {FORMAT}; update c2f_utils, or pack again")
     try:
-        return {name: about["sha256"] for name, about in found["files"].items()}
+        files = {name: about["sha256"] for name, about in found["files"].items()}
     except (KeyError, TypeError, AttributeError):
         raise C2FError(f"{file}: {PACKED} lists no files; expected what c2f pack wrote") from None
+    try:
+        told = {name for name, about in found["stages"].items() if isinstance(about["fingerprint"], str)}
+    except (KeyError, TypeError, AttributeError):
+        told = set()
+    if lacking := sorted({name.partition("/")[0] for name in files if name.endswith("/config.json")} - told):
+        raise C2FError(f"{file}: {PACKED} has no fingerprint of {short(lacking[0])}; expected what c2f pack wrote")
+    return files
 
 
 def _sha256(content: bytes) -> str:

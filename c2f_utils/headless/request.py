@@ -7,11 +7,11 @@ version) counts as begun with those of its profile that it does not share.
 from collections.abc import Sequence
 from pathlib import Path
 
-from c2f_utils.errors import C2FError
+from c2f_utils.errors import C2FError, problems
 from c2f_utils.files import plain, read_json, root, write_json
 from c2f_utils.headless.kernel import Job
 from c2f_utils.runs import provenance, registry
-from c2f_utils.runs.stage import Stage, run_folder
+from c2f_utils.runs.stage import ALWAYS_REDONE, Stage, run_folder
 from c2f_utils.settings.config import Settings
 from c2f_utils.settings.load import NAMED, load_settings
 
@@ -50,7 +50,8 @@ def notebook(run_id: str, stage: str) -> Path | None:
 def parameters(run_id: str, stage: str) -> dict[str, object]:
     """The parameters that a stage was begun with; for one that has not begun, those that its run was begun with.
 
-    Raises C2FError where they are not recorded and cannot be told from the settings that are.
+    Raises C2FError where they are not recorded and cannot be told from the settings that are, and, for a stage that has
+    not begun, where the run's other stages contradict each other.
     """
     folder = run_folder(run_id)
     asked, here = _read(folder), Stage(folder / stage)
@@ -61,8 +62,7 @@ def parameters(run_id: str, stage: str) -> dict[str, object]:
     if begun:
         return _from_settings(here)
     if asked["latest"]:
-        found = asked["stages"][asked["latest"][-1]]["parameters"]
-        return {name: found[name] for name in _OF_SETTINGS if name in found}
+        return _together(run_id, stage, asked)
     together: dict[str, object] = {}
     for other in registry.stages(run_id):
         found = _from_settings(other)
@@ -70,6 +70,24 @@ def parameters(run_id: str, stage: str) -> dict[str, object]:
     if not together:
         raise C2FError(f"run {run_id!r} has begun nothing that it could go on with; start it without --resume")
     return together
+
+
+def _together(run_id: str, stage: str, asked: dict) -> dict[str, object]:
+    """The parameters of all recorded stages as one, the latest last, of which each makes what it made by its own."""
+    names = [name for name in asked["stages"] if name not in ALWAYS_REDONE] or list(asked["stages"])
+    names.sort(key=lambda name: name in asked["latest"])
+    of = {name: {k: v for k, v in asked["stages"][name]["parameters"].items() if k in _OF_SETTINGS} for name in names}
+    overrides: dict[str, object] = {}
+    for values in of.values():
+        overrides |= values.get("overrides", {})
+    found = of[names[-1]] | {"overrides": overrides}
+    for name, values in of.items():
+        if load_settings(**values).for_stage(name) != load_settings(**found).for_stage(name):
+            rest = ", ".join(other for other in names if other != name)
+            title = f"{stage} of run {run_id!r} has not begun, and {name} (there) was asked for otherwise than {rest}"
+            advice = f"give the parameters again, without --resume: c2f run {stage[:2]} --run-id {run_id} ..."
+            raise problems(f"{title} (here):", [*provenance.differences(values, found), advice])
+    return found
 
 
 def _read(folder: Path) -> dict:

@@ -53,12 +53,12 @@ def submit(record: dict, text: str, thread_count: int | None = None) -> int:
     filled = text.replace(_COMMAND, f'exec {shlex.join(command)} "$SLURM_ARRAY_TASK_ID"')
     write_text(folder / "sweep.sbatch", filled)
     (folder / "logs").mkdir(exist_ok=True)
-    left = {number: run for number, run in enumerate(record["runs"]) if not sweeps.is_done(run)}
+    left = {number: run for number, run in enumerate(record["runs"]) if not sweeps.is_done(record, run)}
     arrays = [
         [number for number, run in left.items() if run["point"] is None],
         [number for number, run in left.items() if run["point"] is not None],
     ]
-    earlier: list[str] = []
+    earlier: list[str] = []  # `afterok` would hold back all seeds for one that failed: each element looks for its own
     for numbers in filter(None, arrays):
         options = [f"--array={','.join(map(str, numbers))}", f"--job-name={record['sweep']}", f"--chdir={root()}"]
         options += [] if "--output" in text else [f"--output={folder}/logs/slurm-%A_%a.txt"]
@@ -72,7 +72,8 @@ def submit(record: dict, text: str, thread_count: int | None = None) -> int:
 
 def work(name: str, number: str) -> int:
     """Be one element: work on one run of a sweep, hand signals on to it, and requeue if time is up; the exit code."""
-    runs = sweep_results.read(name)["runs"]
+    record = sweep_results.read(name)
+    runs = record["runs"]
     if not number.isdecimal() or int(number) >= len(runs):
         raise C2FError(f"sweep {name!r} has no run number {number}; expected 0 to {len(runs) - 1}")
     run, seen = runs[int(number)], []
@@ -85,14 +86,17 @@ def work(name: str, number: str) -> int:
 
     for each in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(each, hand_on)
-    _wait_for_the_dead(run["run"])
+    if late := next((each for each in runs if each["run"] == run["after"] and not sweeps.is_done(record, each)), None):
+        print(f"{run['run']} not started: {late['run']}, which it comes after, is not done", flush=True)
+        return jobs.FAILED
+    _wait_for_the_dead(run["run"], seen)
     count = threads.requested() or int(os.environ.get("SLURM_CPUS_PER_TASK", 1))
     print(f"{run['run']}, begun {os.environ.get('SLURM_RESTART_COUNT', 0)} times before", flush=True)
-    if seen:
-        return jobs.STOPPED
-    at_work.append(sweeps.start(sweep_results.read(name), run, count))
-    code = at_work[0].process.wait()
-    print(f"{run['run']} ended with exit code {code}: {at_work[0].reason}", flush=True)
+    code = jobs.STOPPED
+    if not seen:
+        at_work.append(sweeps.start(record, run, count))
+        code = at_work[0].process.wait()
+        print(f"{run['run']} ended with exit code {code}: {at_work[0].reason}", flush=True)
     if code == jobs.STOPPED and signal.SIGUSR1 in seen:
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
         try:
@@ -102,10 +106,11 @@ def work(name: str, number: str) -> int:
     return code
 
 
-def _wait_for_the_dead(run_id: str) -> None:
-    """A run whose node died is claimed from another machine until its heartbeat is old enough: wait for that."""
+def _wait_for_the_dead(run_id: str, seen: list[int]) -> None:
+    """A run whose node died is claimed from another machine until its heartbeat is old enough: wait for that, or for a
+    signal."""
     deadline = time.monotonic() + locks.LOST
-    while time.monotonic() < deadline:
+    while not seen and time.monotonic() < deadline:
         other = locks.holder(run_folder(run_id) / ".run.claim", registry.heartbeat_age(run_id))
         if not other or other["host"] == socket.gethostname():
             return

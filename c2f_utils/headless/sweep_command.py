@@ -6,7 +6,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from c2f_utils.errors import C2FError, short
+from c2f_utils.errors import C2FError, problems, short
 
 DESCRIPTION = """\
 Run notebooks under every point of a grid and every seed, each a run of its own.
@@ -94,9 +94,36 @@ def _wanted(options: argparse.Namespace):
         raise C2FError("without a --grid a sweep needs a --name")
     if options.threads is not None:
         threads.checked(options.threads, "--threads")
-    grid = sweeps.read_grid(options.grid, overrides) if options.grid else {}
+    grid = _grid(options.grid, overrides) if options.grid else {}
     stages = tuple(dict.fromkeys(path.stem for path in paths))
     return sweeps.Wanted(name, stages, grid, _seeds(options.seeds), options.profile, overrides, options.study)
+
+
+def _grid(path: str | Path, overrides: dict[str, object]) -> dict[str, list]:
+    """A YAML mapping of dotted settings to lists of values.
+
+    Raises C2FError for what is no such mapping, an empty list, and a setting that is given twice or in `overrides`.
+    """
+    from c2f_utils.files import read_mapping
+    from c2f_utils.settings.load import dotted
+
+    found = read_mapping(path, "grid", "coarse.iterations: [5, 10]")
+    wrong = [] if found else ["it is empty; expected lines such as 'coarse.iterations: [5, 10]'"]
+    for key, values in found.items():
+        if "." not in str(key) or not isinstance(values, list):
+            wrong.append(f"{short(key)}: expected a setting by its dotted name with a list: coarse.iterations: [5, 10]")
+        elif not values:
+            wrong.append(f"{key} has no values; expected at least one")
+    taken = [*dotted(overrides), *(str(key) for key in found)]
+    for number, name in enumerate(taken):
+        wrong += [
+            f"{name} is given twice ({other}); keep one"
+            for other in taken[number + 1 :]
+            if f"{other}.".startswith(f"{name}.") or f"{name}.".startswith(f"{other}.")
+        ]
+    if wrong:
+        raise problems(f"grid {path} cannot be used:", wrong)
+    return found
 
 
 def _seeds(text: str) -> tuple[int, ...]:

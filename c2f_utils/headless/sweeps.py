@@ -22,14 +22,14 @@ from typing import IO, TYPE_CHECKING
 
 from c2f_utils import threads
 from c2f_utils.errors import C2FError, problems, short
-from c2f_utils.files import outputs, read_mapping, root, write_json
+from c2f_utils.files import outputs, root, write_json
 from c2f_utils.headless import jobs
 from c2f_utils.report import sweep_results
 from c2f_utils.runs import locks, provenance, registry
 from c2f_utils.runs.run import PARENTS
 from c2f_utils.runs.stage import ALWAYS_REDONE, Stage, run_folder
 from c2f_utils.settings.config import STAGES, Settings
-from c2f_utils.settings.load import dotted, load_settings
+from c2f_utils.settings.load import load_settings
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -64,30 +64,6 @@ class Wanted:
         return load_settings(self.profile, seed, run_id, self.overrides | point, self.study)
 
 
-def read_grid(path: str | Path, overrides: dict[str, object]) -> dict[str, list]:
-    """A YAML mapping of dotted settings to lists of values.
-
-    Raises C2FError for what is no such mapping, an empty list, and a setting that is given twice or in `overrides`.
-    """
-    found = read_mapping(path, "grid", "coarse.iterations: [5, 10]")
-    wrong = [] if found else ["it is empty; expected lines such as 'coarse.iterations: [5, 10]'"]
-    for key, values in found.items():
-        if "." not in str(key) or not isinstance(values, list):
-            wrong.append(f"{short(key)}: expected a setting by its dotted name with a list: coarse.iterations: [5, 10]")
-        elif not values:
-            wrong.append(f"{key} has no values; expected at least one")
-    taken = [*dotted(overrides), *(str(key) for key in found)]
-    for number, name in enumerate(taken):
-        wrong += [
-            f"{name} is given twice ({other}); keep one"
-            for other in taken[number + 1 :]
-            if f"{other}.".startswith(f"{name}.") or f"{name}.".startswith(f"{other}.")
-        ]
-    if wrong:
-        raise problems(f"grid {path} cannot be used:", wrong)
-    return found
-
-
 def prepare(wanted: Wanted, most: int = MOST) -> dict:
     """The record of a sweep, with all its runs checked as `c2f run` checks them; writes sweep.json if there is none.
 
@@ -102,21 +78,28 @@ def prepare(wanted: Wanted, most: int = MOST) -> dict:
     if changed := provenance.differences({key: record.get(key) for key in wanted.record()}, wanted.record()):
         advice = f"choose another --name, or delete {folder / sweep_results.FILE}: runs that are done are found again"
         raise problems(f"sweep {wanted.name!r} exists with other points:", [*changed, advice])
-    made = {run["run"]: run["notebooks"] for run in record["runs"]}
+    made, wrong = {run["run"]: run["notebooks"] for run in record["runs"]}, []
     for run in record["runs"]:
-        point = wanted.overrides | (run["point"] or {})
         values = {"profile": wanted.profile, "seed": run["seed"], "run_id": run["run"], "study": wanted.study}
+        values["overrides"] = _overrides(record, run)
         with contextlib.redirect_stdout(io.StringIO()):  # where inputs come from is said by the runs themselves
-            jobs.prepare([*made.get(run["after"], ()), *run["notebooks"]], values | {"overrides": point})
+            jobs.prepare([*made.get(run["after"], ()), *run["notebooks"]], values)
+        wrong += [
+            f"{name} in run {run['run']!r} was made from stages with other settings: delete it, and it is made again"
+            for name in _foreign(record, run)
+        ]
+    if wrong:
+        raise problems(f"sweep {wanted.name!r} cannot count what is there as its own:", wrong)
     if not known:
         for run in record["runs"]:
-            write_json(_overrides(wanted.name, run["run"]), wanted.overrides | (run["point"] or {}))
+            write_json(_overrides_file(wanted.name, run["run"]), _overrides(record, run))
         write_json(folder / sweep_results.FILE, record)
     return record
 
 
 def _runs(wanted: Wanted, most: int) -> list[dict]:
-    """Every run: its id, seed, point, the notebooks that it runs, and the run that it comes after.
+    """Every run: its id, seed, point, the notebooks that it runs, the run that it comes after, and which stages which
+    other runs lend.
 
     A stage that all points of a seed share goes to a run of its own, `<sweep>-s<seed>` (its point is None); of earlier
     stages only those that no other run has.
@@ -134,16 +117,16 @@ def _runs(wanted: Wanted, most: int) -> list[dict]:
         shared = [name for name in keys[0] if len(points) > 1 and all(key[name] == keys[0][name] for key in keys)]
         earlier = [name for name in needed if name not in wanted.notebooks]
         first = wanted.settings(seed, points[0])
-        there = [name for name in shared if name in earlier and _exists(name, first)]
-        before = [name for name in shared if name not in there]
+        lent = {name: run for name in shared if name in earlier and (run := _lender(name, first))}
+        before = [name for name in shared if name not in lent]
         common = f"{wanted.name}-s{seed}"
         if before:
-            runs.append({"run": common, "seed": seed, "point": None, "notebooks": before, "after": None})
+            runs.append({"run": common, "seed": seed, "point": None, "notebooks": before, "after": None, "lent": lent})
         for name, point in zip(names, points, strict=True):
             own = [stage for stage in needed if stage not in shared]
             run_id = f"{wanted.name}-{name}-s{seed}" if name else common
             after = common if before else None
-            runs.append({"run": run_id, "seed": seed, "point": point, "notebooks": own, "after": after})
+            runs.append({"run": run_id, "seed": seed, "point": point, "notebooks": own, "after": after, "lent": lent})
     for run in runs:
         run_folder(run["run"])
     return runs
@@ -178,19 +161,23 @@ def _refuse_alike(keys: list[dict], points: list[dict], wanted: Wanted) -> None:
             )
 
 
-def _exists(name: str, settings: Settings) -> bool:
-    """Whether some run has this stage done with exactly these settings, and on earlier stages of which that is true."""
+def _lender(name: str, settings: Settings) -> str | None:
+    """The run that has this stage done with exactly these settings, and on earlier stages of which that is true."""
     found = registry.latest(name, settings.profile, settings.seed, settings.for_stage(name))
-    return found is not None and _is_as_wanted(found, settings)
+    return found.run_id if found is not None and _is_as_wanted(found, settings) else None
 
 
-def _is_as_wanted(stage: Stage, settings: Settings) -> bool:
+def _is_as_wanted(stage: Stage, settings: Settings, unknown: bool = False) -> bool:
+    """Whether a stage and all that it was made from have these settings; `unknown` is the answer where that is gone."""
     config, wanted = None if stage.damage() else stage.config(), settings.for_stage(stage.name)
-    if not config or settings.recorded(config["settings"], stage.name) != wanted:
+    if not config:
+        return unknown
+    if settings.recorded(config["settings"], stage.name) != wanted:
         return False
     origins = stage.provenance().get("parents", {})
     earlier = [Stage(run_folder(origins[name]) / name) for name in PARENTS[stage.name] if name in origins]
-    return len(earlier) == len(PARENTS[stage.name]) and all(_is_as_wanted(each, settings) for each in earlier)
+    whole = unknown or len(earlier) == len(PARENTS[stage.name])
+    return whole and all(_is_as_wanted(each, settings, unknown) for each in earlier)
 
 
 def _names(wanted: Wanted, points: list[dict]) -> list[str]:
@@ -214,7 +201,13 @@ def _word(value: object) -> str:
     return re.sub(r"[^A-Za-z0-9.-]+", "-", f"{value:g}" if isinstance(value, float) else str(value))
 
 
-def _overrides(sweep: str, run_id: str) -> Path:
+def _overrides(record: dict, run: dict) -> dict[str, object]:
+    """What a run sets; one whose stages all points share, what the first point does."""
+    first = {key: values[0] for key, values in record["grid"].items()}
+    return record["overrides"] | (first if run["point"] is None else run["point"])
+
+
+def _overrides_file(sweep: str, run_id: str) -> Path:
     return run_folder(sweep) / "overrides" / f"{run_id}.json"
 
 
@@ -231,9 +224,16 @@ def state(run: dict) -> tuple[str, str]:
     return name, found or "waiting"
 
 
-def is_done(run: dict) -> bool:
-    """Whether every stage of the run is done."""
-    return state(run)[1] == "done"
+def is_done(record: dict, run: dict) -> bool:
+    """Whether every stage of the run is done, each as the sweep wants it."""
+    return state(run)[1] == "done" and not _foreign(record, run)
+
+
+def _foreign(record: dict, run: dict) -> list[str]:
+    """The finished stages of a run that have other settings than the sweep's, or were made from some that have."""
+    settings = load_settings(record["profile"], run["seed"], run["run"], _overrides(record, run), record["study"])
+    stages = [Stage(run_folder(run["run"]) / name) for name in run["notebooks"] if name not in ALWAYS_REDONE]
+    return [stage.name for stage in stages if stage.done and not _is_as_wanted(stage, settings, unknown=True)]
 
 
 def table(name: str) -> "pd.DataFrame":
@@ -273,7 +273,7 @@ def start(record: dict, run: dict, thread_count: int, device: str | None = None)
     log = open(path, "a", encoding="utf-8")
     command = [sys.executable, "-m", "c2f_utils", "run", *run["notebooks"], "--run-id", run["run"]]
     command += ["--profile", record["profile"], "--seed", str(run["seed"]), "--threads", str(thread_count)]
-    command += ["--overrides", str(_overrides(record["sweep"], run["run"])), *(["--study"] if record["study"] else [])]
+    command += ["--overrides", str(_overrides_file(record["sweep"], run["run"])), *["--study"] * record["study"]]
     environment = os.environ | {"C2F_OUTPUTS": str(outputs())}
     environment |= {"CUDA_VISIBLE_DEVICES": device} if device is not None else {}
     process = subprocess.Popen(
@@ -306,7 +306,7 @@ def run(record: dict, workers: int, devices: Sequence[str] = (), thread_count: i
             code = _Pool(record, workers, devices, count, stop).work()
     finally:
         locks.release(claim)
-    done = sum(map(is_done, record["runs"]))
+    done = sum(is_done(record, each) for each in record["runs"])
     print(f"{done} of {len(record['runs'])} runs are done")
     if code != jobs.DONE:
         print(f"the same command continues; c2f sweep --table {record['sweep']} shows where they stand")
@@ -321,8 +321,8 @@ class _Pool:
         self.free = list(range(workers))
         self.active: dict[int, Started] = {}
         self.again: set[str] = set()  # those whose kernel did not start
-        self.waiting = [run for run in record["runs"] if not is_done(run)]
-        self.over = {run["run"] for run in record["runs"] if is_done(run)}
+        self.waiting = [run for run in record["runs"] if not is_done(record, run)]
+        self.over = {run["run"] for run in record["runs"] if run not in self.waiting}  # those that are done
         self.width = max(len(run["run"]) for run in record["runs"])
         self.stopping, self.failed = False, False
 
@@ -351,7 +351,7 @@ class _Pool:
             self._signal(signal.SIGTERM)
         if self.failed:
             return jobs.FAILED
-        return jobs.DONE if all(map(is_done, self.record["runs"])) else jobs.STOPPED
+        return jobs.DONE if len(self.over) == len(self.record["runs"]) else jobs.STOPPED
 
     def _start(self, run: dict) -> None:
         self.waiting.remove(run)
@@ -372,11 +372,18 @@ class _Pool:
                 self.again.add(name)
                 self.waiting.insert(0, started.run)
                 continue
-            self.over.add(name)  # those after it say themselves what they lack
             code = jobs.STOPPED if code == -signal.SIGTERM and self.stopping else code  # before it began
             self.failed |= code not in (jobs.DONE, jobs.STOPPED)
             said = "" if code in (jobs.DONE, jobs.STOPPED) else f"  {started.reason}"
             print(f"{name:{self.width}}  {_WORDS.get(code, 'killed'):8}{seconds:8.1f} s{said}", flush=True)
+            if is_done(self.record, started.run):
+                self.over.add(name)
+                continue
+            for after in [run for run in self.waiting if run["after"] == name]:  # it would take other runs' stages
+                self.waiting.remove(after)
+                print(
+                    f"{after['run']:{self.width}}  not started: {name}, which it comes after, is not done", flush=True
+                )
 
     def _signal(self, number: int) -> None:
         for started in self.active.values():

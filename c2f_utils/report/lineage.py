@@ -30,7 +30,7 @@ def stages_of(run: object) -> pd.DataFrame:
     for name, path in found.items():
         try:
             rows.append(_row(name, path, place, found))
-        except (C2FError, ValueError, TypeError, AttributeError) as error:
+        except (C2FError, LookupError, ValueError, TypeError, AttributeError) as error:
             about = {"run": path.parent.name, "stage": name, "state": f"damaged: {error}", "lent": path.parent != place}
             rows.append(dict.fromkeys(_COLUMNS) | about | {"parents": [], "changed": [], "read": []})
     return pd.DataFrame(rows, columns=_COLUMNS)

@@ -40,8 +40,10 @@ def stages(name: str | None = None) -> list[tuple[str, str, dict]]:
                 continue
             entry = known.get(key)
             if entry is None or entry[0] != stamp:
-                settled = time.time_ns() - max(stamp[::2]) > _SETTLED
-                entry, fresh = [stamp if settled else None, facts(top / key)], fresh + 1
+                known_of, fresh = facts(top / key), fresh + 1
+                # An error of reading (a disk that was away, a right that was lacking) passes and changes no file.
+                settled = time.time_ns() - max(stamp[::2]) > _SETTLED and "damage" not in (known_of or ())
+                entry = [stamp if settled else None, known_of]
             found[key] = entry
             if entry[1] is not None:
                 begun.append((run, each, entry[1]))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from c2f_utils.errors import C2FError, short
-from c2f_utils.files import outputs
+from c2f_utils.files import PACKED, outputs
 from c2f_utils.runs import index, provenance, records
 from c2f_utils.runs.locks import age
 from c2f_utils.runs.stage import WEIGHTS, Stage, run_folder
@@ -30,7 +30,7 @@ def latest(
     """The stage finished last with equal profile and seed, or None; those with exactly the settings `prefer` first.
 
     An actor trained under a law or reward of the user's own serves its own run only: no setting would tell of it.
-    Nor does one that recorded other `weights` (identities by role) serve.
+    Nor does one that recorded other `weights` (identities by role) serve, nor one out of a pack, which has none.
     """
     meant = {f"{WEIGHTS}{role}": value for role, value in (weights or {}).items() if value}
     preferred = provenance.fingerprint(prefer)
@@ -44,11 +44,14 @@ def latest(
         and all(facts["inputs"].get(key, value) == value for key, value in meant.items())
     ]
     found.sort(key=lambda each: each[:2], reverse=True)
-    return next(filter(_has_results, (Stage(outputs() / run / stage) for *_, run in found)), None)
+    return next(filter(_can_lend, (Stage(outputs() / run / stage) for *_, run in found)), None)
 
 
-def _has_results(stage: Stage) -> bool:
-    """Whether its results, if it keeps any, can be read: asked of the one to be lent only, since they may be large."""
+def _can_lend(stage: Stage) -> bool:
+    """Whether its run is not out of a pack, and its results, if it keeps any, can be read: asked of the one to be lent
+    only, since they may be large."""
+    if (stage.dir.parent / PACKED).exists():
+        return False
     try:
         return not (stage.dir / "results.json").exists() or isinstance(stage.results(), dict)
     except C2FError:

@@ -17,7 +17,7 @@ import pandas as pd
 from c2f_utils import stats
 from c2f_utils.errors import C2FError
 from c2f_utils.files import write_json
-from c2f_utils.report.tables import markdown
+from c2f_utils.report.typeset import markdown
 from c2f_utils.runs.stage import Stage, run_folder
 from c2f_utils.settings.config import STAGES
 

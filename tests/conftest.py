@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 COSTLY = ("smoke_run", "offline_run", "both", "executed", "whole", "trained", "parents")
 
 
+@pytest.hookimpl(tryfirst=True)  # before the groups are read
 def pytest_collection_modifyitems(items):
     for item in items:
         for name in COSTLY:

@@ -133,7 +133,7 @@ def test_a_typed_question_is_answered_by_the_models_that_are_chosen(finished):
         ("</s>", ("fine",), "'</s>': no words"),
         (" ", ("fine",), "the prompt is ' '; expected words"),
         (QUESTION, ("nobody",), "models names 'nobody'; expected some of base, instruct, coarse, fine, "),
-        (QUESTION * 300, ("fine",), "positions"),
+        (f"{QUESTION} " * 300, ("fine",), "positions"),
     ):
         with pytest.raises(C2FError, match=re.escape(said)):
             reading.ask(finished, text, models=models)

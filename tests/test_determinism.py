@@ -8,7 +8,7 @@ def contents(run) -> dict[str, bytes]:
     return {path.parent.name: path.read_bytes() for path in run.glob("*/results.json")}
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_another_seed_gives_other_results_on_questions_of_its_own(smoke_run, tmp_path):
     stages = ("01", "02", "03")
     finished(tmp_path, "run", *stages, "--profile", "smoke", "--run-id", "s1", "--seed", "1")

@@ -63,6 +63,7 @@ def test_each_takes_at_most_ten_lines(kind):
     assert len(lines) <= 10, f"{len(lines)} lines"
 
 
+@pytest.mark.slow
 def test_the_law_and_the_reward_of_notebook_03_run_to_its_last_cell_and_the_table_names_them(project, tmp_path, capsys):
     flags = ("-p", "own_law=True", "-p", "own_reward=True")
     finished(tmp_path, "run", "03", "--profile", "smoke", "--run-id", "r", *flags)
@@ -99,6 +100,7 @@ def test_the_visible_iteration_leaves_the_training_what_it_is(project, smoke_run
     assert (run.here.dir / "results.json").read_bytes() == (smoke_run / STAGE / "results.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_the_operator_of_notebook_06_is_swept_chosen_and_merged(smoke_run, tmp_path):
     from safetensors.torch import load_file
 

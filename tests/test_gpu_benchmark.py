@@ -34,6 +34,7 @@ def options(room, **changes) -> argparse.Namespace:
     return argparse.Namespace(**sizes)
 
 
+@pytest.mark.slow
 def test_all_sections_are_measured_and_written_one_after_the_other(room):
     written = []
     result = room.run(options(room), lambda found: written.append(len(found)))

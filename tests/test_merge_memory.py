@@ -45,7 +45,7 @@ def test_memory_stays_under_the_limit_for_a_model_of_more_than_that(tmp_path):
         assert figures["memory_mb"] < min(LIMIT_MB, figures["planned_memory_mb"] + 64), operator
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_every_elementwise_operator_merges_half_a_gigabyte_within_the_limit(tmp_path):
     paths = generate(tmp_path, 4, 1792)
     for operator in ("residue", "lerp", "slerp", "trim", "dare", "ties", "dots", "orthogonal"):

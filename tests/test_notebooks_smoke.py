@@ -261,7 +261,7 @@ def test_a_second_run_loads_everything(smoke_run):
     assert {path: path.stat().st_mtime_ns for path in smoke_run.rglob("*.safetensors")} == models
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_a_second_run_of_all_notebooks_changes_no_result(smoke_run):
     before = {path: path.read_bytes() for path in smoke_run.glob("*/results.json")}
     stamps = timestamps(smoke_run)

@@ -14,6 +14,8 @@ from c2f_utils.models.loading import stored
 from c2f_utils.settings.config import STAGES
 from c2f_utils.settings.load import load_settings
 
+pytestmark = pytest.mark.slow
+
 READ = {"base", "instruct", "coarse", "fine"}
 MODELS = {"base", "instruct", "coarse", "fine", "best_recipe", *load_settings("mistral_7b").merge.controls}
 

@@ -112,6 +112,7 @@ def copied(smoke_run, tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", IN_THE_RUN)
+@pytest.mark.slow
 def test_a_wrong_law_or_reward_is_answered_by_a_sentence(case, copied, shell, capsys, monkeypatch):
     monkeypatch.setenv("C2F_OUTPUTS", str(copied))
     code, words = IN_THE_RUN[case]
@@ -122,6 +123,7 @@ def test_a_wrong_law_or_reward_is_answered_by_a_sentence(case, copied, shell, ca
 
 
 @pytest.mark.parametrize("case", LOOKING)
+@pytest.mark.slow
 def test_a_wrong_look_is_answered_by_a_sentence(case, copied, shell, capsys, monkeypatch):
     monkeypatch.setenv("C2F_OUTPUTS", str(copied))
     code, words = LOOKING[case]

@@ -146,6 +146,7 @@ def test_a_dead_kernel_is_said_to_be_dead_and_leaves_the_stage_to_be_continued(p
     assert (stage().status()["exception"], stage().status()["cell"]) == ("DeadKernelError", 5)
 
 
+@pytest.mark.slow
 def test_a_notebook_that_leaves_early_is_not_taken_for_done(project, capsys):
     write(project, BASE, RESULT, "import sys; sys.exit(0)")
     assert main(["run", "01", "--run-id", "r"]) == jobs.FAILED
@@ -197,7 +198,10 @@ def command(project):
     return start_command
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, *(pytest.param(each, marks=pytest.mark.slow) for each in (signal.SIGUSR1, signal.SIGINT))],
+)
 def test_a_signal_stops_gently_and_later_cells_still_run(project, command, number):
     write(project, BASE, LOOP, "run.here.path('figures', 'after').touch()", RESULT)
     write(project, REWARD, RESULT)
@@ -236,6 +240,7 @@ def test_a_second_interrupt_kills_the_kernel(project, command):
     assert stage().state() == "killed" and stage().status()["cell"] == 4 and "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_killing_the_command_leaves_the_stage_to_be_continued(project, command):
     write(project, BASE, LOOP)
     process = command("run", "01", "--run-id", "r", wait_for=stage().dir / "checkpoints" / "2")
@@ -308,6 +313,7 @@ def test_a_kernel_killed_while_it_starts_is_said_and_the_same_command_tries_agai
     assert main(["run", "01", "--run-id", "r"]) == jobs.DONE
 
 
+@pytest.mark.slow
 def test_the_thread_count_is_recorded_and_kept_when_continued(project, monkeypatch):
     monkeypatch.delenv("C2F_THREADS")
     write(

@@ -123,6 +123,7 @@ def test_without_a_whole_checkpoint_training_begins_anew(tmp_path, capsys):
 LIMIT = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({}, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))"
 
 
+@pytest.mark.slow
 def test_the_command_says_it_in_one_sentence_and_continues_when_there_is_room(outputs, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "notebooks"
     folder.mkdir()
@@ -138,6 +139,7 @@ def test_the_command_says_it_in_one_sentence_and_continues_when_there_is_room(ou
     assert len(read_json(stage.dir / "provenance.json")["sessions"]) == 2, "continued"
 
 
+@pytest.mark.slow
 def test_a_disk_too_full_for_the_executed_notebook_is_one_sentence_too(outputs, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "notebooks"
     folder.mkdir()

@@ -11,6 +11,8 @@ from c2f_utils.runs.run import Run
 from c2f_utils.settings.load import load_settings
 from c2f_utils.stages import data, reward_model
 
+pytestmark = pytest.mark.slow
+
 TRAINED, HELD_OUT, LONGEST = 64, 60, 320
 
 

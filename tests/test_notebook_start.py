@@ -227,7 +227,7 @@ def test_a_thread_count_that_is_no_number_is_refused(monkeypatch):
         threads.requested()
 
 
-@pytest.mark.parametrize("folder", [".", "notebooks"])
+@pytest.mark.parametrize("folder", [".", pytest.param("notebooks", marks=pytest.mark.slow)])
 def test_papermill_itself_runs_a_notebook_from_the_root_and_from_notebooks(tmp_path, monkeypatch, folder):
     monkeypatch.delenv("PYTHONPATH")
     (ROOT / "notebooks").mkdir(exist_ok=True)

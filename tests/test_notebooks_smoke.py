@@ -276,6 +276,7 @@ def papermill(folder: str, notebook: str, output: Path, outputs: Path, *paramete
     return subprocess.run(command, cwd=ROOT / folder, env=surroundings(outputs), capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_plain_papermill_runs_03_from_the_root(smoke_run, tmp_path):
     """The run of its own finds its parents by profile and seed."""
     parameters = ("-p", "profile", "smoke", "-p", "run_id", "from-root")
@@ -288,6 +289,7 @@ def test_plain_papermill_runs_03_from_the_root(smoke_run, tmp_path):
     shutil.rmtree(own)
 
 
+@pytest.mark.slow
 def test_plain_papermill_runs_03_from_notebooks_and_loads_what_exists(smoke_run, tmp_path):
     before = timestamps(smoke_run)
     parameters = ("-p", "profile", "smoke", "-p", "run_id", smoke_run.name)

@@ -207,7 +207,7 @@ def test_the_best_recipe_of_all_tried_can_be_the_fine_actor_with_one_coefficient
     assert found["one_coefficient"]["sampled_t1"] == before["fine"]["sampled_t1"]
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_06_and_07_hold_two_sets_of_weights_whatever_they_compare(tmp_path, monkeypatch):
     """As on a GPU: adapters, a critic on the actor's trunk, sections and controls of profile mistral_7b."""
     changes = {

@@ -103,6 +103,13 @@ def test_the_forest_has_every_other_model_and_fills_what_survives_the_correction
     assert "nothing to compare" in forest(tmp_path / "nowhere").axes[0].texts[0].get_text()
 
 
+def test_a_forest_in_which_nothing_differs_is_drawn_without_a_warning(tmp_path, recwarn):
+    found = json.loads((fake_run(tmp_path) / "07_evaluation" / "results.json").read_text())
+    for row in found["paired"]:
+        row |= {"difference": 0.0, "low": 0.0, "high": 0.0, "p": 1.0}
+    assert not forest(found).data["clear"].any() and not recwarn.list
+
+
 def test_over_seeds_the_forest_shows_means_of_differences(tmp_path):
     runs = [
         json.loads((fake_run(tmp_path, f"s{s}", s) / "07_evaluation" / "results.json").read_text()) for s in range(3)

@@ -102,7 +102,7 @@ def _panel(ax: Axes, rows: list[dict], others: list[dict], metric: str) -> None:
         face = colour if row["clear"] else "white"
         marker = ROLE_MARKERS.get(role, "o")
         ax.plot([row["difference"]], [y], marker, color=colour, markerfacecolor=face, markersize=5, zorder=3)
-    reach = 1.08 * max(max(abs(row["low"]), abs(row["high"])) for row in rows)
+    reach = 1.08 * max(max(abs(row["low"]), abs(row["high"])) for row in rows) or 1.0  # nothing differs in a dry run
     ax.set_xlim(-reach, reach)
     ax.set_title(_WORDS[metric].replace(", ", ",\n").replace(" (", "\n("), fontsize=7.5)
     ax.set_xlabel("← fine is less" if metric in _FEWER else "fine is better →", fontsize=7, color=MUTED)

@@ -142,7 +142,7 @@ def test_a_notebook_of_a_finished_run_is_fit_to_be_read(here, name):
 def test_03_is_interrupted_and_resumed_and_what_follows_can_be_run(here):
     here.open("03_coarse_rlhf", "stopped", overrides={"coarse.iterations": 40})
     here.run()
-    wait(lambda: "iteration 2 of 40" in here.text() or "iteration 3 of 40" in here.text(), 120)
+    wait(lambda: re.search(r"iteration \d+ of 40", here.text()), 120)
     here.do("notebook:interrupt-kernel")
     here.finished()
     assert "; run again to continue" in here.text() and "of 40; run again" in here.text()

@@ -136,7 +136,7 @@ def add_lora(
 def save_model(model: nn.Module, tokenizer, folder: Path) -> None:
     """Save to `folder` atomically; adapters are saved as adapters (`adapter_model.safetensors`), full models as
     models. Raises CannotWrite when the disk is full."""
-    with replacing(folder) as partial:
+    with replacing(folder) as partial, quiet():
         model.save_pretrained(partial, safe_serialization=True)
         tokenizer.save_pretrained(partial)
 

@@ -84,7 +84,7 @@ def test_preempted_out_of_time_cancelled_and_killed_a_sweep_ends_as_an_undisturb
     cluster.said("scancel", element(81))
     wait(lambda: at_work(82))
     cluster.said("sbatch", "--partition=high", "--output=/dev/null", "--cpus-per-task=2", "--wrap=sleep 1")
-    wait(lambda: "DUE TO JOB REQUEUE" in log(LONG))
+    wait(lambda: cluster.hurry() or "DUE TO JOB REQUEUE" in log(LONG))  # the preempted element begins once more first
     cluster.said("scontrol", "update", f"JobId={element(LONG)}", "TimeLimit=10")
     wait(over)
     states = {run["point"]["pretrain.tokens"]: sweeps.state(run)[1] for run in sweep_results.read("s")["runs"]}

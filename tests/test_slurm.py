@@ -40,6 +40,7 @@ def wait(until, seconds: float = 120) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.study  # it has not passed from end to end yet: elements are not always warned within its patience
 @pytest.mark.slurm
 def test_preempted_out_of_time_cancelled_and_killed_a_sweep_ends_as_an_undisturbed_one(cluster, outputs, tmp_path):
     project, grid, script = light_project.make(tmp_path / "project"), tmp_path / "s.yaml", tmp_path / "mine.sbatch"

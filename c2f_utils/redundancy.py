@@ -8,7 +8,6 @@ between models use fixed prefixes (`rep4_at`) beside the whole answer, with the 
 import gzip
 import math
 import re
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from itertools import chain, islice
@@ -162,18 +161,21 @@ def self_bleu(parts: Sequence[Sequence[Hashable]], n: int = 4) -> float:
     logs = np.zeros(len(parts))
     shifted = [[part[start:] for part in parts] for start in range(n)]
     for order in range(1, n + 1):
-        kinds = [set(zip(*columns, strict=False)) for columns in zip(*shifted[:order], strict=True)]
+        if order == 1:  # words stand for themselves: no tuples are made of them
+            kinds = [set(part) for part in parts]
+        else:
+            kinds = [set(zip(*columns, strict=False)) for columns in zip(*shifted[:order], strict=True)]
         totals = [max(0, len(part) - order + 1) for part in parts]
-        seen: set[tuple] = set()
-        shared: set[tuple] = set()
+        seen: set[Hashable] = set()
+        shared: set[Hashable] = set()
         for kind in kinds:
             shared |= kind & seen
             seen |= kind
         matched = [len(kind & shared) for kind in kinds]
         # Few parts hold an n-gram more than once; only there counts decide what is clipped.
         repeating = [i for i, kind in enumerate(kinds) if len(kind) < totals[i]]
-        counted = {i: Counter(ngrams(parts[i], order)) for i in repeating}
-        several: dict[tuple, list[int]] = {}
+        counted = {i: Counter(parts[i] if order == 1 else ngrams(parts[i], order)) for i in repeating}
+        several: dict[Hashable, list[int]] = {}
         for gram, times in chain.from_iterable(count.items() for count in counted.values()):
             if times > 1:
                 several.setdefault(gram, []).append(times)
@@ -192,14 +194,13 @@ def _clipped(times: int, several: Sequence[int]) -> int:
 
 def _brevity(lengths: Sequence[int]) -> np.ndarray:
     """Logarithm [parts] of BLEU's brevity penalty against the other part nearest in length, the shorter of two."""
-    ordered = sorted(lengths)
-    found = []
-    for length in lengths:
-        at = bisect_left(ordered, length)
-        near = ordered[max(0, at - 1) : at] + ordered[at + 1 : at + 2]  # the neighbours, without itself
+    counts, ordered = Counter(lengths), sorted(set(lengths))
+    found = {}
+    for at, length in enumerate(ordered):
+        near = [length] if counts[length] > 1 else ordered[max(0, at - 1) : at] + ordered[at + 1 : at + 2]
         nearest = min(near, key=lambda other: (abs(other - length), other))
-        found.append(min(0.0, 1 - nearest / length))
-    return np.array(found)
+        found[length] = min(0.0, 1 - nearest / length)
+    return np.array([found[length] for length in lengths])
 
 
 def profile(

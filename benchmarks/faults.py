@@ -28,6 +28,7 @@ import pandas as pd
 import psutil
 
 from c2f_utils.files import read_json, write_json
+from c2f_utils.runs import provenance
 from c2f_utils.settings.config import STAGES
 
 ROOT = Path(__file__).parents[1]
@@ -149,13 +150,18 @@ def half(bench: Bench, stage: str, outputs: Path) -> list[str]:
 
 def killed(bench: Bench, stage: str, who: str, rng: random.Random) -> Trial:
     """SIGKILL of the kernel, the runner, or both, at a random moment of the command."""
-    outputs, moment = bench.before(stage), rng.uniform(0.3, bench.seconds(stage))
-    process = start(stage, outputs)
-    victims = _victims(process, who, moment)
-    for victim in victims:
-        victim.kill()
-    said = ended(process)
+    moment = rng.uniform(0.3, bench.seconds(stage))
+    outputs, process, said = _killed(bench, stage, who, moment)
     return finish(bench, Trial(f"SIGKILL {who}", stage, round(moment, 2), process.returncode), outputs, said)
+
+
+def _killed(bench: Bench, stage: str, who: str, moment: float) -> tuple[Path, subprocess.Popen, str]:
+    """The outputs, the ended command, and what it said."""
+    outputs = bench.before(stage)
+    process = start(stage, outputs)
+    for victim in _victims(process, who, moment):
+        victim.kill()
+    return outputs, process, ended(process)
 
 
 def _victims(process: subprocess.Popen, who: str, moment: float) -> list[psutil.Process]:
@@ -241,11 +247,7 @@ def wrong_parent(bench: Bench, stage: str, kind: str, _: random.Random) -> Trial
 
 def clock_back(bench: Bench, stage: str, host: str, rng: random.Random) -> Trial:
     """Both are killed, and the clock is set back by a day: what they wrote last lies in the future."""
-    outputs = bench.before(stage)
-    process = start(stage, outputs)
-    for victim in _victims(process, "both", rng.uniform(3, bench.seconds(stage))):
-        victim.kill()
-    said = ended(process)
+    outputs, process, said = _killed(bench, stage, "both", rng.uniform(3, bench.seconds(stage)))
     ahead = (datetime.now(UTC) + timedelta(days=1)).isoformat(timespec="milliseconds")
     status, claim = outputs / RUN / stage / "status.json", outputs / RUN / f".{stage}.claim"
     if status.exists():
@@ -259,11 +261,7 @@ def clock_back(bench: Bench, stage: str, host: str, rng: random.Random) -> Trial
 
 def changed_code(bench: Bench, stage: str, _: object, rng: random.Random) -> Trial:
     """Killed, and met by other code: refused (or, where it had ended, loaded); the first code continues it."""
-    outputs = bench.before(stage)
-    process = start(stage, outputs)
-    for victim in _victims(process, "both", rng.uniform(5, bench.seconds(stage))):
-        victim.kill()
-    said = ended(process)
+    outputs, _, said = _killed(bench, stage, "both", rng.uniform(5, bench.seconds(stage)))
     copy = bench.scratch / "changed"
     if not copy.exists():
         skip = shutil.ignore_patterns("__pycache__", "outputs")
@@ -352,7 +350,7 @@ def main() -> None:
     parser.add_argument("--whole", type=Path, help="folder of a finished smoke run of this code")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args()
-    rng = random.Random(options.seed)
+    rng, load = random.Random(options.seed), round(os.getloadavg()[0], 1)
     with tempfile.TemporaryDirectory() as scratch:
         whole = options.whole
         if whole is None:
@@ -365,7 +363,8 @@ def main() -> None:
     print(found.to_string(index=False))
     if options.out:
         wrong = [asdict(trial) for trial in trials if not trial.good]
-        write_json(options.out, {"faults": found.to_dict("records"), "wrong": wrong})
+        origin = {"code": provenance.code_version(ROOT), "machine": provenance.machine() | {"load_average": load}}
+        write_json(options.out, {"faults": found.to_dict("records"), "wrong": wrong, "seed": options.seed, **origin})
     sys.exit(not all(trial.good for trial in trials))
 
 

@@ -57,6 +57,7 @@ class Slurm:
 
     def __init__(self, folder: Path):
         self.folder, self.pids = folder, [folder / f"{name}.pid" for name in ("slurmctld", "slurmd", "munged")]
+        self.waiting: dict[str, float] = {}  # job or element: since when
         for name in ("state", "spool"):
             (folder / name).mkdir(parents=True)
         port = _free_port()
@@ -95,10 +96,12 @@ class Slurm:
         return dict(line.split(" ", 1) for line in done.stdout.split("\n") if line)
 
     def hurry(self) -> None:
-        """Let jobs that were requeued begin at once, not two minutes later."""
-        for number, state in self.queue().items():
-            if state == "PENDING":
-                self.said("scontrol", "update", f"JobId={number}", "StartTime=now")
+        """Let jobs that were requeued begin soon, not two minutes later; at once they would be taken for their former
+        selves, whose credentials have been revoked."""
+        pending = [number for number, state in self.queue().items() if state == "PENDING"]
+        self.waiting = {number: self.waiting.get(number, time.monotonic()) for number in pending}
+        for number in (number for number, since in self.waiting.items() if time.monotonic() - since > 5):
+            self.said("scontrol", "update", f"JobId={number}", "StartTime=now")
 
     def stop(self) -> None:
         self.said("scancel", "--state=RUNNING", "--full")

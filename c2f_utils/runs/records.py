@@ -2,64 +2,12 @@
 a sentence about its own stage and concerns no other."""
 
 from pathlib import Path
-from typing import Annotated, Literal
-
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
 from c2f_utils.errors import C2FError
 from c2f_utils.files import read_json, too_deep
 from c2f_utils.runs import locks
 
-_Time = Annotated[AwareDatetime, Field(strict=False)]
-
-
-class _Record(BaseModel):
-    """What others rely on; further keys, of this version and of others, are as they are."""
-
-    model_config = ConfigDict(extra="allow", strict=True)
-
-
-class _Settings(_Record):
-    __pydantic_extra__: dict[str, dict | bool]  # the sections, and `study`
-    profile: str
-    seed: int
-
-
-class _Config(_Record):
-    settings: _Settings
-    threads: Annotated[int, Field(ge=1)]
-
-
-class _Status(_Record):
-    status: Literal["running", "done", "stopped", "failed", "killed"]
-    started: _Time
-    heartbeat: _Time
-    finished: _Time | None
-    peak_mb: float
-    alarms: list[str]
-    pid: int | None = None
-    host: str | None = None
-
-
-class _Model(_Record):
-    sha256: str
-    bytes: int
-
-
-class _Session(_Record):
-    code: dict = {}
-    versions: dict = {}
-
-
-class _Provenance(_Record):
-    inputs: dict[str, str]
-    parents: dict[str, str]
-    words: dict[str, str] = {}
-    models: dict[str, _Model] = {}
-    sessions: list[_Session]
-
-
-_RECORDS = {"config.json": _Config, "status.json": _Status, "provenance.json": _Provenance}
+_NAMES = ("config.json", "status.json", "provenance.json")
 
 
 def read(path: Path) -> dict:
@@ -71,11 +19,10 @@ def read(path: Path) -> dict:
         raise C2FError(f"{path} holds a {type(found).__name__}; expected an object")
     if too_deep(found):
         raise C2FError(f"{path} is nested too deep to be what was written")
-    try:
-        _RECORDS[path.name].model_validate(found)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise C2FError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    from c2f_utils.runs import record_models  # a tenth of a second, and a list of runs reads none that it knows
+
+    if problem := record_models.problem(path.name, found):
+        raise C2FError(f"{path}: {problem}")
     return found
 
 
@@ -84,7 +31,7 @@ def whole(folder: Path) -> dict[str, dict]:
 
     Without a `config.json` among them it has not begun.
     """
-    found = {name: read(folder / name) for name in _RECORDS}
+    found = {name: read(folder / name) for name in _NAMES}
     # config.json is written last: without it a stage has not begun, unless its status says that it went on.
     begun = found["config.json"] or found["status.json"].get("status", "running") != "running"
     missing = [name for name, record in found.items() if not record]

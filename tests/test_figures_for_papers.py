@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from fake_results import fake_run
 
-from c2f_utils.report import contents, figures, sources
+from c2f_utils.report import against, contents, figures, sources
 from c2f_utils.report.figures_forest import forest, seed_forest
 from c2f_utils.report.style import _MORE_COLOURS, DOUBLE, LAW_COLOURS, ROLE_COLOURS, SMALLEST, save_figure
 
@@ -97,8 +97,24 @@ def test_the_forest_has_every_other_model_and_fills_what_survives_the_correction
     others = {row["b"] for row in found["paired"] if row["metric"] == "accuracy_last"}
     assert set(fig.data["b"]) == others and len(fig.axes[0].get_yticklabels()) == len(others)
     filled = {row["b"] for row in fig.data.to_dict("records") if row["metric"] == "accuracy_last" and row["clear"]}
-    ps = {row["b"]: row["p"] for row in found["paired"] if row["metric"] == "accuracy_last"}
-    assert filled == {name for name, p in ps.items() if p * len(ps) <= 0.05} and filled != others
+    told = {row.other for row in against.comparisons(found) if row.metric == "accuracy_last" and row.p_holm <= 0.05}
+    assert filled == told and filled != others, "the figure and the sentences agree"
+    ps = {row["b"]: row["p"] for row in found["paired"] if row["metric"] == "rep4"}
+    filled = {row["b"] for row in fig.data.to_dict("records") if row["metric"] == "rep4" and row["clear"]}
+    assert filled == {name for name, p in ps.items() if p * len(ps) <= 0.05}
+
+
+def test_what_the_sentences_correct_away_the_forest_does_not_fill(tmp_path):
+    found = json.loads((fake_run(tmp_path) / "07_evaluation" / "results.json").read_text())
+    mine = [row for row in found["paired"] if row["decoding"] == "sampled_t1" and row["metric"].startswith("accuracy")]
+    count = sum(row["metric"] == "accuracy_last" for row in mine)
+    for row in mine:  # clear among the last answers alone, not among last and first answers
+        row["p"] = 0.04 / count if row["metric"] == "accuracy_last" else 0.9
+    data = forest(found).data
+    assert len(mine) == 2 * count and not data[data["metric"] == "accuracy_last"]["clear"].any()
+
+
+def test_without_comparisons_the_forest_says_so(tmp_path):
     assert "nothing to compare" in forest({}).axes[0].texts[0].get_text()
     assert "nothing to compare" in forest(tmp_path / "nowhere").axes[0].texts[0].get_text()
 

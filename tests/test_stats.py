@@ -256,3 +256,24 @@ def test_clustered_bootstrap_is_the_paired_one_for_means_and_takes_several_stati
     assert (other.low, other.high) == pytest.approx((-one.high, -one.low)) and none is None
     with pytest.raises(C2FError, match="no rows to resample"):
         stats.clustered_bootstrap(means, [])
+
+
+def test_the_t_test_is_the_librarys():
+    from scipy import stats as library
+
+    rng = np.random.default_rng(3)
+    for size in (2, 5, 16):
+        differences = rng.normal(0.3, 1, size)
+        assert stats.t_test(differences) == pytest.approx(library.ttest_1samp(differences, 0).pvalue)
+    assert stats.t_test([0.0, 0.0]) == 1 and stats.t_test([0.5, 0.5]) == 0
+    with pytest.raises(C2FError, match="expected at least 2"):
+        stats.t_test([0.5])
+
+
+def test_what_an_interval_could_detect_is_what_its_differences_could():
+    differences = np.random.default_rng(4).normal(0.2, 1, 400)
+    error = differences.std(ddof=1) / math.sqrt(400)
+    for level, z in ((0.95, 1.959964), (0.9, 1.644854)):
+        found = stats.detectable_within(0.2 - z * error, 0.2 + z * error, level=level)
+        assert found == pytest.approx(stats.smallest_detectable(differences, level=level), rel=1e-4)
+    assert stats.detectable_within(0, 0.4, power=0.9) > stats.detectable_within(0, 0.4) > 0.2

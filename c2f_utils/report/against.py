@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from c2f_utils import stats
-from c2f_utils.report.results import METRICS
+from c2f_utils.report.results import METRICS, RIGHT_OR_WRONG, bounds
 from c2f_utils.report.words import UNCHECKED, capital, outcome
 
 NOT_EVALUATED = "The merged model was not evaluated, so nothing is said about it."
@@ -64,13 +64,13 @@ def comparisons(results: dict, decoding: str = "sampled_t1") -> list[Comparison]
     found = []
     for other, metric in pairs:
         row, mine, theirs = rows[other, metric], fine.get(metric), (models[other].get(decoding) or {}).get(metric)
-        bounds, p = (row.get("low"), row.get("high")), adjusted.get((other, metric))
-        verdict = "unmeasured" if None in (mine, theirs) else outcome(*bounds, METRICS[metric].margin)
+        ends, p = (row.get("low"), row.get("high")), adjusted.get((other, metric))
+        verdict = "unmeasured" if None in (mine, theirs) else outcome(*ends, METRICS[metric].margin)
         taken_back = verdict in ("better", "worse") and p is not None and p > 0.05
         difference = None if verdict == "unmeasured" else row.get("difference", mine - theirs)
         names = other, models[other].get("label") or other, models[other].get("role") or "control"
         verdict = "tie" if taken_back else verdict
-        found.append(Comparison(*names, metric, mine, theirs, difference, *bounds, p, verdict, taken_back))
+        found.append(Comparison(*names, metric, mine, theirs, difference, *ends, p, verdict, taken_back))
     return found
 
 
@@ -157,7 +157,6 @@ def table(results: dict, decoding: str = "sampled_t1") -> pd.DataFrame:
 
 # Every model with its intervals
 
-SHARES = ("accuracy_last", "accuracy_first", "eos_rate")  # of answers, so that Wilson's interval is known from n
 _RULE = (
     "Bold: better than every other row beyond the interval, that of the paired difference where one is recorded, else "
     "where intervals do not overlap; nothing is bold where none is."
@@ -168,19 +167,16 @@ def with_intervals(frame: pd.DataFrame, results: dict, decoding: str) -> pd.Data
     """A table of models (`tables.model_table`) with each metric's 95 % interval beside it as far as one is known, and
     what is best beyond it marked for `typeset`: the intervals of 07, or Wilson's for shares of answers."""
     names = [name for name, model in (results.get("models") or {}).items() if model.get(decoding)]
-    recorded = results.get("intervals") or {}
+    recorded = [((results.get("intervals") or {}).get(name) or {}).get(decoding) or {} for name in names]
     columns: dict[str, object] = {}
     best, wilson = set(), False
     for column in frame.columns:
         columns[column] = frame[column]
-        found = [((recorded.get(name) or {}).get(decoding) or {}).get(column) for name in names]
-        if column in SHARES and not any(found):
-            found = [_wilson(value, n) for value, n in zip(frame[column], frame["n"], strict=True)]
-            wilson |= any(found)
-        if any(found):
-            columns |= _bounds(column, found)
-            bounds = list(zip(*list(columns.values())[-2:], strict=True))
-            best |= {(row, column) for row in _best(column, frame[column], bounds, names, results, decoding)}
+        ends = _ends(frame, column, recorded)
+        if any(ends):
+            columns |= _bounds(column, ends)
+            wilson |= column in RIGHT_OR_WRONG and not all(column in each for each in recorded)
+            best |= {(row, column) for row in _best(column, frame[column], ends, names, results, decoding)}
     made = pd.DataFrame(columns)
     made.attrs = {"best": best, "note": (("Shares of answers: Wilson. " if wilson else "") + _RULE).strip()}
     return made
@@ -191,24 +187,22 @@ def shares_with_intervals(frame: pd.DataFrame) -> pd.DataFrame:
     columns: dict[str, object] = {}
     for column in frame.columns:
         columns[column] = frame[column]
-        if column in SHARES:
-            found = [_wilson(value, n) for value, n in zip(frame[column], frame["n"], strict=True)]
-            columns |= _bounds(column, found) if any(found) else {}
+        if any(ends := _ends(frame, column, [{}] * len(frame))):
+            columns |= _bounds(column, ends)
     return pd.DataFrame(columns)
 
 
-def _bounds(column: str, found: Sequence[Mapping | None]) -> dict[str, list]:
-    return {f"{column}, {end}": [(each or {}).get(end) for each in found] for end in ("low", "high")}
+def _ends(frame: pd.DataFrame, column: str, recorded: Sequence[Mapping]) -> list[tuple[float, float] | None]:
+    """The bounds of every row's value, None where none are known."""
+    rows = [{key: None if pd.isna(row[key]) else row[key] for key in {column, "n"}} for row in frame.to_dict("records")]
+    return [bounds(row, column, known) for row, known in zip(rows, recorded, strict=True)]
 
 
-def _wilson(value: float | None, n: float | None) -> dict | None:
-    if pd.isna(value) or not n:
-        return None
-    found = stats.wilson(value * n, int(n))
-    return {"low": found.low, "high": found.high}
+def _bounds(column: str, ends: Sequence[tuple[float, float] | None]) -> dict[str, list]:
+    return {f"{column}, {end}": [each and each[k] for each in ends] for k, end in enumerate(("low", "high"))}
 
 
-def _best(metric: str, values: pd.Series, bounds: list, names: list[str], results: dict, decoding: str) -> list[int]:
+def _best(metric: str, values: pd.Series, ends: list, names: list[str], results: dict, decoding: str) -> list[int]:
     """The row that is better than each other one beyond the interval, if there is one."""
     less = METRICS[metric].less_is_better
     known = [row for row, value in enumerate(values) if not pd.isna(value)]
@@ -222,10 +216,10 @@ def _best(metric: str, values: pd.Series, bounds: list, names: list[str], result
         pair = paired_row(results.get("paired") or [], names[top], names[row], metric, decoding)
         if pair and pair.get("low") is not None:
             ahead = sign * pair["low"] > 0 and sign * pair["high"] > 0
-        elif None in (*bounds[top], *bounds[row]):
+        elif ends[top] is None or ends[row] is None:
             ahead = False
         else:
-            ahead = bounds[top][1] < bounds[row][0] if less else bounds[top][0] > bounds[row][1]
+            ahead = ends[top][1] < ends[row][0] if less else ends[top][0] > ends[row][1]
         if not ahead:
             return []
     return [top]

@@ -1,6 +1,7 @@
 """The first figure of 07 and 08: fine minus every other model, with intervals, in one picture.
 
-Filled: different after Holm's correction over the comparisons of a panel; hollow: the two cannot be told apart.
+Filled: different after Holm's correction, which is that of the sentences (`against`) for the metrics that they are
+about, and over the comparisons of a panel for others; hollow: the two cannot be told apart.
 """
 
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from matplotlib.figure import Figure
 
 from c2f_utils import stats
 from c2f_utils.errors import C2FError
+from c2f_utils.report import against
 from c2f_utils.report.results import DECODINGS, LABELS, folder, load, model_rows
 from c2f_utils.report.style import DOUBLE, INK, MUTED, ROLE_COLOURS, ROLE_MARKERS, new_figure, say, styled
 
@@ -37,8 +39,10 @@ def forest(source: object, decoding: str | None = None) -> Figure:
         dict(row) for row in paired if row["decoding"] == decoding and row["a"] == "fine" and row.get("low") is not None
     ]
     for metric in {row["metric"] for row in rows}:
-        mine = [row for row in rows if row["metric"] == metric]
-        for row, p in zip(mine, stats.holm([row["p"] for row in mine]), strict=True):
+        _mark([row for row in rows if row["metric"] == metric])
+    told = {(each.other, each.metric): each.p_holm for each in against.comparisons(results, decoding)}
+    for row in rows:
+        if (p := told.get((row["b"], row["metric"]))) is not None:
             row["clear"] = p <= 0.05
     return _forest(rows, model_rows(results, decoding), f"Fine minus ..., {DECODINGS.get(decoding, decoding)}", place)
 
@@ -60,12 +64,16 @@ def seed_forest(runs: Sequence[dict], names: Sequence[str], decoding: str = "sam
                 found = stats.seed_interval(each)
                 mine.append({"b": other["model"], "metric": metric, "difference": found.value, "each": each}
                             | {"low": found.low, "high": found.high, "p": stats.t_test(each)})  # fmt: skip
-        for row, p in zip(mine, stats.holm([row["p"] for row in mine]), strict=True):
-            row["clear"] = p <= 0.05
+        _mark(mine)
         rows += mine
     fig = _forest(rows, shared, f"Fine minus ..., {len(runs)} runs, {DECODINGS.get(decoding, decoding)}", None)
     fig.caption = "runs " + ", ".join(names)
     return fig
+
+
+def _mark(rows: list[dict]) -> None:
+    for row, p in zip(rows, stats.holm([row["p"] for row in rows]), strict=True):
+        row["clear"] = p <= 0.05
 
 
 def _forest(rows: list[dict], models: list[dict], title: str, place: object) -> Figure:

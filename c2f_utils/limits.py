@@ -23,7 +23,7 @@ class Signals:
     """What one iteration tells a law; fields that were not measured are None, and a law declares which it needs."""
 
     iteration: int
-    reward: float | None = None  # mean raw reward, before clipping and scaling
+    reward: float | None = None  # mean reward that is paid, before clipping and scaling
     value_error: float | None = None  # critic's mean squared error / Var(value targets), at most 3; 0 = perfect
     truncated_share: float | None = None  # share of answers that the limit ended
     tail_return: float | None = (
@@ -93,7 +93,7 @@ class Fixed(Law):
 @dataclass
 class Clock(Law):
     """From `start` to `maximum` in `duration` iterations without looking at anything; staged context lengthening is
-    `steps`."""
+    `steps`, and with a `maximum` below `start` the limit shrinks."""
 
     maximum: int
     duration: int
@@ -103,6 +103,10 @@ class Clock(Law):
 
     def __post_init__(self) -> None:
         self.start = self.start or self.limit
+
+    @property
+    def largest(self) -> int:
+        return max(self.start, self.maximum)
 
     def update(self, signals: Signals) -> int:
         progress = min(1.0, (signals.iteration + 1) / self.duration)

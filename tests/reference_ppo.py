@@ -69,7 +69,7 @@ class ReferencePPO:
         self.trunk = copy.deepcopy(policy.critic.trunk).double() if policy.critic.trunk is not None else None
         self.head = copy.deepcopy(policy.critic.head).double()
         self.base, self.score, self.law, self.c = base.double(), score, law, config
-        self.coefficient, self.square, self.seen = config.kl_coefficient, 0.0, 0
+        self.coefficient, self.square, self.seen, self.dual = config.kl_coefficient, 0.0, 0, 0.0
         self.adam, self.iteration, self.tokens = AdamW(), 0, 0
 
     def weights(self) -> dict[str, Tensor]:
@@ -130,12 +130,25 @@ class ReferencePPO:
 
     # --- credit ------------------------------------------------------------------------------------------------------
 
+    def cost(self, tokens: int, limit: int) -> float:
+        """What length costs: the price per token, the punishment near the limit, and the dual price."""
+        c = self.c
+        near = min(1.0, max(0.0, (tokens - (1 - c.overlong_buffer) * limit) / (c.overlong_buffer * limit)))
+        over = max(0.0, (tokens - c.length_budget) / c.length_budget) if c.length_budget else 0.0
+        return c.token_price * tokens + c.overlong * near + self.dual * over
+
     def shape(self, samples: list[Sample], facts: list[dict]) -> list[float]:
         """What each answer is paid at its last token: price, scale, clip, and the treatment of cuts."""
         c, paid = self.c, []
+        ended = [fact["prefixes"][-1] for sample, fact in zip(samples, facts, strict=True) if not sample.cut]
         for sample, fact in zip(samples, facts, strict=True):
-            last = fact["prefixes"][-max(1, sample.tokens // 8) :] if c.cut == "average" and sample.cut else None
-            paid.append((mean(last) if last else fact["prefixes"][-1]) - c.token_price * sample.tokens)
+            worth = fact["prefixes"][-1]
+            if c.cut == "average" and sample.cut:
+                worth = mean(fact["prefixes"][-max(1, sample.tokens // 8) :])
+                worth = min(worth, mean(ended)) if 2 * len(ended) > len(samples) else worth
+            paid.append(worth - self.cost(len(sample.prompt.forced) + sample.tokens, self.law.limit))
+        penalties = [c.cut_penalty if sample.cut and c.cut == "penalty" else 0.0 for sample in samples]
+        self.earned = [x - y for x, y in zip(paid, penalties, strict=True)]
         if c.reward_scaling == "running":
             self.square = (self.square * self.seen + sum(x * x for x in paid)) / (self.seen + len(paid))
             self.seen += len(paid)
@@ -144,9 +157,17 @@ class ReferencePPO:
         for i, sample in enumerate(samples):
             if sample.cut and c.cut == "penalty":
                 paid[i] -= c.cut_penalty
-            if sample.cut and c.cut == "bootstrap":
+            if self.expected(sample):
                 paid[i] = 0.0
         return paid
+
+    def expected(self, sample: Sample) -> bool:
+        """Whether the critic says what would follow: of every cut answer, or of those that may go on."""
+        whole = len(sample.prompt.forced) + sample.tokens
+        return sample.cut and (self.c.cut == "bootstrap" or self.c.cut == "continue" and whole < self.law.maximum)
+
+    def teaches(self, sample: Sample) -> bool:
+        return not (sample.cut and self.c.cut == "mask")
 
     def advantages(self, rewards: list[float], values: list[float], final: float, lam: float) -> list[float]:
         """A_t = sum_k (gamma lambda)^k delta_{t+k}, delta_t = r_t + gamma V_{t+1} - V_t."""
@@ -163,21 +184,25 @@ class ReferencePPO:
             price = [self.coefficient * (p - q) for p, q in zip(fact["logps"], fact["reference"], strict=True)]
             rewards = [-x for x in price]
             rewards[-1] += paid
-            final = fact["final"] if sample.cut and c.cut == "bootstrap" else 0.0
+            final = fact["final"] if self.expected(sample) else 0.0
             fact["paid"] = rewards
             fact["raw"] = self.advantages(rewards, fact["values"], final, lam)
             targets = self.advantages(rewards, fact["values"], final, c.lambda_critic)
             fact["returns"] = [a + v for a, v in zip(targets, fact["values"], strict=True)]
-        every = [a for fact in facts for a in fact["raw"]]
+        every = [a for sample, fact in zip(samples, facts, strict=True) if self.teaches(sample) for a in fact["raw"]]
         centre, spread = mean(every), math.sqrt(statistics.pvariance(every) + 1e-8)
         for fact in facts:
             fact["advantages"] = [(a - centre) / spread for a in fact["raw"]]
+        for sample, fact in zip(samples, facts, strict=True):
+            if not self.teaches(sample):
+                fact["advantages"] = [0.0 for _ in fact["raw"]]
 
     # --- improve -----------------------------------------------------------------------------------------------------
 
     def step(self, chosen: list[int], samples: list[Sample], facts: list[dict]) -> dict:
         """One optimiser step: losses are sums over tokens divided by the step's tokens."""
         c, warming = self.c, self.iteration < self.c.critic_warmup
+        chosen = [i for i in chosen if self.teaches(samples[i])]
         total = sum(samples[i].tokens for i in chosen)
         policy = value = entropy = torch.zeros((), dtype=torch.float64)
         clipped, ratios = 0, []
@@ -187,9 +212,11 @@ class ReferencePPO:
                 ratio = torch.exp(logps[t] - facts[i]["logps"][t])
                 number = float(ratio.detach())
                 advantage, old, target = (facts[i][key][t] for key in ("advantages", "values", "returns"))
-                inside = min(1 + c.clip, max(1 - c.clip, number))
+                inside = min(1 + (c.clip_high or c.clip), max(1 - c.clip, number))
                 held = advantage * number > advantage * inside  # the pessimistic one of the two: no gradient
-                policy = policy - facts[i]["weights"][t] * (advantage * inside if held else advantage * ratio)
+                # Where all are held the gradient is zero, not missing: Adam goes on with its momentum.
+                gain = advantage * inside + 0 * ratio if held else advantage * ratio
+                policy = policy - facts[i]["weights"][t] * gain
                 error = (values[t] - target) ** 2
                 if c.value_clip:
                     near = old + torch.clamp(values[t] - old, -c.value_clip, c.value_clip)
@@ -234,23 +261,29 @@ class ReferencePPO:
         )
 
     def row(self, samples: list[Sample], facts: list[dict], taken: list[dict]) -> dict:
-        limit, lengths = self.law.limit, [sample.tokens for sample in samples]
-        values = [v for fact in facts for v in fact["values"]]
-        returns = [r for fact in facts for r in fact["returns"]]
+        limit, lengths = self.law.limit, [len(sample.prompt.forced) + sample.tokens for sample in samples]
+        whole = [i for i, sample in enumerate(samples) if not sample.prompt.forced]  # laws hear of no part of an answer
+        values, returns = ([x for fact in facts for x in fact[key]] for key in ("values", "returns"))
         errors = [r - v for r, v in zip(returns, values, strict=True)]
-        logs = [q - p for fact in facts for p, q in zip(fact["logps"], fact["reference"], strict=True)]
-        kl = mean(math.exp(x) - 1 - x for x in logs)
         rewards = [fact["prefixes"][-1] for fact in facts]
-        cuts = mean(sample.cut for sample in samples)
         gains = []
-        for sample in samples:
+        for sample in (samples[i] for i in whole):
             ends = [min(k + 1, sample.tokens) for k in range(limit)]  # a finished answer keeps its reward
-            upto = [self.score(sample.ids[:k]) - self.c.token_price * k for k in ends]
+            upto = [self.score(sample.ids[:k]) - self.cost(k, limit) for k in ends]
             gains.append(mean(upto[3 * limit // 4 :]) - mean(upto[limit // 2 : 3 * limit // 4]))
-        self.law.update(mean(rewards), min(3.0, mean(e * e for e in errors) / statistics.variance(returns)), cuts)
+        told = [facts[i] for i in whole]
+        targets = [r for fact in told for r in fact["returns"]]
+        lost = mean((r - v) ** 2 for fact in told for r, v in zip(fact["returns"], fact["values"], strict=True))
+        logs = [q - p for fact in told for p, q in zip(fact["logps"], fact["reference"], strict=True)]
+        kl = mean(math.exp(x) - 1 - x for x in logs)
+        cuts = mean(samples[i].cut for i in whole)
+        self.law.update(mean(self.earned[i] for i in whole), min(3.0, lost / statistics.variance(targets)), cuts)
+        if self.c.length_budget:
+            over = (mean(lengths) - self.c.length_budget) / self.c.length_budget
+            self.dual = max(0.0, self.dual + self.c.length_price_rate * over)
         if self.c.kl_target:
             self.coefficient *= 1 + min(0.2, max(-0.2, kl / self.c.kl_target - 1))
-        self.iteration, self.tokens = self.iteration + 1, self.tokens + sum(lengths)
+        self.iteration, self.tokens = self.iteration + 1, self.tokens + sum(sample.tokens for sample in samples)
         return {
             "iteration": self.iteration,
             "limit": limit,
@@ -265,7 +298,7 @@ class ReferencePPO:
             "truncated_share": cuts,
             "tail_return": mean(gains),
             "explained_variance": 1 - statistics.pvariance(errors) / statistics.pvariance(returns),
-            "rep4": mean(repeated(sample.ids) for sample in samples),
+            "rep4": mean(repeated(sample.answer) for sample in samples),
             "sampler_mismatch": mean(x for fact in facts for x in fact["mismatch"]),
             "truncated_weights": mean(x for fact in facts for x in fact["truncated"]),
             "ratio_error": taken[0]["ratio_error"],

@@ -11,9 +11,10 @@ import pytest
 import torch
 from tiny_models import TOKENIZER, PrefixReward, causal, prompts, trainer
 
-from c2f_utils.coarse.experience import Experience, last_prefixes, pool, signals
+from c2f_utils.coarse.experience import Experience, pool, signals
 from c2f_utils.coarse.heads import Head
 from c2f_utils.coarse.ranks import Ranks
+from c2f_utils.coarse.shaping import last_prefixes
 from c2f_utils.domain import stories
 from c2f_utils.domain.samples import Prompt, Sample, finish
 from c2f_utils.files import read_mapping
@@ -249,10 +250,10 @@ def test_a_law_hears_the_same_of_an_answer_whichever_way_it_ended():
             sample.logps = torch.zeros(len(sample.sampled))
         e = Experience(samples, 16)
         e.prefix_rewards = PrefixReward().prefix_scores(samples)
-        e.rewards = PrefixReward()(samples)
+        e.rewards = e.earned = PrefixReward()(samples)
         e.mask = torch.arange(16)[None] < torch.tensor([[len(s.sampled)] for s in samples])
         e.values = e.returns = e.logps = e.reference = torch.zeros(2, 16)
-        found = signals(e, 0, token_price=0.1)
+        found = signals(e, 0, lambda tokens, limits: 0.1 * tokens)
         return found.tail_return, found.useful_length, found.rewards, last_prefixes(e).tolist()
 
     assert heard([stories.EOS], "eos") == heard([8, 9, 10, 11], "string")

@@ -314,14 +314,17 @@ def test_useful_length_is_where_the_mean_reward_of_prefixes_has_made_its_rise():
 def test_laws_see_the_price_that_the_policy_pays():
     process = trainer(law="useful", reward=PrefixReward())
     e = process.credit(process.judge(process.collect()))
-    free, paid = signals(e, 0), signals(e, 0, token_price=0.05)
+    free, price = signals(e, 0), 0.05
+    process.config = process.config.model_copy(update={"token_price": price})
+    paid = signals(process.credit(e), 0, lambda tokens, limits: price * tokens)
     spent = [[min(k + 1, s.tokens) for k in range(e.limit)] for s in e.samples]
     half, three = e.limit // 2, 3 * e.limit // 4
     more = sum(sum(row[three:]) / (e.limit - three) - sum(row[half:three]) / (three - half) for row in spent)
-    assert more > 0 and paid.tail_return == pytest.approx(free.tail_return - 0.05 * more / len(spent), abs=1e-6)
+    assert more > 0 and paid.tail_return == pytest.approx(free.tail_return - price * more / len(spent), abs=1e-6)
     assert paid.useful_length <= free.useful_length
-    expected = [r - 0.05 * s.tokens for r, s in zip(free.rewards, e.samples, strict=True)]
-    assert paid.rewards == pytest.approx(expected, abs=1e-6) and paid.reward == free.reward
+    expected = [r - price * s.tokens for r, s in zip(free.rewards, e.samples, strict=True)]
+    assert paid.rewards == pytest.approx(expected, abs=1e-6)
+    assert paid.reward == pytest.approx(sum(expected) / len(expected)) and paid.reward < free.reward
 
 
 def test_tail_return_compares_the_last_two_quarters_and_counts_finished_answers_as_zero():

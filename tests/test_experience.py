@@ -13,7 +13,7 @@ def test_the_signals_of_answers_known_by_heart():
     ended, late = Sample(prompt, [5, 6, 7, 0], "eos", 8), Sample(prompt, [1, 2, 3, 4, 1, 2, 3, 5], "string", 8)
     half = Sample(prompt, [8, 8, 8, 8, 8, 1, 2, 3], "limit", 8)  # repeats itself, but not at its end
     e = Experience([repeating, ended, late, half], limit=8)
-    e.rewards = torch.tensor([1.0, 2.0, 3.0, 6.0])
+    e.rewards = e.earned = torch.tensor([1.0, 2.0, 3.0, 6.0])
     e.mask = torch.tensor([[True] * 8, [True] * 4 + [False] * 4, [True] * 8, [True] * 8])
     e.logps, e.reference = torch.full((4, 8), -1.0), torch.full((4, 8), -1.5)
     e.values = torch.arange(8.0).expand(4, 8) * torch.tensor([[0.1], [9.0], [9.0], [0.3]])

@@ -6,7 +6,7 @@ numbers everywhere, bit for bit what a single process computes, and every optimi
 whoever generated the answers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +36,10 @@ class Experience:
     reference: Tensor | None = None
     values: Tensor | None = None
     final_values: Tensor | None = None  # [B]
-    shaped: Tensor | None = None  # [B] reward after price, penalty, scaling and clip
+    earned: Tensor | None = None  # [B] reward after averaging, the cost of length and the penalty of a cut
+    shaped: Tensor | None = None  # [B] the same after scaling and clip; 0 where the critic says what would follow
+    expected: Tensor | None = None  # [B] whether it does
+    trained: Tensor | None = None  # [B, T] tokens that teach; all of `mask` but where cut answers are left out
     paid: Tensor | None = None  # per token: minus the price of KL, and at the last token also `shaped`
     advantages: Tensor | None = None
     returns: Tensor | None = None
@@ -86,25 +89,26 @@ def pool(
     return whole, {name: ranks.gather(rows) for name, rows in columns.items()}
 
 
-def signals(e: Experience, iteration: int, token_price: float = 0.0) -> Signals:
+def signals(e: Experience, iteration: int, cost: Callable[[Tensor, Tensor], Tensor] | None = None) -> Signals:
     """What this iteration tells a law; `iteration` counts from 0.
 
-    What a law may follow is the reward that the policy is paid, so `token_price` (reward per token) is taken off the
-    rewards of answers and prefixes; the mean `reward` stays as the reward function gave it.
+    A law follows the reward that the policy is paid (`earned`); for prefixes that is their reward less what `cost`
+    (tokens and limits to units of the reward) takes for their length. Answers that were begun in an earlier iteration
+    are left out: there is only a part of them.
     """
+    e = _begun_now(e)
     cut = [s for s in e.samples if s.cut]
     error = ((e.values - e.returns)[e.mask] ** 2).mean() / e.returns[e.mask].var().clamp_min(1e-6)
     slopes = [
         float(v[s.tokens - 1] - v[int(0.75 * s.tokens)]) for s, v in zip(e.samples, e.values, strict=True) if s.cut
     ]
     repeats = [float(repeated_spans(s.ids)[int(0.75 * s.tokens) :].mean()) for s in cut]
-    prefixes, rewards = e.prefix_rewards, e.rewards
-    if token_price:
-        rewards = rewards - token_price * torch.tensor([float(s.tokens) for s in e.samples])
-        prefixes = prefixes and [row - token_price * torch.arange(1, len(row) + 1) for row in prefixes]
+    prefixes = e.prefix_rewards
+    if prefixes and cost:
+        prefixes = [_less(row, s.limit, cost) for row, s in zip(prefixes, e.samples, strict=True)]
     return Signals(
         iteration=iteration,
-        reward=float(e.rewards.mean()),
+        reward=float(e.earned.mean()),
         value_error=min(3.0, float(error)),
         truncated_share=len(cut) / len(e.samples),
         tail_return=tail_return(prefixes, e.limit) if prefixes else None,
@@ -112,19 +116,24 @@ def signals(e: Experience, iteration: int, token_price: float = 0.0) -> Signals:
         value_slope=sum(slopes) / len(slopes) if slopes else 0.0,
         tail_repetition=sum(repeats) / len(repeats) if repeats else 0.0,
         kl_per_token=float(ppo.kl_k3(e.logps, e.reference)[e.mask].mean()),
-        rewards=tuple(rewards.tolist()),
+        rewards=tuple(e.earned.tolist()),
         limits=tuple(s.limit for s in e.samples),
     )
 
 
-def last_prefixes(e: Experience) -> Tensor:
-    """Rewards [B] in which an answer that was cut gets the mean over the last eighth of its prefixes; our design.
+def _less(row: Tensor, limit: int, cost: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    tokens = torch.arange(1.0, len(row) + 1)
+    return row - cost(tokens, torch.full_like(tokens, limit))
 
-    Where the limit falls within a sentence decides much of what a reward model says of a cut answer, and nothing about
-    the answer. What ended by itself keeps its reward.
-    """
-    means = [row[-max(1, len(row) // 8) :].mean() for row in e.prefix_rewards]
-    return torch.where(torch.tensor([s.cut for s in e.samples]), torch.stack(means), e.rewards)
+
+def _begun_now(e: Experience) -> Experience:
+    rows = [i for i, s in enumerate(e.samples) if not s.prompt.forced]
+    if len(rows) in (0, len(e.samples)):
+        return e
+    names = ("earned", "mask", "logps", "reference", "values", "returns")
+    prefixes = e.prefix_rewards and [e.prefix_rewards[i] for i in rows]
+    parts = {name: getattr(e, name)[rows] for name in names}
+    return Experience([e.samples[i] for i in rows], e.limit, prefix_rewards=prefixes, **parts)
 
 
 def tail_return(prefix_rewards: Sequence[Tensor], limit: int) -> float:

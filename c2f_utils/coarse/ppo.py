@@ -58,16 +58,21 @@ def adaptive_lambda(limit: int, alpha: float) -> float:
 
 def whiten(values: Tensor, mask: Tensor) -> Tensor:
     """Zero mean and unit variance over all real tokens of the batch, zero elsewhere."""
-    count = mask.sum()
+    count = mask.sum().clamp_min(1)
     mean = (values * mask).sum() / count
     variance = (((values - mean) ** 2) * mask).sum() / count
     return (values - mean) * torch.rsqrt(variance + 1e-8) * mask
 
 
-def policy_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, clip: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Clipped surrogate per token [N] (Schulman et al. 2017), the ratio, and where the clip was active."""
+def policy_loss(
+    logp: Tensor, old_logp: Tensor, advantages: Tensor, clip: float, high: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Clipped surrogate per token [N] (Schulman et al. 2017), the ratio, and where the clip was active.
+
+    `high` is the clip of ratios above 1 where it is another one (clip-higher, Yu et al. 2025); 0: the same.
+    """
     ratio = (logp - old_logp).clamp(-20, 20).exp()
-    unclipped, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)
+    unclipped, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + (high or clip))
     return torch.maximum(unclipped, clipped), ratio.detach(), (clipped > unclipped).detach()
 
 

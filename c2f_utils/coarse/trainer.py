@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from c2f_utils.coarse import checkpoints, ppo
 from c2f_utils.coarse.actor_critic import ActorCritic
 from c2f_utils.coarse.budget import TokenBudget, preflight
-from c2f_utils.coarse.experience import Experience, last_prefixes, pool, signals
+from c2f_utils.coarse.experience import Experience, pool, signals
 from c2f_utils.coarse.ranks import Ranks
 from c2f_utils.coarse.refusals import one_each, refuse
+from c2f_utils.coarse.shaping import DualPrice, length_cost, shape
+from c2f_utils.coarse.unfinished import Begun, going_on, left
 from c2f_utils.coarse.updates import Updates
 from c2f_utils.domain.samples import Prompt, Sample
 from c2f_utils.errors import C2FError
@@ -70,6 +72,8 @@ class CoarseTrainer:
         self.rollout_tokens = 0
         self.kl = ppo.KLController(config.kl_coefficient, config.kl_target)
         self.scale = ppo.RunningScale()
+        self.dual = DualPrice(config.length_budget, config.length_price_rate)
+        self.unfinished: list[Begun] = []  # answers that go on in the next iteration
         self.history: list[dict] = []
         self.curve: list[dict] = []
         self.device = policy.critic.head.weight.device
@@ -115,6 +119,7 @@ class CoarseTrainer:
         limits = self.law.draw(self.config.prompts, rng)
         refuse_beyond(self.law, limits, self.largest)
         seed = rng.getrandbits(62) + 100_003 * self.ranks.rank
+        limits = [max(1, limit - len(begun)) for limit, (_, begun) in zip(limits, self._asked(), strict=True)]
         prompts, limits = self.ranks.deal(self._next_prompts()), self.ranks.deal(limits)
         with self.ranks.whole(self.policy):
             samples = self.sampler(prompts, limits, temperature=self.config.temperature, seed=seed)
@@ -152,28 +157,18 @@ class CoarseTrainer:
     def credit(self, e: Experience) -> Experience:
         """Shape the reward, add the KL price per token, estimate advantages and value targets."""
         c = self.config
-        cut = torch.tensor([s.cut for s in e.samples])
-        tokens = torch.tensor([float(s.tokens) for s in e.samples])
-        scores = last_prefixes(e) if c.cut == "average" else e.rewards
-        shaped = scores - c.token_price * tokens
-        if c.reward_scaling == "running":
-            shaped = shaped / self.scale.update(shaped)
-        shaped = shaped.clamp(-c.reward_clip, c.reward_clip)
-        if c.cut == "penalty":
-            shaped = shaped - c.cut_penalty * cut
-        bootstrapped = cut if c.cut == "bootstrap" else torch.zeros_like(cut)
-        # A bootstrapped cut gets no score: the critic says what would have followed.
-        e.shaped = shaped.masked_fill(bootstrapped, 0.0)
+        shape(e, c, self.dual, self.scale, self.largest)
         rewards = -self.kl.coefficient * ppo.kl_k1(e.logps, e.reference) * e.mask
-        rewards[torch.arange(len(tokens)), e.mask.sum(1) - 1] += e.shaped  # on the last token that was sampled
+        # On the last token that was sampled.
+        rewards[torch.arange(len(e.samples)), e.mask.sum(1) - 1] += e.shaped
         e.paid = rewards
-        final = e.final_values * bootstrapped
+        final = e.final_values * e.expected
         lam = ppo.adaptive_lambda(e.limit, c.lambda_alpha) if c.lambda_policy == "adaptive" else c.lambda_policy
         advantages = targets = ppo.gae(rewards, e.values, final, e.mask, c.discount, lam)
         if c.lambda_critic != lam:
             targets = ppo.gae(rewards, e.values, final, e.mask, c.discount, c.lambda_critic)
         e.returns = targets + e.values * e.mask
-        e.advantages = ppo.whiten(advantages, e.mask)
+        e.advantages = ppo.whiten(advantages, e.trained)
         return e
 
     def improve(self, e: Experience) -> dict[str, float]:
@@ -181,7 +176,9 @@ class CoarseTrainer:
         count."""
         rows, updates, ratio_error = [], 0, 0.0
         for chosen in self._minibatches(len(e.samples)):
-            step_tokens = sum(len(e.samples[i].sampled) for i in chosen)
+            step_tokens = int(e.trained[chosen].sum())
+            if not step_tokens:  # every answer of the step was cut and is left out
+                continue
             mine = self._share(e, chosen)
             lengths = [e.samples[i].positions for i in mine]
             for attempt in self.budget.attempts(max(lengths, default=0)):
@@ -198,7 +195,7 @@ class CoarseTrainer:
                 ratio_error = self.ranks.most(max((row.pop("ratio_error") for row in found), default=0.0))
             rows, updates = rows + found, updates + 1
         sums = [torch.stack([row[name] for row in rows]).sum() if rows else torch.zeros(()) for name in LOGGED]
-        means = (self.ranks.sum(torch.stack(sums)) / updates).tolist()
+        means = (self.ranks.sum(torch.stack(sums)) / max(1, updates)).tolist()
         return dict(zip(LOGGED, means, strict=True)) | {"ratio_error": ratio_error}
 
     def loss(self, e: Experience, group: list[int], step_tokens: int) -> tuple[Tensor, dict[str, Tensor | float]]:
@@ -207,24 +204,24 @@ class CoarseTrainer:
         c = self.config
         warming = self.iteration < c.critic_warmup  # only the critic learns
         batch = collate([e.samples[i] for i in group], self.pad_id, self.device, sampled=True)
-        old_logp, weight, advantage, old_value, target = (
+        old_logp, weight, advantage, old_value, target, trained = (
             torch.cat([array[i, :n] for i, n in zip(group, batch.lengths, strict=True)]).to(self.device)
-            for array in (e.logps, e.weights, e.advantages, e.values, e.returns)
+            for array in (e.logps, e.weights, e.advantages, e.values, e.returns, e.trained)
         )
         logp, entropy, values = self.policy(batch, c.temperature, actor=not warming)
-        per_token = ppo.value_loss(values, old_value, target, c.value_clip)
+        per_token = trained * ppo.value_loss(values, old_value, target, c.value_clip)
         loss = v_loss = per_token.sum() / step_tokens
         zero = torch.zeros((), device=self.device)
         row = dict.fromkeys(LOGGED, zero) | {"value_loss": v_loss.detach(), "ratio_error": 0.0}
         if not warming:
-            p_token, ratio, clipped = ppo.policy_loss(logp, old_logp, advantage, c.clip)
-            p_token = weight * p_token
+            p_token, ratio, clipped = ppo.policy_loss(logp, old_logp, advantage, c.clip, c.clip_high)
+            p_token = trained * weight * p_token
             p_loss = p_token.sum() / step_tokens
             per_token = per_token + p_token
             loss = p_loss + (c.value_coefficient if c.critic == "shared" else 1.0) * v_loss
             row |= {
-                "policy_loss": p_loss.detach(), "entropy": entropy.detach().sum() / step_tokens,
-                "clip_fraction": clipped.float().sum() / step_tokens, "ratio_error": float((ratio - 1).abs().max()),
+                "policy_loss": p_loss.detach(), "entropy": (trained * entropy.detach()).sum() / step_tokens,
+                "clip_fraction": (trained & clipped).sum() / step_tokens, "ratio_error": float((ratio - 1).abs().max()),
             }  # fmt: skip
         if not torch.isfinite(loss):
             sums = torch.stack([part.detach().sum() for part in batch.split(per_token)])
@@ -233,13 +230,15 @@ class CoarseTrainer:
 
     def advance(self, e: Experience, stats: dict[str, float]) -> dict:
         """Move the limit and the KL price, and keep in one row what this iteration was."""
-        seen = signals(e, self.iteration, self.config.token_price)
+        seen = signals(e, self.iteration, lambda tokens, limits: length_cost(tokens, limits, self.config, self.dual))
         limit = self.law.limit
         next_limit = self.law.update(seen)
         refuse_beyond(self.law, [next_limit], self.largest)
         self.ranks.agree(next_limit, f"the next limit of law {type(self.law).__name__}")
         self.kl.update(seen.kl_per_token)
-        tokens = [s.tokens for s in e.samples]
+        tokens = [len(s.answer) for s in e.samples]
+        self.dual.update(torch.tensor(tokens, dtype=torch.float32))
+        self.unfinished = left(e, self._asked(), next_limit) if self.config.cut == "continue" else []
         self.rollout_tokens += int(e.mask.sum())
         self.iteration += 1
         row = {
@@ -257,7 +256,7 @@ class CoarseTrainer:
             "truncated_share": seen.truncated_share,
             "tail_return": seen.tail_return,
             "explained_variance": ppo.explained_variance(e.values, e.returns, e.mask),
-            "rep4": sum(rep_n(s.ids, 4) for s in e.samples) / len(tokens),
+            "rep4": sum(rep_n(s.answer, 4) for s in e.samples) / len(tokens),
             "sampler_mismatch": e.sampler_mismatch,
             "truncated_weights": float(e.truncated[e.mask].float().mean()),
             "tokens_per_micro_batch": self.budget.tokens,
@@ -289,6 +288,8 @@ class CoarseTrainer:
                 "law_began": self.law_began,
                 "kl_coefficient": self.kl.coefficient,
                 "scale": asdict(self.scale),
+                "length_price": self.dual.price,
+                "unfinished": self.unfinished,
                 "tokens_per_micro_batch": self.budget.tokens,
                 "history": self.history,
                 "curve": self.curve,
@@ -306,18 +307,22 @@ class CoarseTrainer:
         self.law.load_state_dict(state["law"])
         self.kl.coefficient = state["kl_coefficient"]
         self.scale = ppo.RunningScale(**state["scale"])
+        self.dual.price, self.unfinished = state.get("length_price", 0.0), state.get("unfinished", [])
         self.budget.tokens = state["tokens_per_micro_batch"]
 
     # --- helpers -----------------------------------------------------------------------------------------------------
 
     def _next_prompts(self) -> list[Prompt]:
-        """Prompts in an order reshuffled at every pass; a function of seed and iteration, so resuming needs no
-        cursor."""
+        return [going_on(self.prompts[number], begun) for number, begun in self._asked()]
+
+    def _asked(self) -> list[Begun]:
+        """What the next answers are to: those that go on first, then prompts in an order reshuffled at every pass; a
+        function of seed and iteration, so resuming needs no cursor."""
         chosen = []
         for position in range(self.iteration * self.config.prompts, (self.iteration + 1) * self.config.prompts):
             epoch, offset = divmod(position, len(self.prompts))
-            chosen.append(self.prompts[self._order(epoch)[offset]])
-        return chosen
+            chosen.append((self._order(epoch)[offset], []))
+        return [*self.unfinished, *chosen][: self.config.prompts]
 
     def _order(self, epoch: int) -> list[int]:
         if getattr(self, "_shuffled", (None,))[0] != epoch:
@@ -352,7 +357,7 @@ class CoarseTrainer:
             batch = collate([samples[i] for i in group], self.pad_id, self.device, sampled=True)
             logps, _, values = self.policy(batch, c.temperature, actor=not recorded)
             reference = self.policy.reference_logps(batch, c.temperature)
-            final = self.policy.final_values(batch) if c.cut == "bootstrap" else torch.zeros(len(group))
+            final = self.policy.final_values(batch) if c.cut in ("bootstrap", "continue") else torch.zeros(len(group))
             rows = {
                 "reference": batch.split(reference.cpu()),
                 "values": batch.split(values.cpu()),

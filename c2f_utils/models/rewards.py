@@ -187,4 +187,4 @@ def verifiable(samples: Sequence[Sample]) -> Tensor:
 
     if any(s.prompt.problem is None for s in samples):
         raise C2FError("the verifiable reward needs problems with known answers; hub data has none: use a reward model")
-    return torch.tensor([check(s.prompt.problem, s.ids).utility for s in samples])
+    return torch.tensor([check(s.prompt.problem, s.answer).utility for s in samples])

@@ -15,7 +15,7 @@ class Law(Section):
     name: Literal["fixed", "clock", "logistic", "tail", "useful", "gated", "probe"] = "logistic"
     limit: Positive | None = Field(None, description="fixed: the limit, tokens")
     start: Positive | None = Field(None, description="first limit, tokens")
-    maximum: Positive | None = Field(None, description="last limit, tokens")
+    maximum: Positive | None = Field(None, description="last limit, tokens; a clock may shrink to it")
     shape: Literal["linear", "geometric", "cosine", "steps"] | None = None
     duration: Positive | None = Field(None, description="clock: iterations from start to maximum")
     steps: list[Positive] | None = Field(None, description="clock, shape steps: limits of equal duration, tokens")
@@ -37,6 +37,7 @@ _KEYS = {
     "gated": (("start", "maximum"), ("growth",)),
     "probe": (("start", "maximum"), ("growth",)),
 }
+_SHRINKING = [("clock", shape) for shape in ("linear", "geometric", "cosine")]
 _WEIGHTS = {
     "w0": "w0",
     "reward": "w_reward",
@@ -58,8 +59,11 @@ def make_law(settings: Law) -> limits.Law:
         )
         raise C2FError(f"law {name!r}: {'; '.join(wrong)}; it takes {', '.join((*needed, *optional))}")
     start, maximum = given.get("start", given.get("limit")), given.get("maximum", given.get("limit"))
-    if start > maximum:
-        raise C2FError(f"law {name!r}: start {start} is above maximum {maximum}; expected start <= maximum (tokens)")
+    if start > maximum and (name, given.get("shape")) not in _SHRINKING:
+        raise C2FError(
+            f"law {name!r}: start {start} is above maximum {maximum}; expected start <= maximum (tokens); only clocks "
+            "without steps can shrink"
+        )
     growth = {"growth": given["growth"]} if "growth" in given else {}
     if name == "fixed":
         return limits.Fixed(start)

@@ -311,10 +311,12 @@ def refused_baseline(entry: CriticFree, settings: Settings) -> list[str]:
     for count, what in ((coarse.minibatches, "coarse.minibatches"), (entry.generations, "generations")):
         if coarse.prompts % count:
             found.append(f"coarse.prompts = {coarse.prompts} is no multiple of {what} = {count}; choose one that is")
-    if coarse.cut == "bootstrap":
-        found.append("coarse.cut = 'bootstrap' asks the critic what would have followed; choose 'score' or 'penalty'")
-    if coarse.cut == "average":
-        found.append("coarse.cut = 'average' is known to our trainer only; choose 'score' or 'penalty'")
+    if coarse.cut in ("bootstrap", "continue"):
+        found.append(f"coarse.cut = {coarse.cut!r} asks the critic what would follow; choose 'score' or 'penalty'")
+    if coarse.cut in ("average", "mask"):
+        found.append(f"coarse.cut = {coarse.cut!r} is known to our trainer only; choose 'score' or 'penalty'")
+    if coarse.overlong or coarse.length_budget:
+        found.append("coarse.overlong and coarse.length_budget are known to our trainer only; set both to 0")
     if coarse.processes > 1:
         found.append(f"coarse.processes = {coarse.processes}: these baselines run in one process; set it to 1")
     if forms.stop_strings(settings.models.base_form, settings.data.stop_strings):

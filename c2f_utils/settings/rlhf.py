@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from c2f_utils.settings.kinds import Count, Few, Items, Name, NonNegative, Positive, Rate, Section, Share
 from c2f_utils.settings.laws import Law
 
-Cut = Literal["score", "average", "bootstrap", "penalty"]
+Cut = Literal["score", "average", "bootstrap", "penalty", "mask", "continue"]
 
 
 class Coarse(Section):
@@ -56,6 +56,7 @@ class Coarse(Section):
     critic_warmup: Count = Field(0, description="iterations in which only the critic learns; their tokens count")
     value_coefficient: NonNegative = Field(0.1, description="weight of the value loss when the trunk is shared")
     clip: Rate = Field(0.2, description="PPO ratio clip")
+    clip_high: NonNegative = Field(0.0, description="clip of ratios above 1 (clip-higher); 0 = as `clip`")
     value_clip: NonNegative = Field(0.2, description="value clip in units of the reward's standard deviation; 0 = off")
     kl_coefficient: NonNegative = Field(0.05, description="price of one nat of KL to the reference")
     kl_target: NonNegative = Field(
@@ -69,7 +70,9 @@ class Coarse(Section):
     lambda_alpha: Annotated[float, Field(gt=0)] = 0.05
     cut: Cut = Field(
         "score",
-        description="how an answer cut by the limit is credited; average = mean reward of its last eighth of prefixes",
+        description="how an answer cut by the limit is credited: by its reward, the mean reward of its last eighth of "
+        "prefixes, what the critic expects of the rest, its reward less a penalty, not at all (nothing is learnt from "
+        "it), or as by the critic, and it goes on in the next iteration",
     )
     cut_penalty: NonNegative = Field(1.0, description="subtracted from the reward of a cut answer when cut = penalty")
     reward_clip: Annotated[float, Field(gt=0)] = Field(10.0, description="bound of the normalised reward")
@@ -77,6 +80,14 @@ class Coarse(Section):
         "base", description="z-score on base samples, or running root mean square"
     )
     token_price: NonNegative = Field(0.0, description="subtracted from the reward per answer token")
+    overlong: NonNegative = Field(
+        0.0, description="soft overlong punishment: subtracted at the limit, less before it, nothing before the buffer"
+    )
+    overlong_buffer: Rate = Field(0.25, description="share of l(t) over which it rises")
+    length_budget: Count = Field(
+        0, description="dual price: it moves until answers have this many tokens on average; 0 = off"
+    )
+    length_price_rate: NonNegative = Field(0.1, description="how fast it moves: per iteration and relative overshoot")
     gradient_clip: Annotated[float, Field(gt=0)] = 1.0
     evaluate_every: Positive = Field(4, description="iterations between evaluations on validation problems")
     evaluation_prompts: Items = Field(128, description="validation problems of the curve")

@@ -7,7 +7,7 @@ hub data, where nobody knows the true answer. A score is always read with its le
 from collections.abc import Sequence
 
 from c2f_utils import redundancy
-from c2f_utils.domain import stories
+from c2f_utils.domain.problems import check
 from c2f_utils.domain.samples import Prompt, Sample
 from c2f_utils.models.rewards import RewardFunction
 from c2f_utils.rollout.choice import choose
@@ -26,7 +26,7 @@ def measure(samples: Sequence[Sample], reward: RewardFunction | None = None) -> 
     count = len(samples)
     row: dict[str, float | int | None] = dict.fromkeys(CHECKER_METRICS)
     if samples[0].prompt.problem:
-        verdicts = [stories.check(s.prompt.problem, s.answer) for s in samples]
+        verdicts = [check(s.prompt.problem, s.answer) for s in samples]
         row["accuracy_last"] = sum(v.last_right for v in verdicts) / count
         row["accuracy_first"] = sum(v.first_right for v in verdicts) / count
         row["correct_steps"] = sum(v.correct_steps for v in verdicts) / count
@@ -79,8 +79,8 @@ def rows(samples: Sequence[Sample], model: str, decoding: str, reward: RewardFun
     scores = reward(samples).tolist() if reward and samples else [None] * len(samples)
     table = []
     for sample, score in zip(samples, scores, strict=True):
-        verdict = stories.check(sample.prompt.problem, sample.answer) if sample.prompt.problem else None
-        text = stories.decode(sample.answer) if verdict else sample.text
+        verdict = check(sample.prompt.problem, sample.answer) if sample.prompt.problem else None
+        text = sample.prompt.problem.vocabulary.decode(sample.answer) if verdict else sample.text
         table.append(
             {
                 "model": model,
@@ -105,7 +105,7 @@ def per_answer(samples: Sequence[Sample]) -> dict[str, list[float]]:
     only if known)."""
     values = {"tokens": [float(len(s.answer)) for s in samples]}
     if samples[0].prompt.problem:
-        verdicts = [stories.check(s.prompt.problem, s.answer) for s in samples]
+        verdicts = [check(s.prompt.problem, s.answer) for s in samples]
         values |= {
             "accuracy_last": [float(v.last_right) for v in verdicts],
             "accuracy_first": [float(v.first_right) for v in verdicts],

@@ -183,7 +183,7 @@ def average(models: Sequence[nn.Module]) -> nn.Module:
 def verifiable(samples: Sequence[Sample]) -> Tensor:
     """The programmatic reward of the embedded domain (its exact utility), an R1-Zero-style alternative to a learnt
     reward; [B]."""
-    from c2f_utils.domain.stories import check
+    from c2f_utils.domain.problems import check
 
     if any(s.prompt.problem is None for s in samples):
         raise C2FError("the verifiable reward needs problems with known answers; hub data has none: use a reward model")

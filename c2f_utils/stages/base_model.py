@@ -6,8 +6,8 @@ from dataclasses import asdict
 import pandas as pd
 
 from c2f_utils.coarse.heads import Head
-from c2f_utils.domain import stories
-from c2f_utils.domain.samples import Prompt, make_prompts
+from c2f_utils.domain.problems import FORCED_ANSWER
+from c2f_utils.domain.samples import Prompt, analysed_prompts, make_prompts
 from c2f_utils.measure import answers
 from c2f_utils.models import pretrain, rewards
 from c2f_utils.models.loading import save_model
@@ -30,7 +30,7 @@ def make(run: Run) -> dict:
     losses: list[dict] = []
     if settings.embedded:
         # Made here: there is no earlier stage to ask for them.
-        inputs.base_source, inputs.tokenizer = str(here.dir / "model"), stories.make_tokenizer(settings.data.world)
+        inputs.base_source, inputs.tokenizer = str(here.dir / "model"), settings.data.generator.vocabulary.tokenizer()
         with here.timer("pretraining"), stopped_here(here):
             checkpoint, progress = here.path(CHECKPOINTS, "pretraining.safetensors"), Progress("pretraining", "token")
             model = pretrain.pretrain(settings, losses.append, checkpoint, here.stop_requested, progress)
@@ -89,10 +89,10 @@ def _forced(inputs: Inputs, model, prompts) -> dict[str, float]:
     sits."""
     problems = [p.problem for p in prompts]
     shares = {}
-    for name, prefix in (
-        ("forced_accuracy", stories.FORCED_ANALYSIS),
-        ("forced_direct_accuracy", stories.FORCED_ANSWER),
+    for name, forced in (
+        ("forced_accuracy", analysed_prompts(problems)),
+        ("forced_direct_accuracy", make_prompts(problems, FORCED_ANSWER)),
     ):
-        samples = inputs.answers(model, make_prompts(problems, prefix), "greedy")
+        samples = inputs.answers(model, forced, "greedy")
         shares[name] = answers.measure(samples)["accuracy_first"]
     return shares

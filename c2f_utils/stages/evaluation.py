@@ -10,9 +10,9 @@ import numpy as np
 from torch import nn
 
 from c2f_utils import redundancy, stats
-from c2f_utils.domain import forms, stories
+from c2f_utils.domain import forms
 from c2f_utils.domain.forms import Form
-from c2f_utils.domain.samples import Prompt, make_prompts
+from c2f_utils.domain.samples import Prompt, analysed_prompts
 from c2f_utils.files import write_text
 from c2f_utils.measure import answers
 from c2f_utils.models import loading
@@ -168,7 +168,7 @@ def _models(run: Run, inputs: Inputs, test: list[Prompt]) -> Iterator[tuple[str,
         trained_in = None if name == "ppo_instruct" else form  # RL goes on in the base's form, whatever it starts from
         yield name, loading.load_actor(merged.model(f"controls/{name}"), models), test, trained_in
     if run.settings.embedded:
-        forced = make_prompts([p.problem for p in test], stories.FORCED_ANALYSIS)
+        forced = analysed_prompts([p.problem for p in test])
         yield "instruct_forced", inputs.instruct(), forced, form
         yield "base_forced", inputs.base(), forced, None
 

@@ -25,7 +25,7 @@ LARGEST, OPERAND, STEPS = 9, 4, (3, 4)
 OWN = ("riddle", *TERMS, UP, DOWN, "solve", "from", "turns", "into", "memo")
 WORDS = Vocabulary((*stories.vocabulary(SMALL), *OWN))
 
-STORY_DRILLS, RIDDLE_DRILLS = 0.10, 0.15  # shares of the base corpus's documents
+STORY_DRILLS, RIDDLE_DRILLS = 0.12, 0.18  # shares of the base corpus's documents
 RIDDLES = 0.5  # share of riddles among what is asked
 LONGEST = 90  # base corpus: tokens of a riddle's document; its analyses are shorter than a story's
 
@@ -121,10 +121,11 @@ class Riddles:
     vocabulary = WORDS
     openings: ClassVar[dict[str, str]] = {stories.Problem.kind: stories.Problem.opening, Riddle.kind: Riddle.opening}
 
-    def _draw(self, rng: random.Random) -> Problem:
-        if rng.random() < RIDDLES:
-            return draw_riddle(rng)
-        return self._story(rng)
+    def _training_problem(self, rng: random.Random) -> Problem:
+        draw = draw_riddle if rng.random() < RIDDLES else self._story
+        while (problem := draw(rng)).split != "train":
+            pass
+        return problem
 
     def _story(self, rng: random.Random) -> stories.Problem:
         return stories.draw_problem(rng, self.operations, SMALL, WORDS)
@@ -148,9 +149,7 @@ class Riddles:
             elif chance < STORY_DRILLS + RIDDLE_DRILLS:
                 document = [BOS, *WORDS.encode(_drill(rng)), EOS]
             else:
-                problem = self._draw(rng)
-                if problem.split != "train":
-                    continue
+                problem = self._training_problem(rng)
                 prompt = problem.prompt_ids
                 room = (LONGEST if problem.kind == Riddle.kind else longest) - len(prompt)
                 document = prompt + WORDS.encode(response(problem, rng, room))
@@ -162,9 +161,7 @@ class Riddles:
         worked step by step, riddles never."""
         rng = random.Random(f"instructions-{seed}")
         while tokens > 0:
-            problem = self._draw(rng)
-            if problem.split != "train":
-                continue
+            problem = self._training_problem(rng)
             is_worked = problem.kind == stories.Problem.kind and rng.random() < worked_share
             words = worked(problem, rng) if is_worked else stated(problem.answer)
             answer = WORDS.encode([*words, "</s>"])

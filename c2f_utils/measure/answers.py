@@ -6,6 +6,8 @@ hub data, where nobody knows the true answer. A score is always read with its le
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from c2f_utils import redundancy
 from c2f_utils.domain.problems import check
 from c2f_utils.domain.samples import Prompt, Sample
@@ -42,6 +44,20 @@ def measure(samples: Sequence[Sample], reward: RewardFunction | None = None) -> 
     row["eos_rate"] = sum(not s.cut for s in samples) / count
     row["reward"] = float(reward(samples).mean()) if reward else None
     return {k: None if v is None else round(v, 6) for k, v in row.items()} | {"n": count}
+
+
+def by_kind(samples: Sequence[Sample], rewards: Tensor | None = None) -> dict[str, dict]:
+    """The metrics of `measure` for every kind of problem, given each sample's reward; {} where there is one kind."""
+    kinds: dict[str, list[int]] = {}
+    for index, sample in enumerate(samples):
+        kinds.setdefault(sample.prompt.problem.kind if sample.prompt.problem else "", []).append(index)
+    if len(kinds) < 2:
+        return {}
+
+    def mine(places: list[int]) -> dict:
+        return measure([samples[i] for i in places], None if rewards is None else lambda _: rewards[places])
+
+    return {kind: mine(places) for kind, places in sorted(kinds.items())}
 
 
 def answers(

@@ -258,6 +258,10 @@ class Settings(Section):
             for key in ("base_form", "instruct_form")
             if self.embedded and (value := getattr(self.models, key)) != "raw"
         ]
+        if self.data.domain == "riddles" and not self.embedded:
+            found.append("data.domain = 'riddles' needs data.source 'embedded'; leave it out")
+        if self.data.domain == "riddles" and self.data.vocabulary != "small":
+            found.append("data.domain = 'riddles' has the small vocabulary's stories; set data.vocabulary to 'small'")
         for key in ("preferences", "preference_subsets"):
             if self.embedded and (value := getattr(self.data, key)):
                 found.append(

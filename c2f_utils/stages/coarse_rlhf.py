@@ -83,7 +83,9 @@ def evaluator(inputs: Inputs, config: Coarse):
         samples = inputs.answers(actor, prompts, limit=config.evaluation_tokens)
         rows = answers.rows(samples[: config.probes], "coarse", "sampled_t1", inputs.reward)
         probes = [{key: row[key] for key in ("prompt", "text", "reward", "tokens", "stop")} for row in rows]
-        return answers.measure(samples, inputs.reward) | {"probes": probes}
+        kinds = answers.by_kind(samples)
+        apart = {f"accuracy_first_{kind}": row["accuracy_first"] for kind, row in kinds.items()}
+        return answers.measure(samples, inputs.reward) | apart | {"probes": probes}
 
     return measure
 
@@ -185,14 +187,17 @@ def finish(run: Run, inputs: Inputs, process: CoarseTrainer) -> None:
 def summary(process: CoarseTrainer, samples: list[Sample], inputs: Inputs) -> dict:
     """What 03 and 04 keep of one training run; `samples` answer the test problems at T=1."""
     probes = [{"iteration": point["iteration"], **probe} for point in process.curve for probe in point["probes"]]
+    rewards = inputs.reward(samples)
+    kinds = answers.by_kind(samples, rewards)
     return {
         "rollout_tokens": process.rollout_tokens,
         "iterations": process.iteration,
-        "final": answers.measure(samples, inputs.reward),
+        "final": answers.measure(samples, lambda _: rewards),
         "prefix_rewards": answers.prefix_rewards(samples, inputs.reward, inputs.settings.evaluation.prefixes),
         "curve": curve(process),
         "limits": [row["limit"] for row in process.history],
         "probes": probes,
+        **({"by_kind": kinds} if kinds else {}),
     }
 
 

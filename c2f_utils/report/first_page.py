@@ -133,9 +133,11 @@ def _scope(found: dict, decoding: str, seeds: Sequence[object]) -> str:
 
 
 def _limits(settings: Mapping) -> str:
-    if (settings.get("data") or {}).get("source", "embedded") == "embedded":
+    data = settings.get("data") or {}
+    if data.get("source", "embedded") == "embedded":
+        problems = "stories and riddles" if data.get("domain") == "riddles" else "stories"
         return (
-            "The claim is limited to small models on generated arithmetic stories with an exact checker: it says "
+            f"The claim is limited to small models on generated arithmetic {problems} with an exact checker: it says "
             "nothing of the papers' numbers, of 7B models or of open-ended text."
         )
     return "The claim is limited to these models, data and this reward: the papers' numbers are not reproduced."

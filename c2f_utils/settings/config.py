@@ -262,6 +262,8 @@ class Settings(Section):
             found.append("data.domain = 'riddles' needs data.source 'embedded'; leave it out")
         if self.data.domain == "riddles" and self.data.vocabulary != "small":
             found.append("data.domain = 'riddles' has the small vocabulary's stories; set data.vocabulary to 'small'")
+        if self.coarse.reward == "verifiable" and not self.embedded:
+            found.append("coarse.reward = 'verifiable' needs problems with known answers; hub data has none: 'model'")
         for key in ("preferences", "preference_subsets"):
             if self.embedded and (value := getattr(self.data, key)):
                 found.append(

@@ -76,6 +76,9 @@ class Coarse(Section):
     reward_scaling: Literal["base", "running"] = Field(
         "base", description="z-score on base samples, or running root mean square"
     )
+    reward: Literal["model", "verifiable"] = Field(
+        "model", description="what pays: the reward model, or the embedded domain's exact checker (utility)"
+    )
     token_price: NonNegative = Field(0.0, description="subtracted from the reward per answer token")
     gradient_clip: Annotated[float, Field(gt=0)] = 1.0
     evaluate_every: Positive = Field(4, description="iterations between evaluations on validation problems")

@@ -22,13 +22,14 @@ from time import perf_counter
 from c2f_utils import stats
 from c2f_utils.errors import C2FError
 from c2f_utils.files import read_json, write_json
+from c2f_utils.models import rewards
 from c2f_utils.runs.run import Run
 from c2f_utils.runs.stage import Stage, run_folder
 from c2f_utils.settings.laws import Law, make_law
 from c2f_utils.settings.load import load_settings
 from c2f_utils.settings.rlhf import CriticFree
 from c2f_utils.stages import coarse_rlhf
-from c2f_utils.stages.baselines import Baseline, Verifiable
+from c2f_utils.stages.baselines import Baseline
 from c2f_utils.stages.inputs import Inputs
 from c2f_utils.stages.length_schedules import baseline_label, label
 
@@ -69,7 +70,11 @@ def with_critic(inputs: Inputs, law: Law, reward: str, name: str, taught: bool =
     with tempfile.TemporaryDirectory() as folder:
         began = perf_counter()
         process = coarse_rlhf.trainer(
-            inputs, make_law(law), Path(folder), reward=Verifiable() if reward != "model" else None, config=config
+            inputs,
+            make_law(law),
+            Path(folder),
+            reward=rewards.Verifiable() if reward != "model" else None,
+            config=config,
         )
         for row in process:
             print(f"{name} {row['iteration']} limit {row['limit']}    ", end="\r")

@@ -23,7 +23,7 @@ from c2f_utils.coarse.trl_limit import LimitCallback
 from c2f_utils.domain import stories
 from c2f_utils.errors import C2FError
 from c2f_utils.files import read_jsonl
-from c2f_utils.models import course
+from c2f_utils.models import course, rewards
 from c2f_utils.report import figures, results, tables
 from c2f_utils.runs.run import Run
 from c2f_utils.settings.laws import make_law
@@ -399,7 +399,7 @@ def test_what_no_baseline_can_do_is_refused_with_the_settings_all_at_once():
 def test_the_exact_reward_of_a_prefix_is_the_reward_of_the_answer_cut_there():
     sample = tiny_models.samples(tiny_models.causal(), 1, 12)[0]
     sample.ids = stories.encode(["answer", ":", str(sample.prompt.problem.answer), "."])
-    reward = critic_free_runs.Verifiable()
+    reward = rewards.Verifiable()
     assert reward.prefix_scores([sample])[0].tolist() == [-0.5, -0.5, 1.5, 1.5]
     assert reward([sample]).tolist() == [1.5]
 

@@ -15,7 +15,6 @@ from tiny_models import TOKENIZER, causal
 
 from c2f_utils.domain import forms, stories, task_files
 from c2f_utils.domain.samples import make_prompts
-from c2f_utils.domain.worlds import SMALL
 from c2f_utils.errors import C2FError
 from c2f_utils.measure import answers, suites
 from c2f_utils.models import loading
@@ -58,7 +57,7 @@ def log(tmp_path):
 
 @pytest.fixture
 def embedded(tmp_path, log):
-    entries = suites.embedded(PROBLEMS, SMALL, 0, 40, tmp_path / "embedded")
+    entries = suites.embedded(PROBLEMS, 0, 40, tmp_path / "embedded")
     return suites.prepare([("embedded", entry) for entry in entries], log)
 
 
@@ -195,11 +194,11 @@ def test_everything_that_decides_a_result_is_in_its_key(embedded, mistral, tmp_p
     tokenizer.chat_template += " "
     changed.append(task.key("m", tokenizer, True, 0, 64))
     for problems, limit in ((PROBLEMS[1:], 40), (PROBLEMS, 39)):
-        entries = suites.embedded(problems, SMALL, 0, limit, tmp_path / "other")
+        entries = suites.embedded(problems, 0, limit, tmp_path / "other")
         changed.append(suites.prepare([("embedded", entries[1])], log)[0].key("m", tokenizer, True, 0, 64))
     places = {suites.place_of(key) for key in [usual, *changed]}
     assert len(places) == 1 + len(changed)
-    again = suites.embedded(PROBLEMS, SMALL, 0, 40, tmp_path / "elsewhere")
+    again = suites.embedded(PROBLEMS, 0, 40, tmp_path / "elsewhere")
     assert suites.prepare([("embedded", again[0])], log)[0].identity == task.identity, "a place is no part of it"
 
 

@@ -11,7 +11,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from c2f_utils.domain.stories import Problem
+from c2f_utils.domain.problems import Problem
 
 Stop = Literal["eos", "limit", "string"]
 
@@ -74,10 +74,17 @@ class Sample:
 
 def make_prompts(problems: Sequence[Problem], prefix: str = "") -> list[Prompt]:
     """Prompts of embedded problems; a `prefix` forces the beginning of the answer and counts as prompt."""
-    from c2f_utils.domain.stories import encode
+    return [_prompt(problem, prefix.split()) for problem in problems]
 
-    forced = encode(prefix.split())
-    return [Prompt((*p.prompt_ids, *forced), " ".join([*p.words, *prefix.split()]), p, tuple(forced)) for p in problems]
+
+def analysed_prompts(problems: Sequence[Problem]) -> list[Prompt]:
+    """Prompts that force an analysis of each problem's own kind."""
+    return [_prompt(problem, problem.opening.split()) for problem in problems]
+
+
+def _prompt(problem: Problem, beginning: list[str]) -> Prompt:
+    forced = tuple(problem.vocabulary.encode(beginning))
+    return Prompt((*problem.prompt_ids, *forced), " ".join([*problem.words, *beginning]), problem, forced)
 
 
 def content(text: str, stop_strings: Sequence[str]) -> str:

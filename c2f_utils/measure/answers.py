@@ -6,8 +6,10 @@ hub data, where nobody knows the true answer. A score is always read with its le
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from c2f_utils import redundancy
-from c2f_utils.domain import stories
+from c2f_utils.domain.problems import check
 from c2f_utils.domain.samples import Prompt, Sample
 from c2f_utils.models.rewards import RewardFunction
 from c2f_utils.rollout.choice import choose
@@ -26,7 +28,7 @@ def measure(samples: Sequence[Sample], reward: RewardFunction | None = None) -> 
     count = len(samples)
     row: dict[str, float | int | None] = dict.fromkeys(CHECKER_METRICS)
     if samples[0].prompt.problem:
-        verdicts = [stories.check(s.prompt.problem, s.answer) for s in samples]
+        verdicts = [check(s.prompt.problem, s.answer) for s in samples]
         row["accuracy_last"] = sum(v.last_right for v in verdicts) / count
         row["accuracy_first"] = sum(v.first_right for v in verdicts) / count
         row["correct_steps"] = sum(v.correct_steps for v in verdicts) / count
@@ -42,6 +44,20 @@ def measure(samples: Sequence[Sample], reward: RewardFunction | None = None) -> 
     row["eos_rate"] = sum(not s.cut for s in samples) / count
     row["reward"] = float(reward(samples).mean()) if reward else None
     return {k: None if v is None else round(v, 6) for k, v in row.items()} | {"n": count}
+
+
+def by_kind(samples: Sequence[Sample], rewards: Tensor | None = None) -> dict[str, dict]:
+    """The metrics of `measure` for every kind of problem, given each sample's reward; {} where there is one kind."""
+    kinds: dict[str, list[int]] = {}
+    for index, sample in enumerate(samples):
+        kinds.setdefault(sample.prompt.problem.kind if sample.prompt.problem else "", []).append(index)
+    if len(kinds) < 2:
+        return {}
+
+    def mine(places: list[int]) -> dict:
+        return measure([samples[i] for i in places], None if rewards is None else lambda _: rewards[places])
+
+    return {kind: mine(places) for kind, places in sorted(kinds.items())}
 
 
 def answers(
@@ -79,8 +95,8 @@ def rows(samples: Sequence[Sample], model: str, decoding: str, reward: RewardFun
     scores = reward(samples).tolist() if reward and samples else [None] * len(samples)
     table = []
     for sample, score in zip(samples, scores, strict=True):
-        verdict = stories.check(sample.prompt.problem, sample.answer) if sample.prompt.problem else None
-        text = stories.decode(sample.answer) if verdict else sample.text
+        verdict = check(sample.prompt.problem, sample.answer) if sample.prompt.problem else None
+        text = sample.prompt.problem.vocabulary.decode(sample.answer) if verdict else sample.text
         table.append(
             {
                 "model": model,
@@ -105,7 +121,7 @@ def per_answer(samples: Sequence[Sample]) -> dict[str, list[float]]:
     only if known)."""
     values = {"tokens": [float(len(s.answer)) for s in samples]}
     if samples[0].prompt.problem:
-        verdicts = [stories.check(s.prompt.problem, s.answer) for s in samples]
+        verdicts = [check(s.prompt.problem, s.answer) for s in samples]
         values |= {
             "accuracy_last": [float(v.last_right) for v in verdicts],
             "accuracy_first": [float(v.first_right) for v in verdicts],

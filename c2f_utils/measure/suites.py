@@ -17,8 +17,8 @@ from pathlib import Path
 
 import yaml
 
-from c2f_utils.domain import forms, stories, task_files
-from c2f_utils.domain.worlds import World
+from c2f_utils.domain import forms, task_files
+from c2f_utils.domain.problems import Problem, stated
 from c2f_utils.errors import C2FError
 from c2f_utils.files import plain, read_json, read_jsonl, read_mapping, write_json, write_text
 from c2f_utils.models.library_trainers import quiet
@@ -58,16 +58,16 @@ class Prepared:
 # What is asked
 
 
-def embedded(problems: Sequence[stories.Problem], world: World, seed: int, limit: int, folder: Path) -> list[dict]:
+def embedded(problems: Sequence[Problem], seed: int, limit: int, folder: Path) -> list[dict]:
     """The tasks of suite `embedded` on these problems, written to `folder`; an answer has at most `limit` tokens."""
     rng = random.Random(f"choices-{seed}")
     rows: dict[str, list[dict]] = {"c2f_choice": [], "c2f_generation": []}
     for problem in problems:
         question = " ".join(problem.words)
-        others = [value for value in range(world.largest + 1) if value != problem.answer]
+        others = [value for value in range(problem.largest + 1) if value != problem.answer]
         values = [problem.answer, *rng.sample(others, CHOICES - 1)]
         rng.shuffle(values)
-        choices = [" ".join(stories.stated(value)) for value in values]
+        choices = [" ".join(stated(value)) for value in values]
         rows["c2f_choice"].append({"question": question, "choices": choices, "right": values.index(problem.answer)})
         rows["c2f_generation"].append({"question": question, "answer": str(problem.answer)})
     return [_written(entry, entry["task"], rows[entry["task"]], [], limit, folder) for entry in suite("embedded")]

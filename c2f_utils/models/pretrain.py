@@ -109,9 +109,9 @@ def pretrain(
     Continues from the file `checkpoint`, if given, as `train` does.
     """
     config = settings.pretrain
-    world = settings.data.world
-    documents = stories.documents(config.tokens, settings.seed, settings.data.operations, world=world)
-    model = new_model(config, settings.seed, len(stories.vocabulary(world)))
+    generator = settings.data.generator
+    documents = generator.documents(config.tokens, settings.seed)
+    model = new_model(config, settings.seed, len(generator.vocabulary.words))
     model = fuse_norms(model.to(device(settings.models)))
     return train(model, documents, config, settings.seed, log, checkpoint, stop, progress)
 

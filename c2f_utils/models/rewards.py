@@ -7,15 +7,17 @@ prefix. Any function `samples -> rewards` can take the reward model's place (see
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from c2f_utils.domain.problems import check
 from c2f_utils.domain.samples import Sample
 from c2f_utils.errors import C2FError
+from c2f_utils.limits import Law
 from c2f_utils.models.loading import add_lora, device, disable_dropout, fuse_norms, pretrained
 from c2f_utils.models.packing import collate, pack
 from c2f_utils.rollout.anatomy import trunk_of
@@ -180,11 +182,26 @@ def average(models: Sequence[nn.Module]) -> nn.Module:
     return first
 
 
+class Verifiable:
+    """The embedded domain's exact utility of every answer and of every prefix of it: a reward with a tail return."""
+
+    def __call__(self, samples: Sequence[Sample]) -> Tensor:
+        return verifiable(samples)
+
+    def prefix_scores(self, samples: Sequence[Sample]) -> list[Tensor]:
+        """Per sample the utility after each token, [len(ids)]."""
+        return [verifiable([replace(s, ids=s.ids[: k + 1]) for k in range(s.tokens)]) for s in samples]
+
+
+def exact(law: Law, cut: str = "score") -> RewardFunction:
+    """The exact utility as a reward; also of prefixes, which cost a check per token, where law or credit read them."""
+    read = {"tail_return", "useful_length"} & set(law.needs) or cut == "average"
+    return Verifiable() if read else verifiable
+
+
 def verifiable(samples: Sequence[Sample]) -> Tensor:
     """The programmatic reward of the embedded domain (its exact utility), an R1-Zero-style alternative to a learnt
     reward; [B]."""
-    from c2f_utils.domain.stories import check
-
     if any(s.prompt.problem is None for s in samples):
         raise C2FError("the verifiable reward needs problems with known answers; hub data has none: use a reward model")
     return torch.tensor([check(s.prompt.problem, s.answer).utility for s in samples])

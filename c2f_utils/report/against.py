@@ -10,6 +10,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from c2f_utils import stats
+from c2f_utils.report import gate
 from c2f_utils.report.results import METRICS, RIGHT_OR_WRONG, bounds
 from c2f_utils.report.words import UNCHECKED, capital, outcome
 
@@ -80,6 +81,8 @@ def sentences(results: dict, decoding: str = "sampled_t1") -> list[str]:
     rows = comparisons(results, decoding)
     if not rows:
         return [NOT_EVALUATED]
+    if not gate.open_to(results):
+        return [gate.HELD_BACK]
     name = f"The {results['models']['fine'].get('label') or 'fine actor'}"
     metric, tested = rows[0].metric, sum(row.p_holm is not None for row in rows)
     main = [row for row in rows if row.metric == metric]

@@ -11,9 +11,11 @@ from matplotlib.figure import Figure
 
 from c2f_utils.report import (
     against,
+    carried,
     figures,
     figures_bias,
     figures_retention,
+    gate,
     sources,
     tables,
     tables_dialogue,
@@ -105,6 +107,7 @@ def tables_of(name: str, found: dict) -> Made:
                     lambda: against.shares_with_intervals(tables.operator_table(found)),
                     "Merge operators.",
                 ),
+                ("carried", lambda: carried.carried_table(found), "What the residue carries (first answers)."),
                 ("label_free", lambda: tables_label_free.label_free_table(found), "The coefficient without labels."),
                 ("label_free_by", lambda: tables_label_free.quantities_table(found), "What these rules choose by."),
             ]
@@ -114,6 +117,7 @@ def tables_of(name: str, found: dict) -> Made:
                 for way in sources.decodings(found)
             ]
             return [
+                *gate.of_report(found),
                 *made,
                 ("paired", lambda: tables.paired_table(found), "Paired differences over prompts (a minus b)."),
                 ("prefix_redundancy", lambda: tables.prefix_table(found), "Repeated 4-grams at fixed prefixes."),

@@ -6,7 +6,16 @@ A control that beats the method comes first; every difference has its interval; 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from c2f_utils.report import against, sources, tables_dialogue, tables_retention, tables_tasks, verdicts, verdicts_laws
+from c2f_utils.report import (
+    against,
+    gate,
+    sources,
+    tables_dialogue,
+    tables_retention,
+    tables_tasks,
+    verdicts,
+    verdicts_laws,
+)
 from c2f_utils.report.words import difference_words
 
 MOST = 10  # sentences
@@ -24,7 +33,13 @@ def sentences(stages: Mapping[str, Path], results: Mapping[str, dict], seeds: Se
     decoding = sources.decodings(found)[0]
     settings = sources.read(stages[_EVALUATION] / "config.json").get("settings", {})
     last = [_scope(found, decoding, seeds or [settings.get("seed")]), _limits(settings)]
-    said = [*against.sentences(found, decoding)[:5], *_length(found, decoding), *_kept(found), *_tasks(found)]
+    said = [
+        *gate.sentences(found),
+        *against.sentences(found, decoding)[:5],
+        *_length(found, decoding),
+        *_kept(found),
+        *_tasks(found),
+    ]
     said += _judged(found) + _laws(results.get("04_length_schedules") or {})
     return [*said[: MOST - len(last)], *last]
 
@@ -118,9 +133,11 @@ def _scope(found: dict, decoding: str, seeds: Sequence[object]) -> str:
 
 
 def _limits(settings: Mapping) -> str:
-    if (settings.get("data") or {}).get("source", "embedded") == "embedded":
+    data = settings.get("data") or {}
+    if data.get("source", "embedded") == "embedded":
+        problems = "stories and riddles" if data.get("domain") == "riddles" else "stories"
         return (
-            "The claim is limited to small models on generated arithmetic stories with an exact checker: it says "
+            f"The claim is limited to small models on generated arithmetic {problems} with an exact checker: it says "
             "nothing of the papers' numbers, of 7B models or of open-ended text."
         )
     return "The claim is limited to these models, data and this reward: the papers' numbers are not reproduced."

@@ -176,6 +176,15 @@ class Wordlist(_Part):
     models: dict[str, list[Interval]]
 
 
+class Condition(_Part):
+    """One condition of the gate: what was measured, its bound, and whether it holds."""
+
+    name: str
+    value: float
+    bound: float
+    passed: bool
+
+
 class Evaluation(_Part):
     """All of `07_evaluation/results.json`; keys that do not stand here are refused."""
 
@@ -189,6 +198,8 @@ class Evaluation(_Part):
     intervals: dict[str, dict[str, dict[str, Interval]]] = {}
     redundancy: dict[str, list[Prefix]] = {}
     gains: list[PairedMetric] = []
+    by_kind: dict[str, dict[str, dict[str, Metrics]]] = {}  # by model and decoding, where problems are of two kinds
+    gate: list[Condition] = []
     tasks: Tasks | None = None
     retention: Retention | None = None
     sampling: Sampling | None = None

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from c2f_utils import stats
-from c2f_utils.report import against
+from c2f_utils.report import against, gate
 from c2f_utils.report.against import paired_row
 from c2f_utils.report.results import operator_name
 from c2f_utils.report.sources import read
@@ -143,10 +143,10 @@ def at_fixed_prefixes(results: dict, least: int = 50) -> list[str]:
 def evaluation(results: dict, decoding: str = "sampled_t1") -> list[str]:
     """Every sentence about stage 07."""
     rows = {name: model[decoding] for name, model in (results.get("models") or {}).items() if model.get(decoding)}
-    words = against.sentences(results, decoding)
+    words = gate.sentences(results) + against.sentences(results, decoding)
     if "coarse" in rows and "instruct" in rows:
         words += rambling(rows["coarse"], rows["instruct"], rows.get("base"))
-    if "coarse" in rows and "fine" in rows:
+    if "coarse" in rows and "fine" in rows and gate.open_to(results):
         words += conciseness(rows["fine"], rows["coarse"], results.get("paired") or [], decoding)
         words += at_fixed_prefixes(results)
         words += reward_against_accuracy(results, decoding)

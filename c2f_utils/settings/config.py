@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from c2f_utils.domain.forms import Form
+from c2f_utils.domain.riddles import Riddles
+from c2f_utils.domain.stories import Stories
 from c2f_utils.domain.worlds import WORLDS, World
 from c2f_utils.settings.judge import Judge
 from c2f_utils.settings.kinds import Count, Few, Items, Name, NonNegative, Positive, Rate, Section, Share
@@ -83,6 +85,10 @@ class Data(Section):
     """Prompts, preferences and instructions: the embedded domain or files in the HH-RLHF format."""
 
     source: Literal["embedded", "preferences"] = "embedded"
+    domain: Literal["stories", "riddles"] = Field(
+        "stories",
+        description="embedded problems: stories, or half stories and half riddles, whose analysis only RL can find",
+    )
     preferences: str | None = Field(None, description="HH-RLHF pairs: a .jsonl or .jsonl.gz file, or a hub data set id")
     preference_split: str = "train"
     preference_subsets: list[str] = Field(
@@ -105,6 +111,11 @@ class Data(Section):
     def world(self) -> World:
         """What embedded problems are made of."""
         return WORLDS[self.vocabulary]
+
+    @property
+    def generator(self) -> Stories | Riddles:
+        """What makes embedded problems, documents and instructions."""
+        return Riddles(self.operations) if self.domain == "riddles" else Stories(self.operations, self.world)
 
 
 class Pretrain(Section):
@@ -247,6 +258,12 @@ class Settings(Section):
             for key in ("base_form", "instruct_form")
             if self.embedded and (value := getattr(self.models, key)) != "raw"
         ]
+        if self.data.domain == "riddles" and not self.embedded:
+            found.append("data.domain = 'riddles' needs data.source 'embedded'; leave it out")
+        if self.data.domain == "riddles" and self.data.vocabulary != "small":
+            found.append("data.domain = 'riddles' has the small vocabulary's stories; set data.vocabulary to 'small'")
+        if self.coarse.reward == "verifiable" and not self.embedded:
+            found.append("coarse.reward = 'verifiable' needs problems with known answers; hub data has none: 'model'")
         for key in ("preferences", "preference_subsets"):
             if self.embedded and (value := getattr(self.data, key)):
                 found.append(

@@ -15,7 +15,8 @@ from c2f_utils.settings.in_words import explained
 def load_settings(
     profile: str, seed: int = 0, run_id: str = "lab", overrides: dict[str, object] | None = None, study: bool = False
 ) -> Settings:
-    """Profile, then overrides (nested or dotted keys), checked as a whole.
+    """Profile, what it says of the domain that the overrides choose, then overrides (nested or dotted keys), checked
+    as a whole.
 
     Raises C2FError listing every unknown key and every value of the wrong type, with the spelling to use; then
     everything that the files it names make impossible (`preflight.py`).
@@ -26,6 +27,8 @@ def load_settings(
     overrides = overrides or {}
     _refuse_parameters(overrides)
     priced = set(values.get("schedules", {}).get("credit", {}))
+    by_domain = values.pop("domains", {})
+    _merge(values, by_domain.get(_domain(overrides), {}))
     for key, value in copy.deepcopy(overrides).items():  # merged in place, and the caller's stay as they are
         _merge(values, _nested(str(key), value))
     _forget_credit(values.get("schedules"), priced)
@@ -41,6 +44,16 @@ def load_settings(
     if found := preflight.findings(settings):
         raise problems("the settings cannot be used:", found)
     return settings
+
+
+def _domain(overrides: dict[str, object]) -> object:
+    """The embedded domain that overrides choose, if they do and its name can be one."""
+    chosen: dict[str, object] = {}
+    for key, value in overrides.items():
+        _merge(chosen, copy.deepcopy(_nested(str(key), value)))
+    data = chosen.get("data")
+    name = data.get("domain") if isinstance(data, dict) else None
+    return name if isinstance(name, str) else None
 
 
 def dotted(overrides: dict[str, object], prefix: str = "") -> list[str]:

@@ -79,6 +79,9 @@ class Coarse(Section):
     reward_scaling: Literal["base", "running"] = Field(
         "base", description="z-score on base samples, or running root mean square"
     )
+    reward: Literal["model", "verifiable"] = Field(
+        "model", description="what pays: the reward model, or the embedded domain's exact checker (utility)"
+    )
     token_price: NonNegative = Field(0.0, description="subtracted from the reward per answer token")
     overlong: NonNegative = Field(
         0.0, description="soft overlong punishment: subtracted at the limit, less before it, nothing before the buffer"

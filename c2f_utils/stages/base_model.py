@@ -6,8 +6,8 @@ from dataclasses import asdict
 import pandas as pd
 
 from c2f_utils.coarse.heads import Head
-from c2f_utils.domain import stories
-from c2f_utils.domain.samples import Prompt, make_prompts
+from c2f_utils.domain.problems import FORCED_ANSWER
+from c2f_utils.domain.samples import Prompt, Sample, analysed_prompts, make_prompts
 from c2f_utils.measure import answers
 from c2f_utils.models import pretrain, rewards
 from c2f_utils.models.loading import save_model
@@ -30,7 +30,7 @@ def make(run: Run) -> dict:
     losses: list[dict] = []
     if settings.embedded:
         # Made here: there is no earlier stage to ask for them.
-        inputs.base_source, inputs.tokenizer = str(here.dir / "model"), stories.make_tokenizer(settings.data.world)
+        inputs.base_source, inputs.tokenizer = str(here.dir / "model"), settings.data.generator.vocabulary.tokenizer()
         with here.timer("pretraining"), stopped_here(here):
             checkpoint, progress = here.path(CHECKPOINTS, "pretraining.safetensors"), Progress("pretraining", "token")
             model = pretrain.pretrain(settings, losses.append, checkpoint, here.stop_requested, progress)
@@ -50,9 +50,16 @@ def make(run: Run) -> dict:
             "source": settings.models.base or "embedded",
             "parameters": sum(p.numel() for p in model.parameters()),
             "loss": losses,
-            "validation": _forced(inputs, model, prompts) if settings.embedded else {},
+            "validation": {},
             "behaviour": answers.measure(samples),
         }
+        kinds = answers.by_kind(samples)
+        for name, given in _forced(inputs, model, prompts).items() if settings.embedded else ():
+            results["validation"][name] = answers.measure(given)["accuracy_first"]
+            for kind, row in answers.by_kind(given).items():
+                kinds[kind][name] = row["accuracy_first"]
+        if kinds:
+            results["by_kind"] = kinds
     keep_samples(here, answers.rows(samples, "base", "sampled_t1"), settings)
     here.save_results(results)
     shutil.rmtree(here.dir / CHECKPOINTS, ignore_errors=True)
@@ -84,15 +91,12 @@ def _self_check(inputs: Inputs, model, sampler: Sampler, prompts: list[Prompt]) 
         inputs.run.here.note(self_check=asdict(found))
 
 
-def _forced(inputs: Inputs, model, prompts) -> dict[str, float]:
-    """Greedy first-answer accuracy after a forced analysis and after a forced direct answer: where the knowledge
-    sits."""
+def _forced(inputs: Inputs, model, prompts: list[Prompt]) -> dict[str, list[Sample]]:
+    """Greedy answers after a forced analysis and after a forced direct answer: the accuracy of the first ones says
+    where the knowledge sits."""
     problems = [p.problem for p in prompts]
-    shares = {}
-    for name, prefix in (
-        ("forced_accuracy", stories.FORCED_ANALYSIS),
-        ("forced_direct_accuracy", stories.FORCED_ANSWER),
-    ):
-        samples = inputs.answers(model, make_prompts(problems, prefix), "greedy")
-        shares[name] = answers.measure(samples)["accuracy_first"]
-    return shares
+    asked = {
+        "forced_accuracy": analysed_prompts(problems),
+        "forced_direct_accuracy": make_prompts(problems, FORCED_ANSWER),
+    }
+    return {name: inputs.answers(model, forced, "greedy") for name, forced in asked.items()}

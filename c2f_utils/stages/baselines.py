@@ -7,7 +7,6 @@ verifiable reward instead of the reward model this is reinforcement learning as 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -136,8 +135,8 @@ class Baseline:
         """What the trainer maximises: as `CoarseTrainer.credit` shapes it, while the law sees the reward as it is."""
         config, ends = self.config, self.ends
         raw = self.inputs.reward
-        if self.entry.reward == "verifiable":  # prefixes cost a check per token: only for laws that read them
-            raw = Verifiable() if {"tail_return", "useful_length"} & set(self.law.needs) else rewards.verifiable
+        if self.entry.reward == "verifiable":
+            raw = rewards.exact(self.law)
         columns = _PrefixColumns if hasattr(raw, "prefix_scores") else _Columns
         watched = self.limit.watch(columns(raw, self.prompts, ends, self.inputs.tokenizer.eos_token_id, self.law))
 
@@ -149,17 +148,6 @@ class Baseline:
             return (shaped - config.cut_penalty * cut if config.cut == "penalty" else shaped).tolist()
 
         return reward
-
-
-class Verifiable:
-    """The embedded domain's exact utility of every answer and of every prefix of it: a reward with a tail return."""
-
-    def __call__(self, samples: Sequence[Sample]) -> Tensor:
-        return rewards.verifiable(samples)
-
-    def prefix_scores(self, samples: Sequence[Sample]) -> list[Tensor]:
-        """Per sample the utility after each token, [len(ids)]."""
-        return [rewards.verifiable([replace(s, ids=s.ids[: k + 1]) for k in range(s.tokens)]) for s in samples]
 
 
 class _Columns:

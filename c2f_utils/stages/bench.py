@@ -133,6 +133,8 @@ class Bench:
         """Metrics and score of answers and, where they are `comparable`, the paired difference to the reference."""
         scores = self.scores(samples)
         row = answers.measure(samples, self.inputs.reward) | {"score": round(sum(scores) / len(scores), 6)}
+        if kinds := answers.by_kind(samples):
+            row["by_kind"] = kinds
         if self._reference is not None and comparable:
             found = stats.paired_bootstrap(scores, self._reference, resamples=2000, seed=self.settings.seed)
             row |= {"difference": round(found.difference, 6), "low": round(found.low, 6), "high": round(found.high, 6)}

@@ -8,7 +8,7 @@ that it chose by. Reward and utility, by which the other two rules choose, are t
 from torch import nn
 
 from c2f_utils.coarse.heads import Head
-from c2f_utils.domain import stories
+from c2f_utils.domain.problems import check
 from c2f_utils.domain.samples import Sample
 from c2f_utils.measure import answers, label_free, retention
 from c2f_utils.stages.bench import Bench, portable
@@ -52,7 +52,7 @@ def _measured(bench: Bench, model: nn.Module) -> dict:
     prompts = [as_text(sample.prompt.ids, 1) for sample in last if len(sample.prompt.ids) > 1]
     found = {"prompt_perplexity": _perplexity(bench, model, prompts), "votes": None, "judged": None}
     if bench.settings.embedded:
-        stated = [stories.check(sample.prompt.problem, sample.answer).last_answer for sample in compared]
+        stated = [check(sample.prompt.problem, sample.answer).last_answer for sample in compared]
         scores = bench.scores(last)
         found["votes"] = [stated[:count], stated[count:]]
         found["judged"] = answers.measure(last) | {"score": sum(scores) / count}

@@ -18,7 +18,7 @@ from c2f_utils.errors import C2FError
 from c2f_utils.files import read_jsonl, replacing, write_text
 from c2f_utils.measure import answers
 from c2f_utils.models import loading
-from c2f_utils.models.rewards import RewardFunction
+from c2f_utils.models.rewards import RewardFunction, exact
 from c2f_utils.notebook import seed_everything
 from c2f_utils.notebook.interrupt import stopping
 from c2f_utils.rollout.anatomy import output_weight, trunk_of
@@ -67,12 +67,17 @@ def trainer(
     decoder = inputs.sampler(actor, config, max((len(p.ids) for p in prompts), default=0) + law.largest)
     inputs.self_check(actor, decoder, prompts, policy.head)
     return CoarseTrainer(
-        policy, reward or inputs.reward, decoder, prompts, law, config,
+        policy, reward or _paid(inputs, config, law), decoder, prompts, law, config,
         folder=folder,
         seed=settings.seed if seed is None else seed, pad_id=inputs.tokenizer.pad_token_id,
         evaluate=evaluator(inputs, config) if evaluated else None, stop=inputs.run.here.stop_requested,
         ranks=ranks,
     )  # fmt: skip
+
+
+def _paid(inputs: Inputs, config: Coarse, law: limits.Law) -> RewardFunction:
+    """What training maximises if the notebook hands over no reward of its own."""
+    return inputs.reward if config.reward == "model" else exact(law, config.cut)
 
 
 def evaluator(inputs: Inputs, config: Coarse):
@@ -83,7 +88,9 @@ def evaluator(inputs: Inputs, config: Coarse):
         samples = inputs.answers(actor, prompts, limit=config.evaluation_tokens)
         rows = answers.rows(samples[: config.probes], "coarse", "sampled_t1", inputs.reward)
         probes = [{key: row[key] for key in ("prompt", "text", "reward", "tokens", "stop")} for row in rows]
-        return answers.measure(samples, inputs.reward) | {"probes": probes}
+        kinds = answers.by_kind(samples)
+        apart = {f"accuracy_first_{kind}": row["accuracy_first"] for kind, row in kinds.items()}
+        return answers.measure(samples, inputs.reward) | apart | {"probes": probes}
 
     return measure
 
@@ -185,14 +192,17 @@ def finish(run: Run, inputs: Inputs, process: CoarseTrainer) -> None:
 def summary(process: CoarseTrainer, samples: list[Sample], inputs: Inputs) -> dict:
     """What 03 and 04 keep of one training run; `samples` answer the test problems at T=1."""
     probes = [{"iteration": point["iteration"], **probe} for point in process.curve for probe in point["probes"]]
+    rewards = inputs.reward(samples)
+    kinds = answers.by_kind(samples, rewards)
     return {
         "rollout_tokens": process.rollout_tokens,
         "iterations": process.iteration,
-        "final": answers.measure(samples, inputs.reward),
+        "final": answers.measure(samples, lambda _: rewards),
         "prefix_rewards": answers.prefix_rewards(samples, inputs.reward, inputs.settings.evaluation.prefixes),
         "curve": curve(process),
         "limits": [row["limit"] for row in process.history],
         "probes": probes,
+        **({"by_kind": kinds} if kinds else {}),
     }
 
 

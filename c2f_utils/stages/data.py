@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from c2f_utils.domain import forms, preferences, stories
+from c2f_utils.domain import forms, preferences
+from c2f_utils.domain.problems import Problem, Split, check, labelled_utility, synthetic_answer
 from c2f_utils.domain.samples import Prompt, content, make_prompts
 from c2f_utils.errors import C2FError
 from c2f_utils.files import sha256
@@ -33,9 +34,7 @@ def preference_texts(settings: Settings) -> tuple[list[preferences.Preference], 
     return preferences.read(data.preferences, data.preference_split, data.preference_subsets)
 
 
-def prompts(
-    settings: Settings, split: stories.Split, count: int, tokenizer=None, seed: int | None = None
-) -> list[Prompt]:
+def prompts(settings: Settings, split: Split, count: int, tokenizer=None, seed: int | None = None) -> list[Prompt]:
     """`count` prompts of one split, disjoint from the other splits; on hub data fewer when the data runs out.
 
     On the embedded domain every seed has problems of its own, in every split. Raises C2FError when no prompt is short
@@ -43,11 +42,11 @@ def prompts(
     """
     if settings.embedded:
         seed = settings.seed if seed is None else seed
-        return make_prompts(stories.problems(split, count, seed, settings.data.operations, settings.data.world))
+        return make_prompts(settings.data.generator.problems(split, count, seed))
     return _hub_prompts(settings, split, count, tokenizer)
 
 
-def _hub_prompts(settings: Settings, split: stories.Split, count: int, tokenizer) -> list[Prompt]:
+def _hub_prompts(settings: Settings, split: Split, count: int, tokenizer) -> list[Prompt]:
     data = settings.data
     texts = list(dict.fromkeys(p.prompt for p in preference_texts(settings)[0]))
     random.Random("prompts").shuffle(texts)
@@ -62,7 +61,7 @@ def _hub_prompts(settings: Settings, split: stories.Split, count: int, tokenizer
     return fitting
 
 
-def hub_split(prompt: str) -> stories.Split:
+def hub_split(prompt: str) -> Split:
     """The split of a dialogue, by its first turn: the same dialogue cut at several turns is never in two splits."""
     return {0: "validation", 1: "test"}.get(zlib.crc32(_opening(prompt).encode()) % 8, "train")
 
@@ -121,7 +120,7 @@ def hub_pairs(settings: Settings, tokenizer) -> tuple[list[HubPair], list[HubPai
 class EmbeddedPair:
     """Two answers to one problem with their true utilities; `first` is the labelled winner."""
 
-    problem: stories.Problem
+    problem: Problem
     first: list[int]
     second: list[int]
     utilities: tuple[float, float]
@@ -138,9 +137,8 @@ def embedded_pairs(settings: Settings, base, tokenizer, count: int, seed: int) -
 
     The label compares utility plus a small length bonus under Gaussian noise; see `Reward` for the sizes.
     """
-    reward, stated = settings.reward, settings.data
-    rng = random.Random(f"pairs-{seed}")
-    questions = stories.problems("train", count, rng.getrandbits(32), stated.operations, stated.world)
+    reward, rng = settings.reward, random.Random(f"pairs-{seed}")
+    questions = settings.data.generator.problems("train", count, rng.getrandbits(32))
     sampled = round(count * reward.base_share)
     asked, seed = make_prompts([q for q in questions[:sampled] for _ in (0, 1)]), rng.getrandbits(32)
     base_answers = choose(base, tokenizer)(asked, PAIR_ANSWER_TOKENS, seed=seed) if asked else []
@@ -149,7 +147,7 @@ def embedded_pairs(settings: Settings, base, tokenizer, count: int, seed: int) -
         if index < sampled:
             answers = [_maybe_cut(s.ids, rng, reward.cut_share) for s in base_answers[2 * index : 2 * index + 2]]
         else:
-            answers = [stories.synthetic_answer(problem, rng, reward.cut_share) for _ in (0, 1)]
+            answers = [synthetic_answer(problem, rng, reward.cut_share) for _ in (0, 1)]
         pairs.append(labelled(problem, answers, reward, rng))
     rng.shuffle(pairs)
     return pairs
@@ -176,16 +174,15 @@ def fresh_pairs(settings: Settings, base, tokenizer) -> tuple[list[Pair], str]:
     return [pair.tokens for pair in held_out[:wanted]], "held-out pairs of notebook 02, for want of others"
 
 
-def _questions(settings: Settings, count: int, seed: int) -> list[stories.Problem]:
+def _questions(settings: Settings, count: int, seed: int) -> list[Problem]:
     """The problems of `embedded_pairs`, whose generator draws their seed first."""
-    first, stated = random.Random(f"pairs-{seed}").getrandbits(32), settings.data
-    return stories.problems("train", count, first, stated.operations, stated.world)
+    return settings.data.generator.problems("train", count, random.Random(f"pairs-{seed}").getrandbits(32))
 
 
-def labelled(problem: stories.Problem, answers: list[list[int]], reward: Reward, rng: random.Random) -> EmbeddedPair:
+def labelled(problem: Problem, answers: list[list[int]], reward: Reward, rng: random.Random) -> EmbeddedPair:
     """Two answers as a pair, the winner of their noisy labels first."""
-    verdicts = [stories.check(problem, a) for a in answers]
-    labels = [stories.labelled_utility(v, rng, reward.label_noise, reward.length_bonus) for v in verdicts]
+    verdicts = [check(problem, a) for a in answers]
+    labels = [labelled_utility(v, rng, reward.label_noise, reward.length_bonus) for v in verdicts]
     order = (0, 1) if labels[0] >= labels[1] else (1, 0)
     return EmbeddedPair(problem, *(answers[i] for i in order), tuple(verdicts[i].utility for i in order))
 

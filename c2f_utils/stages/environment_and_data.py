@@ -8,7 +8,7 @@ import shutil
 import pandas as pd
 import torch
 
-from c2f_utils.domain import stories
+from c2f_utils.domain.problems import EOS, Problem, synthetic_answer
 from c2f_utils.files import write_json
 from c2f_utils.runs.run import Run
 from c2f_utils.settings.config import PROFILES
@@ -60,18 +60,17 @@ def make(run: Run) -> dict:
 
 def _embedded(run: Run) -> dict:
     settings, rng = run.settings, random.Random(run.settings.seed)
-    operations, world = settings.data.operations, settings.data.world
-    problems = stories.problems("train", SHOWN, settings.seed, operations, world)
-    documents = itertools.islice(stories.documents(10_000, settings.seed, operations, world=world), SHOWN)
+    generator = settings.data.generator
+    problems = generator.problems("train", SHOWN, settings.seed)
+    documents = itertools.islice(generator.documents(10_000, settings.seed), SHOWN)
     pairs: dict[str, list[dict]] = {"chosen": [], "rejected": []}
     for problem in problems:
-        answers = [stories.synthetic_answer(problem, rng, settings.reward.cut_share) for _ in (0, 1)]
+        answers = [synthetic_answer(problem, rng, settings.reward.cut_share) for _ in (0, 1)]
         pair = data.labelled(problem, answers, settings.reward, rng)
         for role, ids, utility in zip(pairs, (pair.first, pair.second), pair.utilities, strict=True):
             pairs[role].append(_sample(problem, ids, utility))
-    examples = itertools.islice(
-        stories.instructions(10_000, settings.instruct.worked_share, settings.seed, operations, world), SHOWN
-    )
+    examples = itertools.islice(generator.instructions(10_000, settings.instruct.worked_share, settings.seed), SHOWN)
+    decode = generator.vocabulary.decode
     return {
         "sizes": {
             "pretraining tokens": settings.pretrain.tokens,
@@ -79,25 +78,23 @@ def _embedded(run: Run) -> dict:
             "instruction tokens": settings.instruct.tokens,
             "validation problems": settings.data.validation_prompts,
             "test problems": settings.data.test_prompts,
-            "words in the vocabulary": len(stories.vocabulary(world)),
+            "words in the vocabulary": len(generator.vocabulary.words),
         },
         "documents": [
-            {"prompt": f"document {i + 1}", "text": stories.decode(d), "tokens": len(d)}
-            for i, d in enumerate(documents)
+            {"prompt": f"document {i + 1}", "text": decode(d), "tokens": len(d)} for i, d in enumerate(documents)
         ],
         **pairs,
         "instructions": [
-            {"prompt": stories.decode(p), "text": stories.decode(a), "tokens": len(a), "stop": "eos"}
-            for p, a in examples
+            {"prompt": decode(p), "text": decode(a), "tokens": len(a), "stop": "eos"} for p, a in examples
         ],
     }
 
 
-def _sample(problem: stories.Problem, ids: list[int], utility: float) -> dict:
-    stop = "eos" if ids[-1] == stories.EOS else "limit"
+def _sample(problem: Problem, ids: list[int], utility: float) -> dict:
+    stop = "eos" if ids[-1] == EOS else "limit"
     return {
         "prompt": " ".join(problem.words),
-        "text": stories.decode(ids),
+        "text": problem.vocabulary.decode(ids),
         "tokens": len(ids),
         "stop": stop,
         "utility": round(utility, 3),

@@ -10,13 +10,14 @@ import numpy as np
 from torch import nn
 
 from c2f_utils import redundancy, stats
-from c2f_utils.domain import forms, stories
+from c2f_utils.domain import forms
 from c2f_utils.domain.forms import Form
-from c2f_utils.domain.samples import Prompt, make_prompts
+from c2f_utils.domain.samples import Prompt, analysed_prompts
 from c2f_utils.files import write_text
 from c2f_utils.measure import answers
 from c2f_utils.models import loading
 from c2f_utils.notebook.progress import Progress
+from c2f_utils.report import gate
 from c2f_utils.report.results import GAINED, MAIN
 from c2f_utils.runs.run import Run
 from c2f_utils.settings.config import Settings
@@ -90,6 +91,7 @@ def make(run: Run) -> dict:
     test = inputs.prompts("test")
     found: dict[str, dict] = {}
     single: dict[str, dict[str, dict[str, list[float]]]] = {}
+    kinds: dict[str, dict[str, dict[str, dict]]] = {}  # by model and decoding; empty where problems are of one kind
     prefixes: dict[str, list[dict]] = {}
     profiles: dict[str, list[dict]] = {}
     table: list[dict] = []
@@ -104,6 +106,8 @@ def make(run: Run) -> dict:
                 # No name for what holds the model: the next one is loaded when this one is gone.
                 seen = pieces(["answers", name, decoding], partial(_look, inputs, name, model, prompts, decoding, form))
                 found[name][decoding], single[name][decoding] = seen["metrics"], seen["single"]
+                if seen["by_kind"]:
+                    kinds.setdefault(name, {})[decoding] = seen["by_kind"]
                 table += seen["rows"]
                 if decoding == settings.evaluation.decodings[0]:
                     prefixes[name], profiles[name] = seen["prefixes"], seen["profile"]
@@ -122,6 +126,7 @@ def make(run: Run) -> dict:
             for name, ways in single.items()
         },
         "redundancy": profiles, "gains": _gains(single, settings.evaluation.decodings[0], settings.seed),
+        **({"by_kind": kinds, "gate": gate.rows(found, kinds, settings.evaluation.decodings[0])} if kinds else {}),
         **{part.key: part.results() for part in further},
     })  # fmt: skip
     return here.results()
@@ -134,6 +139,7 @@ def _look(inputs: Inputs, name: str, model: nn.Module, prompts: list[Prompt], de
     rewards = inputs.reward(samples)
     seen = {
         "metrics": answers.measure(samples, lambda _: rewards),
+        "by_kind": answers.by_kind(samples, rewards),
         "single": answers.per_answer(samples) | {"reward": rewards.tolist()},
         "rows": answers.rows(samples[: wanted.samples_kept], name, decoding, inputs.reward),
     }
@@ -168,7 +174,7 @@ def _models(run: Run, inputs: Inputs, test: list[Prompt]) -> Iterator[tuple[str,
         trained_in = None if name == "ppo_instruct" else form  # RL goes on in the base's form, whatever it starts from
         yield name, loading.load_actor(merged.model(f"controls/{name}"), models), test, trained_in
     if run.settings.embedded:
-        forced = make_prompts([p.problem for p in test], stories.FORCED_ANALYSIS)
+        forced = analysed_prompts([p.problem for p in test])
         yield "instruct_forced", inputs.instruct(), forced, form
         yield "base_forced", inputs.base(), forced, None
 

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from c2f_utils import weights
 from c2f_utils.coarse.heads import Head
-from c2f_utils.domain import forms, stories
+from c2f_utils.domain import forms
 from c2f_utils.domain.forms import Form
+from c2f_utils.domain.problems import Split
 from c2f_utils.domain.samples import Prompt, Sample
 from c2f_utils.errors import C2FError, Stopped
 from c2f_utils.files import write_text
@@ -112,7 +113,7 @@ class Inputs:
             self.reward_source, self.settings, self.tokenizer.pad_token_id, found["mean"], found["std"]
         )
 
-    def prompts(self, split: stories.Split, count: int | None = None, seed: int | None = None) -> list[Prompt]:
+    def prompts(self, split: Split, count: int | None = None, seed: int | None = None) -> list[Prompt]:
         """Prompts of a split, tokenised once; the default counts and seed are those of the settings."""
         sizes = {
             "train": TRAIN_PROMPTS,
@@ -172,7 +173,7 @@ class Inputs:
     def text(self, ids: Sequence[int]) -> str:
         """What token ids of an answer say, without special tokens."""
         if self.settings.embedded:
-            return stories.decode(ids)
+            return self.settings.data.generator.vocabulary.decode(ids)
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def stop_strings(self, form: Form | None = None) -> list[str]:

@@ -34,13 +34,14 @@ def make(run: Run) -> dict:
         _refuse_other_shape(inputs.base(), model, settings.models.instruct)
     with here.timer("evaluation"):
         samples = inputs.answers(model, inputs.prompts("validation"), form=settings.models.instruct_form)
-        behaviour = answers.measure(samples)
+        behaviour, kinds = answers.measure(samples), answers.by_kind(samples)
     keep_samples(here, answers.rows(samples, "instruct", "sampled_t1"), settings)
     results = {
         "source": settings.models.instruct or "embedded",
         "examples": examples,
         "loss": losses,
         "behaviour": behaviour,
+        **({"by_kind": kinds} if kinds else {}),
     }
     here.save_results(results)
     return results

@@ -8,8 +8,9 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import nn
 
-from c2f_utils.domain import forms, stories
+from c2f_utils.domain import forms
 from c2f_utils.domain.forms import Form
+from c2f_utils.domain.problems import SPECIALS
 from c2f_utils.domain.samples import Prompt
 from c2f_utils.errors import C2FError, short
 from c2f_utils.measure import answers
@@ -50,7 +51,7 @@ def _prompt(inputs: Inputs, text: object) -> Prompt:
     if not isinstance(text, str) or not text.strip():
         raise C2FError(f"the prompt is {short(text)}; expected words")
     if inputs.settings.embedded:
-        known = stories.vocabulary(inputs.settings.data.world)[len(stories.SPECIALS) :]
+        known = inputs.settings.data.generator.vocabulary.words[len(SPECIALS) :]
         if unknown := [word for word in dict.fromkeys(text.split()) if word not in known]:
             raise C2FError(
                 f"{', '.join(map(short, unknown))}: no words of the embedded domain, whose models know these: "

@@ -10,6 +10,7 @@ from functools import cached_property
 
 from c2f_utils import merge
 from c2f_utils.domain.forms import Form
+from c2f_utils.domain.samples import analysed_prompts
 from c2f_utils.errors import C2FError
 from c2f_utils.measure import answers
 from c2f_utils.report.results import operator_name
@@ -134,6 +135,7 @@ class Merging:
         form = {"instruct": self.settings.models.instruct_form}
         with stopped_here(self.here), bench.progress.counting(controls.expected(self.settings.merge)):
             parents = {name: self._parent(name, form.get(name)) for name in bench.states}
+            forced = self._forced(form) if any("by_kind" in row for row in parents.values()) else {}
             self.found["controls"] = dict(controls.make(self.run, bench, c))
         self.here.save_results(
             {
@@ -141,6 +143,7 @@ class Merging:
                 "select": self.settings.merge.select,
                 "score": bench.score_text,
                 "parents": parents,
+                **({"forced": forced} if forced else {}),
                 "sweep": self.found["sweep"],
                 **self.variants(),
                 "roundings": self.found["roundings"],
@@ -160,13 +163,19 @@ class Merging:
         keep_samples(self.here, answers.rows(samples, "fine", "sampled_t1", bench.inputs.reward), self.settings)
         return self.results
 
-    def _parent(self, name: str, form: Form | None) -> dict:
+    def _parent(self, name: str, form: Form | None, forced: bool = False) -> dict:
         bench = self.bench
 
         def row() -> dict:
-            return bench.row(bench.inputs.answers(bench.loaded(bench.states[name].items()), bench.prompts, form=form))
+            prompts = analysed_prompts([p.problem for p in bench.prompts]) if forced else bench.prompts
+            return bench.row(bench.inputs.answers(bench.loaded(bench.states[name].items()), prompts, form=form))
 
-        return bench.kept(["parent", name], row)
+        return bench.kept(["parent", name, *(["forced"] if forced else [])], row)
+
+    def _forced(self, form: dict[str, Form]) -> dict[str, dict]:
+        """Base and instruct with the beginning of an analysis forced: what tuning lost, apart from the will to use
+        it."""
+        return {name: self._parent(name, form.get(name), forced=True) for name in ("base", "instruct")}
 
 
 def _richest(bench: Bench, operator: dict, c: float, score: float, found: dict) -> dict:

@@ -15,8 +15,9 @@ from torch import nn
 
 from c2f_utils import stats
 from c2f_utils.coarse.heads import Head
-from c2f_utils.domain import stories, user_text
+from c2f_utils.domain import user_text
 from c2f_utils.domain.forms import Form
+from c2f_utils.domain.problems import EOS, Problem, check, worked
 from c2f_utils.domain.samples import Prompt, Sample
 from c2f_utils.files import sha256
 from c2f_utils.measure import retention, sampling
@@ -107,8 +108,7 @@ def _documents(run: Run, inputs: Inputs, count: int) -> dict[str, list[Sample]]:
     chosen answers, and the user's text (long documents are cut at the evaluation's length)."""
     settings, found = run.settings, {}
     if settings.embedded:
-        stated, seed = settings.data, settings.seed + UNUSED_SEED
-        corpus = stories.documents(10**9, seed, stated.operations, world=stated.world)
+        corpus = settings.data.generator.documents(10**9, settings.seed + UNUSED_SEED)
         found["corpus"] = [as_text(ids, 1) for ids in islice(corpus, count)]
         rng = random.Random(f"chosen-{settings.seed}")
         problems = [prompt.problem for prompt in inputs.prompts("test")[:count]]
@@ -129,10 +129,9 @@ def as_text(ids: Sequence[int], context: int) -> Sample:
     return Sample(Prompt(tuple(ids[:context]), ""), list(ids[context:]), "limit", len(ids))
 
 
-def _worked(problem: stories.Problem, rng: random.Random) -> list[int]:
+def _worked(problem: Problem, rng: random.Random) -> list[int]:
     """A right answer, worked out step by step, that ends."""
-    steps, value = stories.analysis(problem, rng)
-    return [*stories.encode([*stories.THINK, *steps, *stories.stated(value)]), stories.EOS]
+    return [*problem.vocabulary.encode(worked(problem, rng)), EOS]
 
 
 class Sampling:
@@ -144,7 +143,7 @@ class Sampling:
         self.inputs, self.settings, self.pieces = inputs, run.settings, Pieces(run.here)
         self.prompts = inputs.prompts("test")[: run.settings.sampling.problems]
         self.samples = run.settings.sampling.samples
-        self.choices = run.settings.data.world.largest + 1  # results that a guess may name
+        self.choices = sorted({prompt.problem.largest + 1 for prompt in self.prompts})  # results that a guess may name
         self.found: dict[str, dict[str, list]] = {}
 
     def add(self, name: str, model: nn.Module, form: Form) -> None:
@@ -153,7 +152,7 @@ class Sampling:
 
     def _counted(self, model: nn.Module, form: Form) -> dict[str, list]:
         answers = self.inputs.answers(model, [p for p in self.prompts for _ in range(self.samples)], form=form)
-        verdicts = [stories.check(s.prompt.problem, s.answer) for s in answers]
+        verdicts = [check(s.prompt.problem, s.answer) for s in answers]
         each = [verdicts[start : start + self.samples] for start in range(0, len(verdicts), self.samples)]
         return {
             "answer": [sum(v.last_right for v in mine) for mine in each],
@@ -171,14 +170,14 @@ class Sampling:
             tokens = sum(found["tokens"]) / len(found["tokens"])
             rows = [self._row(found, k) for k in sampling.powers_to(self.samples)]
             models[name] = {"mean_tokens": tokens, "rows": rows}
-        counts = {"problems": len(self.prompts), "samples": self.samples, "choices": self.choices}
+        counts = {"problems": len(self.prompts), "samples": self.samples, "choices": self.choices[-1]}
         return counts | {"models": models, "paired": self._paired()}
 
     def _row(self, found: dict[str, list], k: int) -> dict:
         golds = [prompt.problem.answer for prompt in self.prompts]
         votes = [sampling.majority_at(v, gold, k) for v, gold in zip(found["votes"], golds, strict=True)]
         values = {what: self._passed(found[what], k) for what in ("answer", "worked")} | {"majority": votes}
-        guessing = sampling.guessing(self.choices, k)
+        guessing = sum(sampling.guessing(count, k) for count in self.choices) / len(self.choices)  # kinds are even
         measured = {what: sampling.mean(each, self.settings.seed)._asdict() for what, each in values.items()}
         return {"k": k, "guessing": guessing} | measured
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from scipy import stats as scipy_stats
 
-from c2f_utils.domain import stories
+from c2f_utils.domain.problems import check
 from c2f_utils.domain.samples import Prompt, Sample, make_prompts
 from c2f_utils.measure import answers, length_bias
 from c2f_utils.models import rewards
@@ -196,7 +196,7 @@ def _bias(model: rewards.RewardModel, samples: list[Sample]) -> dict:
     score = torch.stack([row[-1] for row in prefixes]).numpy()
     tokens = torch.tensor([float(s.tokens) for s in samples]).numpy()
     known = samples[0].prompt.problem is not None
-    utility = [stories.check(s.prompt.problem, s.ids).utility for s in samples] if known else [None] * len(samples)
+    utility = [check(s.prompt.problem, s.ids).utility for s in samples] if known else [None] * len(samples)
     flat = len(set(tokens.tolist())) < 2  # every answer cut at the same limit: no correlation is defined
     bias = {
         "pearson": None if flat else float(scipy_stats.pearsonr(tokens, score)[0]),

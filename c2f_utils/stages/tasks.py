@@ -10,8 +10,9 @@ import numpy as np
 from torch import nn
 
 from c2f_utils import stats
-from c2f_utils.domain import stories, task_files
+from c2f_utils.domain import task_files
 from c2f_utils.domain.forms import Form
+from c2f_utils.domain.problems import Problem
 from c2f_utils.errors import C2FError
 from c2f_utils.files import sha256
 from c2f_utils.measure import suites
@@ -56,9 +57,7 @@ class Tasks:
         settings, limit = self.run.settings, self.run.settings.evaluation.max_tokens
         for suite in wanted(settings.tasks, settings.embedded):
             if suite == "embedded":
-                found = suites.embedded(
-                    self._problems(), settings.data.world, settings.seed, limit, self.folder / "embedded"
-                )
+                found = suites.embedded(self._problems(), settings.seed, limit, self.folder / "embedded")
             elif suite == "local":
                 read = task_files.read(task_files.folder(self.config.folder))
                 for task in read:
@@ -70,12 +69,12 @@ class Tasks:
                 suite, found = "lm-eval", [suite]
             yield from ((suite, entry) for entry in found)
 
-    def _problems(self) -> list[stories.Problem]:
+    def _problems(self) -> list[Problem]:
         """Test problems that the rest of 07 does not ask."""
         settings = self.run.settings
         data, count = settings.data, min(self.config.problems, settings.data.test_prompts)
-        asked = set(stories.problems("test", data.test_prompts, settings.seed, data.operations, data.world))
-        found = stories.problems("test", 2 * count, settings.seed + SEED, data.operations, data.world)
+        asked = set(data.generator.problems("test", data.test_prompts, settings.seed))
+        found = data.generator.problems("test", 2 * count, settings.seed + SEED)
         return [problem for problem in found if problem not in asked][:count]
 
     def add(self, name: str, model: nn.Module, form: Form) -> None:

@@ -1,21 +1,23 @@
 """One run of the study of laws (`report/law_study.py`): a condition, a law, a budget of tokens, a curve of utility."""
 
 import math
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from time import process_time
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
 from c2f_utils import limits
 from c2f_utils.domain import stories
+from c2f_utils.domain.problems import check, response
 from c2f_utils.domain.samples import Sample, make_prompts
 from c2f_utils.measure import answers
 from c2f_utils.models import pretrain
 from c2f_utils.models.rewards import RewardModel
 from c2f_utils.report.law_study import BUDGET, EVALUATED, EVALUATION_LIMIT, MARKS, UTILITY_PRICE, Condition
-from c2f_utils.settings.rlhf import Cut
 from c2f_utils.stages import coarse_rlhf
 from c2f_utils.stages.inputs import TRAIN_PROMPTS, Inputs
 
@@ -54,12 +56,12 @@ class FirstAnswer:
         found = []
         for sample in samples:
             problem, ids, row = sample.prompt.problem, sample.ids, torch.empty(sample.tokens)
-            value, since = stories.check(problem, ()).utility, 0
+            value, since, stop = check(problem, ()).utility, 0, problem.vocabulary.ids["."]
             for place, token in enumerate(ids):
-                if token != stories.IDS["."]:
+                if token != stop:
                     continue
                 row[since:place] = value
-                verdict, since = stories.check(problem, ids[: place + 1]), place
+                verdict, since = check(problem, ids[: place + 1]), place
                 value = verdict.utility - CHECK_WORTH * bool(verdict.checks)  # checking again is not the task here
                 if verdict.first_answer is not None:
                     break
@@ -76,15 +78,29 @@ class FirstAnswer:
         return FirstAnswer(float(raw.mean()), float(raw.std()))
 
 
-def base_that_ends(inputs: Inputs, tokens: int = 200_000) -> nn.Module:
+def base_that_ends(inputs: Inputs, condition: Condition, tokens: int = 200_000) -> nn.Module:
     """The run's base after `tokens` more tokens of pretraining, at a quarter of its learning rates, on answers of the
-    same mixed quality that all stop at their result."""
+    same mixed quality that all stop at their result, or that all work every step and then stop."""
     settings = inputs.settings
     rates = ("learning_rate_matrices", "learning_rate_other")
     slower = {name: 0.25 * getattr(settings.pretrain, name) for name in rates}
     config = settings.pretrain.model_copy(update={"tokens": tokens, **slower})
-    documents = stories.documents(tokens, settings.seed, settings.data.operations, ends=True)
+    if condition.complete:
+        documents = _complete(tokens, settings.seed, condition.operations)
+    else:
+        documents = stories.documents(tokens, settings.seed, settings.data.operations, ends=True)
     return pretrain.train(inputs.base(), documents, config, settings.seed)
+
+
+def _complete(tokens: int, seed: int, operations: tuple[int, int]) -> Iterator[list[int]]:
+    rng = random.Random(f"complete-{seed}")
+    while tokens > 0:
+        problem = stories.draw_problem(rng, operations)
+        if problem.split == "train":
+            answer = response(problem, rng, kind="full", ends=True)
+            document = [*problem.prompt_ids, *problem.vocabulary.encode(answer)]
+            tokens -= len(document)
+            yield document
 
 
 def run_one(
@@ -96,15 +112,15 @@ def run_one(
     start: dict | None = None,
     every: int = 0,
     until: float = math.inf,
-    cut: Cut = "score",
+    changes: Mapping[str, object] = MappingProxyType({}),
     observe=None,
 ) -> dict:
     """Train under one law until `budget` rollout tokens are spent; keep the curve of utility on validation problems.
 
     Evaluations are made after the iteration that passes a mark, or after every `every` iterations, at a fixed limit
     and T = 1, and cost no budget; two of them in a row at `until` or above end the run. `start` is the first point of
-    another law's curve in the same condition and seed, which need not be measured again. `cut` is how cut answers are
-    credited. `observe(trainer, experience, row)` sees every iteration. Seconds are processor seconds of the five verbs
+    another law's curve in the same condition and seed, which need not be measured again. `changes` are made in
+    `coarse`. `observe(trainer, experience, row)` sees every iteration. Seconds are processor seconds of the five verbs
     alone.
     """
     settings = inputs.settings
@@ -116,10 +132,10 @@ def run_one(
         reward = Paid(inputs.reward, condition.length_bonus, condition.quality)
     if condition.known:
         reward = FirstAnswer().normalised_on(inputs.answers(inputs.base(), problems, limit=limit))
-    change = {"token_price": condition.token_price, "iterations": 10**6, "cut": cut}
-    config = settings.coarse.model_copy(update=change)
+    fixed = {"token_price": condition.token_price, "iterations": 10**6}
+    config = settings.coarse.model_copy(update=fixed | dict(changes))
     prompts = make_prompts(stories.problems("train", TRAIN_PROMPTS, seed, condition.operations))
-    base = base_that_ends(inputs) if condition.terminates else None
+    base = base_that_ends(inputs, condition) if condition.terminates else None
     trainer = coarse_rlhf.trainer(
         inputs, law, None, start=base, reward=reward, config=config, prompts=prompts, evaluated=False
     )
@@ -131,7 +147,7 @@ def run_one(
             "tokens": trainer.rollout_tokens,
             "seconds": round(seconds, 2),
             "utility": round(found["utility"] - price * found["mean_tokens"], 4),
-            **{key: round(found[key], 3) for key in ("accuracy_first", "eos_rate", "rep4")},
+            **{key: round(found[key], 3) for key in ("accuracy_first", "eos_rate", "rep4", "mean_tokens")},
         }
 
     seconds, marks = 0.0, [mark for mark in MARKS if mark < budget] + [budget]

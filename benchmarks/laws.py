@@ -2,6 +2,7 @@
 
     python benchmarks/laws.py run --seeds 101 102 --share 1/2     # one lane; start `--share 2/2` beside it
     python benchmarks/laws.py gather --seeds 101 102              # benchmarks/results/laws.json from what has finished
+    python benchmarks/laws.py run --rivals --seeds 111 112        # what others do about length
 
 A seed covers base, reward model and reinforcement learning; missing bases are trained first (`c2f run 00 01 02`; with
 several lanes, make them before). In the conditions of the regret study run the clocks of the grid, `grow 12 %` and
@@ -23,20 +24,17 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import law_runs  # noqa: E402
 
-from c2f_utils.files import read_json, write_json, write_text  # noqa: E402
+from c2f_utils.files import read_json, root, write_json, write_text  # noqa: E402
 from c2f_utils.report import law_study  # noqa: E402
 from c2f_utils.runs.run import Run  # noqa: E402
 from c2f_utils.runs.stage import Stage, run_folder  # noqa: E402
-from c2f_utils.settings.laws import (
-    Law,  # noqa: E402
-    make_law,
-)
+from c2f_utils.settings.laws import make_law  # noqa: E402
 from c2f_utils.settings.load import load_settings  # noqa: E402
 from c2f_utils.stages.inputs import Inputs  # noqa: E402
 
 HACKED_BUDGET = 200_000  # rollout tokens; enough for the logistic law to reach its maximum
-KEPT = ("tokens", "seconds", "utility", "eos_rate")  # of each curve, in the results
-RESULTS = Path(__file__).parent / "results" / "laws.json"
+KEPT = ("tokens", "seconds", "utility", "eos_rate", "mean_tokens")  # of each curve, in the results
+RESULTS = Path(__file__).parent / "results"
 
 
 def run_id(seed: int) -> str:
@@ -53,26 +51,42 @@ def inputs(seed: int) -> Inputs:
     return Inputs(run)
 
 
-def jobs(conditions: list[str], only: list[str]) -> list[tuple[str, str, Law, int]]:
-    """(condition, name of the law, law, rollout tokens), in the order in which they are run."""
+def jobs(conditions: list[str], only: list[str]) -> list[tuple[str, str, law_study.Arm, int]]:
+    """(condition, name of the arm, law and changes, rollout tokens), in the order in which they are run."""
     found = []
     for name in conditions:
         maximum = law_study.ALL[name].maximum
         clocks, free, laws = law_study.grid(maximum), law_study.agnostic(maximum), law_study.laws(maximum)
         if name in law_study.HACKED or name in law_study.KNOWN:
             budget = HACKED_BUDGET if name in law_study.HACKED else law_study.BUDGET
-            found += [(name, law, settings, budget) for law, settings in laws.items()]
+            found += [(name, law, law_study.Arm(settings), budget) for law, settings in laws.items()]
             continue
         twice = law_study.averaged(maximum)
         for law, settings in {**laws, **free, **clocks, **twice}.items():
             cost_counts = name in law_study.ROOMY and (law in free or law in twice or law == "useful")
             if law in clocks or law in twice or law in ("useful", "grow 12 %") or cost_counts:
-                found.append((name, law, settings, law_study.LONG if cost_counts else law_study.BUDGET))
+                arm = law_study.Arm(settings, {"cut": "average"} if law in twice else {})
+                found.append((name, law, arm, law_study.LONG if cost_counts else law_study.BUDGET))
     return [job for job in found if not only or job[1] in only]
 
 
-def path_of(seed: int, condition: str, law: str) -> Path:
-    return run_folder(run_id(seed)) / "study" / f"{condition}--{law}.json".replace(" ", "_").replace("%", "percent")
+def rivals(conditions: list[str], only: list[str]) -> list[tuple[str, str, law_study.Arm, int]]:
+    """The same for what others do about length."""
+    return [
+        (name, arm, made, law_study.BUDGET)
+        for name in conditions
+        if name in law_study.CONDITIONS | law_study.UNLEARNING
+        for arm, made in law_study.rivals(law_study.ALL[name].maximum).items()
+        if not only or arm in only
+    ]
+
+
+def path_of(seed: int, condition: str, law: str, folder: str = "study") -> Path:
+    return run_folder(run_id(seed)) / folder / f"{condition}--{law}.json".replace(" ", "_").replace("%", "percent")
+
+
+def folder(options: argparse.Namespace) -> str:
+    return "rivals" if options.rivals else "study"
 
 
 def study(options: argparse.Namespace) -> None:
@@ -82,15 +96,15 @@ def study(options: argparse.Namespace) -> None:
     lane, lanes = map(int, options.share.split("/"))
     for seed in options.seeds:
         models, starts = None, {}
-        for number, (condition, name, settings, budget) in enumerate(jobs(options.conditions, options.laws)):
-            file = path_of(seed, condition, name)
+        those = rivals if options.rivals else jobs
+        for number, (condition, name, arm, budget) in enumerate(those(options.conditions, options.laws)):
+            file = path_of(seed, condition, name, folder(options))
             if number % lanes != lane - 1 or file.exists():
                 continue
             models = models or inputs(seed)
             start = starts.get(condition)
-            law = make_law(settings)
-            cut = "average" if name.endswith(law_study.AVERAGED) else "score"
-            found = law_runs.run_one(models, law_study.ALL[condition], law, budget, start=start, cut=cut)
+            law, where = make_law(arm.law), law_study.ALL[condition]
+            found = law_runs.run_one(models, where, law, budget, start=start, changes=arm.changes)
             starts[condition] = {key: values[0] for key, values in found["curve"].items()}
             write_json(file, {"condition": condition, "law": name, "seed": seed, "budget": budget} | found)
             mean = law_study.mean_utility(found, min(budget, law_study.BUDGET))
@@ -102,16 +116,17 @@ def gather(options: argparse.Namespace) -> None:
 
     runs: dict = {}
     for seed in options.seeds:
-        for file in sorted((run_folder(run_id(seed)) / "study").glob("*.json")):
+        for file in sorted((run_folder(run_id(seed)) / folder(options)).glob("*.json")):
             row = read_json(file)
             by_law = runs.setdefault(row["condition"], {}).setdefault(row["law"], {})
-            curve = {key: row["curve"][key] for key in KEPT}
+            curve = {key: row["curve"][key] for key in KEPT if key in row["curve"]}
             by_law[str(seed)] = {"budget": row["budget"], "curve": curve, "limits": row["limits"]}
     order = [name for name in law_study.ALL if name in runs]
     content = {
         "what": "utility on 256 validation problems over rollout tokens, by condition, law and seed; processor seconds "
         "with other work on the machine",
-        "budget": law_study.BUDGET, "versions": provenance.versions(), "runs": {name: runs[name] for name in order},
+        "budget": law_study.BUDGET, "code": provenance.code_version(root()), "versions": provenance.versions(),
+        "runs": {name: runs[name] for name in order},
     }  # fmt: skip
     write_text(options.out, json.dumps(content) + "\n")  # indented it would be three times as large
     print(f"{sum(len(s) for laws in runs.values() for s in laws.values())} runs written to {options.out.name}")
@@ -124,8 +139,12 @@ def main() -> None:
     parser.add_argument("--conditions", nargs="+", default=list(law_study.ALL), choices=list(law_study.ALL))
     parser.add_argument("--laws", nargs="+", default=[], help="names of clocks and laws; default all")
     parser.add_argument("--share", default="1/1", help="which part of the runs this process does, e.g. 1/2")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument(
+        "--rivals", action="store_true", help="what others do about length, in place of laws and clocks"
+    )
+    parser.add_argument("--out", type=Path, help="default: results/laws.json, or results/law_rivals.json")
     options = parser.parse_args()
+    options.out = options.out or RESULTS / ("law_rivals.json" if options.rivals else "laws.json")
     {"run": study, "gather": gather}[options.what](options)
 
 

@@ -93,7 +93,7 @@ def main() -> None:
             continue
         models = inputs(run_id)
         law, cut = ARMS["fixed_long"]
-        long = law_runs.run_one(models, CONDITION, make_law(law), FULL, every=EVERY, cut=cut)
+        long = law_runs.run_one(models, CONDITION, make_law(law), FULL, every=EVERY, changes={"cut": cut})
         target = SHARE * (long["curve"]["utility"][-1] + long["curve"]["utility"][-2]) / 2  # one alone is noisy
         row = {"target": target}
         for name, (law, cut) in ARMS.items():
@@ -101,7 +101,7 @@ def main() -> None:
                 found = long
             else:
                 rule = make_law(law)
-                found = law_runs.run_one(models, CONDITION, rule, FULL, every=EVERY, until=target, cut=cut)
+                found = law_runs.run_one(models, CONDITION, rule, FULL, every=EVERY, until=target, changes={"cut": cut})
             path, reached = used(found, target)
             row[name] = {"reached": reached, "limits": path}
         content["runs"][run_id] = row

@@ -185,3 +185,20 @@ def test_a_toy_run_spends_its_budget_and_measures_on_the_way(monkeypatch):
         Toy(), law_study.Condition(32), make_law(Law(name="useful", start=8, maximum=32)), budget=400, every=2
     )
     assert again["limits"] == found["limits"] and again["curve"]["utility"] == found["curve"]["utility"]
+
+
+@pytest.mark.parametrize("arm", law_study.rivals(288))
+def test_what_others_do_about_length_is_made_of_settings_that_exist(arm):
+    for condition in (law_study.CONDITIONS | law_study.UNLEARNING).values():
+        found = law_study.rivals(condition.maximum)[arm]
+        settings = load_settings("tiny", overrides={f"coarse.{key}": value for key, value in found.changes.items()})
+        assert {key: getattr(settings.coarse, key) for key in found.changes} == found.changes
+        assert make_law(found.law).largest <= condition.maximum
+
+
+def test_a_base_that_writes_long_answers_and_ends_them_has_read_whole_analyses_alone():
+    for document in law_runs._complete(5000, 0, (5, 5)):
+        text = stories.decode(document)
+        question, answer = text.split("?")
+        assert document[-1] == stories.EOS and answer.split()[:4] == "let us think .".split()
+        assert answer.count("so") == 5 and answer.count("answer :") == 1, "five steps and one result"

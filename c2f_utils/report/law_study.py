@@ -10,6 +10,7 @@ is the paper's.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -36,6 +37,7 @@ class Condition:
     quality: float = 1.0  # weight of the reward model; 0 leaves a reward for length alone
     known: bool = False  # reward: the checker up to the first result, instead of a reward model
     terminates: bool = False  # the base has also read answers that all stop at their result
+    complete: bool = False  # and all of them work every step, so that they are long
 
     @property
     def right_length(self) -> int | None:
@@ -59,13 +61,16 @@ CONDITIONS = {
     "loves length": Condition(288, length_bonus=0.01),
     "base that ends": Condition(288, terminates=True),
 }
+# A base that already writes long answers *and* ends them, whose useful length (62 tokens) is over twice the first
+# limit: does growing the limit from below unlearn what the base could do?
+UNLEARNING = {"long answers that end": Condition(288, operations=(5, 5), terminates=True, complete=True)}
 ROOMY = ("l_max 576", "short problems")  # the maximum is over twice the useful length; cost to a target is compared
 HACKED = {"length alone": Condition(288, length_bonus=0.02, quality=0.0)}
 KNOWN = {
     "known length 42": Condition(288, operations=(3, 3), known=True),
     "known length 62": Condition(288, operations=(5, 5), known=True),
 }
-ALL = CONDITIONS | HACKED | KNOWN
+ALL = CONDITIONS | UNLEARNING | HACKED | KNOWN
 
 
 def grid(maximum: int) -> dict[str, Law]:
@@ -103,6 +108,36 @@ AVERAGED = ", averaged cut"  # what marks an arm whose cut answers are worth the
 def averaged(maximum: int) -> dict[str, Law]:
     """A law and a clock that run a second time with `coarse.cut: average`, to tell that rule from the law."""
     return {name + AVERAGED: {**laws(maximum), **agnostic(maximum)}[name] for name in ("useful", "grow 12 %")}
+
+
+class Arm(NamedTuple):
+    """A law and what it changes in `coarse` beside it."""
+
+    law: Law
+    changes: dict[str, object] = {}
+
+
+def rivals(maximum: int) -> dict[str, Arm]:
+    """What others do about length beside (or in place of) moving the limit, with constants that no condition was tuned
+    on, and what they are compared with: growth of 12 %, fixed-long and `useful` under the plain rule.
+
+    Sources: DAPO (soft overlong punishment, masked cuts, clip-higher), LACONIC (dual price), a shrinking budget
+    (arXiv 2508.08940), T-PPO (continued cuts). Our reading of each; the first, and only it, follows l(t) by its nature.
+    """
+    grow, long = agnostic(maximum)["grow 12 %"], Law(name="fixed", limit=maximum)
+    shrinking = Law(name="clock", shape="linear", start=maximum, maximum=max(START, maximum // 4), duration=18)
+    return {
+        "grow 12 %": Arm(grow),
+        "fixed long": Arm(long),
+        "useful": Arm(laws(maximum)["useful"]),
+        "averaged cut": Arm(grow, {"cut": "average"}),
+        "soft overlong": Arm(grow, {"overlong": 1.0}),
+        "masked cut": Arm(grow, {"cut": "mask"}),
+        "continued cut": Arm(grow, {"cut": "continue"}),
+        "dual price": Arm(long, {"length_budget": maximum // 2}),
+        "shrinking clock": Arm(shrinking),
+        "clip-higher": Arm(grow, {"clip_high": 0.28}),
+    }
 
 
 # --- measures on finished runs: {condition: {law: {seed: run}}} -----------------------------------------------------

@@ -2,15 +2,16 @@
 length as our fixed-long needs.
 
     python benchmarks/time_to_target.py laws-51 laws-52 laws-53
+    python benchmarks/time_to_target.py laws-301 laws-302 --registered     # as preregistered/time_to_target.md says
 
 Takes finished bases and reward models (`c2f run 00 01 02`), trains fixed-long and the laws on each with evaluations
-after every second iteration, and asks how many iterations each needs until two evaluations in a row reach 95 % of
-fixed-long's last utility. Seconds are those iterations' cost on an idle machine: benchmarks/results/coarse_speed.json
-holds seconds per iteration at several limits on one and two threads, TRL 1.10's beside them at full length, measured
-in one run; between those limits cost is linear. So it does not matter what else runs meanwhile, and an iteration whose
-answers end early counts as if they were cut. TRL is not trained to the target: that its iterations teach as much as
-ours is assumed. A law that misses the target counts its whole run, and is counted. Writes
-benchmarks/results/time_to_target.json.
+after every second iteration (registered: after every one), and asks how many iterations each needs until two
+evaluations in a row reach 95 % of fixed-long's last utility. Seconds are those iterations' cost on an idle machine:
+benchmarks/results/coarse_speed.json holds seconds per iteration at several limits on one and two threads, TRL 1.10's
+beside them at full length, measured in one run; between those limits cost is linear. So it does not matter what else
+runs meanwhile, and an iteration whose answers end early counts as if they were cut. TRL is not trained to the target:
+that its iterations teach as much as ours is assumed. A law that misses the target counts its whole run, and is counted.
+Writes benchmarks/results/time_to_target.json, or time_to_target_registered.json.
 """
 
 import argparse
@@ -26,20 +27,17 @@ import law_runs  # noqa: E402
 
 from c2f_utils import stats  # noqa: E402
 from c2f_utils.errors import C2FError  # noqa: E402
-from c2f_utils.files import read_json, write_json  # noqa: E402
+from c2f_utils.files import read_json, root, write_json  # noqa: E402
 from c2f_utils.report import law_study  # noqa: E402
+from c2f_utils.runs import provenance  # noqa: E402
 from c2f_utils.runs.run import Run  # noqa: E402
 from c2f_utils.runs.stage import Stage, run_folder  # noqa: E402
-from c2f_utils.settings.laws import (
-    Law,  # noqa: E402
-    make_law,
-)
+from c2f_utils.settings.laws import Law, make_law  # noqa: E402
 from c2f_utils.settings.load import load_settings  # noqa: E402
 from c2f_utils.stages.inputs import Inputs  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 PROMPTS, LENGTH, SHARE = 64, 144, 0.95
-EVERY = 2  # iterations between evaluations
 FULL = 17 * PROMPTS * LENGTH  # tokens, of as many iterations as the tiny profile has if every answer is cut
 CONDITION = law_study.Condition(LENGTH)
 LINEAR = Law(name="clock", shape="linear", start=24, maximum=LENGTH, duration=17)
@@ -52,6 +50,18 @@ ARMS = {  # law, and how cut answers are credited
     "linear clock, averaged cut": (LINEAR, "average"),
     "useful, averaged cut": (USEFUL, "average"),
 }
+CLOCKS = {  # of the registered study, all under averaged cuts: the best of them is chosen on the other seeds
+    f"{shape} {duration}, averaged cut": (
+        Law(name="clock", shape=shape, start=24, maximum=LENGTH, duration=duration), "average",
+    )
+    for shape, duration in (("linear", 9), ("linear", 34), ("geometric", 17))
+}  # fmt: skip
+REGISTERED = {
+    "fixed_long": ARMS["fixed_long"],
+    "fixed_long, averaged cut": (ARMS["fixed_long"][0], "average"),
+    **{name: ARMS[name] for name in ("linear clock, averaged cut", "useful, averaged cut")},
+    **CLOCKS,
+}
 
 
 def inputs(run_id: str) -> Inputs:
@@ -61,11 +71,11 @@ def inputs(run_id: str) -> Inputs:
     return Inputs(run)
 
 
-def used(run: dict, target: float) -> tuple[list[int], bool]:
+def used(run: dict, target: float, every: int) -> tuple[list[int], bool]:
     """Limits of the iterations until two evaluations in a row reach `target`, or of all; and whether they did."""
     utility, path = run["curve"]["utility"], run["limits"][:-1]  # the last limit was decided and not used
     pairs = [k for k in range(1, len(utility)) if min(utility[k - 1 : k + 1]) >= target]
-    return (path[: EVERY * pairs[0]], True) if pairs else (path, False)
+    return (path[: every * pairs[0]], True) if pairs else (path, False)
 
 
 def priced(path: list[int], by_limit: dict[str, float]) -> float:
@@ -78,36 +88,40 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", help="run ids, one per seed")
-    parser.add_argument("--out", type=Path, default=RESULTS / "time_to_target.json", help="runs in it are kept")
+    parser.add_argument("--registered", action="store_true", help="arms and evaluations as they were registered")
+    parser.add_argument("--out", type=Path, help="runs in it are kept; default: results/time_to_target*.json")
     parser.add_argument("--speed", type=Path, default=RESULTS / "coarse_speed.json", help="what an iteration takes")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    arms, every, name = (REGISTERED, 1, "_registered") if options.registered else (ARMS, 2, "")
+    options.out = options.out or RESULTS / f"time_to_target{name}.json"
     prices = read_json(options.speed)["rows"]
     if any(part not in row for row in prices for part in ("ours_by_limit", "trl")):
         raise C2FError(
             f"{options.speed} has no seconds by limit, or none of TRL's; run benchmarks/coarse_speed.py --trl PYTHON"
         )
-    content = {"share": SHARE, "runs": read_json(options.out)["runs"] if options.out.exists() else {}}
+    content = {"share": SHARE, "every": every, "code": provenance.code_version(root()), "runs": {}}
+    content["runs"] |= read_json(options.out)["runs"] if options.out.exists() else {}
     for run_id in options.runs:
         if run_id in content["runs"]:
             continue
         models = inputs(run_id)
-        law, cut = ARMS["fixed_long"]
-        long = law_runs.run_one(models, CONDITION, make_law(law), FULL, every=EVERY, changes={"cut": cut})
+        law, cut = arms["fixed_long"]
+        long = law_runs.run_one(models, CONDITION, make_law(law), FULL, every=every, changes={"cut": cut})
         target = SHARE * (long["curve"]["utility"][-1] + long["curve"]["utility"][-2]) / 2  # one alone is noisy
         row = {"target": target}
-        for name, (law, cut) in ARMS.items():
+        for name, (law, cut) in arms.items():
             if name == "fixed_long":
                 found = long
             else:
                 rule = make_law(law)
-                found = law_runs.run_one(models, CONDITION, rule, FULL, every=EVERY, until=target, changes={"cut": cut})
-            path, reached = used(found, target)
+                found = law_runs.run_one(models, CONDITION, rule, FULL, every=every, until=target, changes={"cut": cut})
+            path, reached = used(found, target, every)
             row[name] = {"reached": reached, "limits": path}
         content["runs"][run_id] = row
         write_json(options.out, content)
-        print(run_id, {name: (len(row[name]["limits"]), row[name]["reached"]) for name in ARMS}, flush=True)
-    content["arms"] = {name: compared(content["runs"], name, prices) for name in ARMS}
+        print(run_id, {name: (len(row[name]["limits"]), row[name]["reached"]) for name in arms}, flush=True)
+    content["arms"] = {name: compared(content["runs"], name, prices) for name in arms}
     write_json(options.out, content)
     print(json.dumps(content["arms"], indent=1))
 

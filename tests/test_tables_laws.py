@@ -1,6 +1,7 @@
 """Tables and figures of notebook 09's study: right numbers from made-up runs, and words where there is nothing."""
 
 import json
+import math
 
 import pytest
 
@@ -112,3 +113,28 @@ def test_the_end_of_longer_runs_is_compared_with_one_clock_where_both_ran():
     assert set(table["condition"]) == {"short problems"}
     assert table.loc["useful", "difference"] == pytest.approx(0.05) and table.loc["grow 12 %", "difference"] == 0
     assert tables_laws.last_table({"runs": {}}).empty
+
+
+def test_the_registered_comparisons_pair_seeds_and_choose_the_best_clock_on_the_others():
+    arms = {kind: 1.0 for kind in ("fixed_long", "fixed_long, averaged cut")}
+    arms |= {"linear clock, averaged cut": 0.5, "useful, averaged cut": 0.4, "linear 9, averaged cut": 0.45}
+    runs = {
+        f"laws-{seed}": {
+            arm: {"reached": seed < 4, "limits": [round(1000 * share * (1 + 0.01 * (seed * len(arm) % 7)))]}
+            for arm, share in arms.items()
+        }
+        for seed in range(5)
+    }
+    # On its own seed the slow clock is best once; chosen on the others it is not.
+    runs["laws-0"]["linear clock, averaged cut"]["limits"] = [100]
+    frame = tables_laws.registered_table({"runs": runs, "arms": arms}).set_index(["arm", "against"])
+    best = frame.loc[("useful, averaged cut", "best clock of the other seeds")]
+    spent = {arm: [math.log(sum(run[arm]["limits"])) for run in runs.values()] for arm in arms}
+    others = ["linear 9, averaged cut"] + ["linear clock, averaged cut"] * 4
+    gaps = [spent["useful, averaged cut"][i] - spent[clock][i] for i, clock in enumerate(others)]
+    assert best["tokens"] == pytest.approx(math.exp(sum(gaps) / 5)) and best["seeds"] == 5 and best["missed"] == 1
+    primary = frame[frame["kind"] == "primary"]
+    assert len(primary) == 3 and (primary["p_holm"] >= primary["p"]).all()
+    assert frame[frame["kind"] == "secondary"]["p_holm"].isna().all()
+    clear = frame.loc[("useful, averaged cut", "fixed_long")]
+    assert clear["tokens"] == pytest.approx(0.4, rel=0.1) and clear["tokens high"] < 1 and clear["p_holm"] < 0.001

@@ -4,6 +4,7 @@ Inputs: stage 04 (its results and metrics), or the content of a study's JSON, {"
 Outputs: DataFrames with the interval over seeds beside every mean; one seed gives no interval.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -177,6 +178,43 @@ def equal_quality_table(study: dict, threads: int = 2) -> pd.DataFrame:
         row |= {"law": law.value, "law low": law.low, "law high": law.high, "in all": found[clock]["times_less"]}
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def registered_table(study: dict) -> pd.DataFrame:
+    """The comparisons of `benchmarks/preregistered/time_to_target.md` on its results: ratios of tokens over seeds.
+
+    Primary ones carry Holm's p. The best clock of a seed is the one of the lowest mean log tokens on the other seeds.
+    """
+    spent = {
+        arm: {run: math.log(sum(row[arm]["limits"])) for run, row in study["runs"].items()} for arm in study["arms"]
+    }
+    clocks = [arm for arm in spent if arm.split()[0] in ("linear", "geometric")]
+    spent["best clock of the other seeds"] = {}
+    for run in study["runs"]:
+        means = {arm: np.mean([value for other, value in spent[arm].items() if other != run]) for arm in clocks}
+        spent["best clock of the other seeds"][run] = spent[min(means, key=means.get)][run]
+    rows = []
+    for kind, arm, against in _REGISTERED:
+        gaps = [spent[arm][run] - spent[against][run] for run in study["runs"]]
+        found = stats.seed_interval(gaps)
+        row = {"kind": kind, "arm": arm, "against": against, "tokens": math.exp(found.value)}
+        row |= {"tokens low": math.exp(found.low), "tokens high": math.exp(found.high), "p": stats.t_test(gaps)}
+        rows.append(row | {"seeds": found.n, "missed": sum(not row[arm]["reached"] for row in study["runs"].values())})
+    primary = [row for row in rows if row["kind"] == "primary"]
+    for row, p in zip(primary, stats.holm([row["p"] for row in primary]), strict=True):
+        row["p_holm"] = p
+    return pd.DataFrame(rows)
+
+
+_LINEAR, _USEFUL = "linear clock, averaged cut", "useful, averaged cut"
+_REGISTERED = (
+    ("primary", _LINEAR, "fixed_long"),
+    ("primary", _USEFUL, "fixed_long"),
+    ("primary", _USEFUL, _LINEAR),
+    ("secondary", _LINEAR, "fixed_long, averaged cut"),
+    ("secondary", _USEFUL, "fixed_long, averaged cut"),
+    ("secondary", _USEFUL, "best clock of the other seeds"),
+)
 
 
 def last_table(study: dict, against: str = "grow 12 %") -> pd.DataFrame:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -91,3 +92,23 @@ def check_samples(path: Path, models: set[str], checker: bool = True) -> list[di
 def timestamps(run: Path) -> dict[str, int]:
     """When each result was last written, ns."""
     return {str(path.relative_to(run)): path.stat().st_mtime_ns for path in run.glob("*/results.json")}
+
+
+def evaluation_beside(finished: Path, tmp_path: Path, monkeypatch):
+    """A function that begins stage 07 of a run of its own beside a finished one, under changed settings, and returns
+    the run and its inputs."""
+    from c2f_utils.runs.run import Run
+    from c2f_utils.settings.load import load_settings
+    from c2f_utils.stages.inputs import Inputs
+
+    (tmp_path / "runs").mkdir()
+    shutil.copytree(finished, tmp_path / "runs" / "smoke")
+    monkeypatch.setenv("C2F_OUTPUTS", str(tmp_path / "runs"))
+
+    def begun(overrides: dict) -> tuple:
+        run = Run(load_settings("smoke", overrides=overrides, run_id="mine"))
+        run.here = run.stage("07_evaluation")
+        run.here.begin(run.inputs("07_evaluation")[0], overwrite=True)
+        return run, Inputs(run)
+
+    return begun

@@ -2,18 +2,17 @@
 
 import copy
 import json
-import shutil
 import sys
 
 import pytest
 from fake_results import fake_run
+from finished_runs import evaluation_beside
 
 from c2f_utils.errors import C2FError, Stopped
 from c2f_utils.files import read_json, read_jsonl, write_json
 from c2f_utils.measure import judges as measured
 from c2f_utils.measure.dialogues import read_answers, read_pair_judgements, read_questions
 from c2f_utils.report import tables_dialogue, typeset
-from c2f_utils.runs.run import Run
 from c2f_utils.settings.config import Settings
 from c2f_utils.settings.load import load_settings
 from c2f_utils.stages import data
@@ -26,16 +25,10 @@ OWN = ["one turn", "two turns"]
 @pytest.fixture
 def asked(smoke_run, tmp_path, monkeypatch):
     """A function that has three models of the finished run answer dialogues in a run of its own."""
-    (tmp_path / "runs").mkdir()
-    shutil.copytree(smoke_run, tmp_path / "runs" / "smoke")
-    monkeypatch.setenv("C2F_OUTPUTS", str(tmp_path / "runs"))
+    begun = evaluation_beside(smoke_run, tmp_path, monkeypatch)
 
     def ask(**overrides) -> Dialogues:
-        changed = {f"judge.{key}": value for key, value in overrides.items()}
-        run = Run(load_settings("smoke", overrides=changed, run_id="mine"))
-        run.here = run.stage("07_evaluation")
-        run.here.begin(run.inputs("07_evaluation")[0], overwrite=True)
-        inputs = Inputs(run)
+        run, inputs = begun({f"judge.{key}": value for key, value in overrides.items()})
         part = Dialogues(run, inputs)
         for name, model in (("base", inputs.base()), ("fine", inputs.instruct()), ("fine_forced", None)):
             part.add(name, model, "raw")

@@ -1,20 +1,18 @@
 """Requests that should be refused: found in words, judged by who reads text, and weighed against helpfulness."""
 
 import json
-import shutil
 
 import pytest
 from fake_results import fake_run
+from finished_runs import evaluation_beside
 
 from c2f_utils.errors import C2FError
 from c2f_utils.files import read_jsonl
 from c2f_utils.measure import judge_prompts, refused_requests
 from c2f_utils.measure.judges import Case, Opinion, Question, Verdicts
 from c2f_utils.report import figures_retention, tables_safety, typeset
-from c2f_utils.runs.run import Run
 from c2f_utils.settings.load import load_settings
 from c2f_utils.stages import judge_of_run
-from c2f_utils.stages.inputs import Inputs
 from c2f_utils.stages.safety import Requests, read_requests
 
 
@@ -103,17 +101,12 @@ def test_a_judge_reads_request_and_answer_and_says_a_letter():
 @pytest.fixture
 def part(smoke_run, tmp_path, monkeypatch):
     """The part of 07 in a run of its own, and the models of a finished run."""
-    (tmp_path / "runs").mkdir()
-    shutil.copytree(smoke_run, tmp_path / "runs" / "smoke")
-    monkeypatch.setenv("C2F_OUTPUTS", str(tmp_path / "runs"))
+    begun = evaluation_beside(smoke_run, tmp_path, monkeypatch)
     (tmp_path / "requests.txt").write_text("ann has 3 eggs .\n\nhow many ?\n\nbob has 4 pens .")
 
     def make(**overrides) -> Requests:
         given = {"safety.requests": str(tmp_path / "requests.txt"), "safety.prompts": 2} | overrides
-        run = Run(load_settings("smoke", overrides=given, run_id="mine"))
-        run.here = run.stage("07_evaluation")
-        run.here.begin(run.inputs("07_evaluation")[0], overwrite=True)
-        inputs = Inputs(run)
+        run, inputs = begun(given)
         found = Requests(run, inputs)
         for name, model in (("instruct", inputs.instruct()), ("coarse", inputs.coarse()), ("base_forced", None)):
             found.add(name, model, "raw")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from c2f_utils import weights
 from c2f_utils.errors import C2FError
+from c2f_utils.settings.config import trained_controls
 
 if TYPE_CHECKING:
     from c2f_utils.settings.config import Settings
@@ -47,8 +48,8 @@ def _of_stage(stage: str, settings: "Settings", count: float) -> float:
         return laws * (len(schedules.study_seeds) if settings.study else 1) * training
     if stage == "06_residue_merging":
         merge = settings.merge
-        whole = [name for name in merge.controls if name != "ppo_instruct"]
-        controls = (1 + len(whole)) * kept + training * ("ppo_instruct" in merge.controls)
+        trained = len(trained_controls(merge.controls))
+        controls = (1 + len(merge.controls)) * kept + training * trained
         scratch = count * _BYTES["float32"] if "roundings" in merge.sections else 0.0
         return count * _BYTES.get(merge.out_dtype, _BYTES[models.dtype]) + max(scratch, controls)
     return 0.0

@@ -11,11 +11,13 @@ from test_kill_resume import Killed, begin, parents
 from c2f_utils.errors import C2FError, Stopped
 from c2f_utils.report import contents
 from c2f_utils.report.tables_rivals import rivals_table
+from c2f_utils.runs import disk, work
 from c2f_utils.settings.config import TRAINED_CONTROLS
 from c2f_utils.settings.load import load_settings
 from c2f_utils.stages import evaluation
 from c2f_utils.stages.residue_merging import Merging
 
+SPEEDS = work.Speeds(generated=100.0, read=1000.0, prompt_tokens=30.0, pair_tokens=200.0)
 BEFORE = ("01_base_model", "02_reward_model", "03_coarse_rlhf", "04_length_schedules", "05_instruction_model")
 RIVALS = (
     "ppo_instruct_tokens", "parallel_average", "distilled", "distilled_merge", "shortest_correct", "filtered_sft",
@@ -68,6 +70,18 @@ def test_the_table_adds_up_what_a_model_took_with_what_must_be_there_first(tmp_p
     ]  # fmt: skip
     shown = [frame.loc["PPO on instruct", f"fine minus it, accuracy, last{end}"] for end in ("", ", low", ", high")]
     assert shown == [mine[key] for key in ("difference", "low", "high")]
+
+
+def test_the_estimates_of_time_and_disk_know_the_rivals():
+    def of(*controls: str):
+        settings = load_settings("tiny", overrides={"merge.controls": list(controls)})
+        return work.of_stage("06_residue_merging", settings, SPEEDS), disk.needed("06_residue_merging", settings)
+
+    (plain, kept), (rl, trained), (both, merged) = of(), of("ppo_instruct"), of("ppo_instruct", "distilled_merge")
+    assert of("distilled")[0] == rl and rl.generated > plain.generated and trained > kept
+    grid = of("coarse_interpolation")[0].generated - plain.generated
+    assert both.generated - rl.generated == grid + rl.generated - plain.generated
+    assert merged - trained > trained - kept, "a training, and a merge beside it"
 
 
 def change(path, **fields) -> None:

@@ -31,8 +31,8 @@ _FIRST = {
 }  # fmt: skip
 # Timers of 06 beside those of the control's own name: what two controls share counts for each.
 _TIMERS = {
-    "fine": ("sweep",), "distilled_merge": ("distilled",), "shortest_correct": ("coarse_answers",),
-    "filtered_sft": ("coarse_answers",),
+    "fine": ("sweep",), "one_coefficient": ("sweep",), "random_residue": ("sweep",), "best_recipe": ("sweep", "sweeps"),
+    "distilled_merge": ("distilled",), "shortest_correct": ("coarse_answers",), "filtered_sft": ("coarse_answers",),
 }  # fmt: skip
 
 

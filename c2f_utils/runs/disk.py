@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from c2f_utils import weights
 from c2f_utils.errors import C2FError
-from c2f_utils.settings.config import trained_controls
+from c2f_utils.settings.config import TRAINED_CONTROLS, trained_controls
 
 if TYPE_CHECKING:
     from c2f_utils.settings.config import Settings
@@ -48,8 +48,8 @@ def _of_stage(stage: str, settings: "Settings", count: float) -> float:
         return laws * (len(schedules.study_seeds) if settings.study else 1) * training
     if stage == "06_residue_merging":
         merge = settings.merge
-        trained = len(trained_controls(merge.controls))
-        controls = (1 + len(merge.controls)) * kept + training * trained
+        merges = {*merge.controls} - {*TRAINED_CONTROLS}
+        controls = (1 + len(merges)) * kept + training * len(trained_controls(merge.controls))
         scratch = count * _BYTES["float32"] if "roundings" in merge.sections else 0.0
         return count * _BYTES.get(merge.out_dtype, _BYTES[models.dtype]) + max(scratch, controls)
     return 0.0

@@ -76,9 +76,11 @@ def distilled(run: Run, bench: Bench) -> tuple[nn.Module, dict]:
 
 def distilled_merge(run: Run, bench: Bench) -> tuple[nn.Module, dict]:
     """The residue merged into the distilled model: distilled + c (coarse - base)."""
+    note = "distilled + c (coarse - base), c chosen on the same grid by the same score; distilled at equal iterations"
     process = _student(run, bench)
-    actor = process.policy.actor
+    actor, spent = process.policy.actor, _cost(process, note)
     student = state_of(actor.merge_and_unload() if hasattr(actor, "merge_and_unload") else actor)
+    del process, actor  # teacher, reference and critic must not stand beside the merges
     merger = merge.Merger(bench.states["base"], student, bench.states["coarse"], loading.device(run.settings.models))
 
     def merged(c: float) -> nn.Module:
@@ -91,8 +93,7 @@ def distilled_merge(run: Run, bench: Bench) -> tuple[nn.Module, dict]:
             for c in grid
         ]
     chosen = max(sweep, key=lambda row: row["score"])["coefficient"]
-    note = "distilled + c (coarse - base), c chosen on the same grid by the same score; distilled at equal iterations"
-    return merged(chosen), {"coefficient": chosen, "sweep": sweep} | _cost(process, note)
+    return merged(chosen), {"coefficient": chosen, "sweep": sweep} | spent
 
 
 def shortest_correct(run: Run, bench: Bench) -> tuple[nn.Module, dict]:
@@ -114,7 +115,7 @@ def filtered_sft(run: Run, bench: Bench) -> tuple[nn.Module, dict]:
         for prompt, answers in found
         for answer in stated.right_to_the_last(prompt.problem, answers)
     ]
-    what = f"all of {ANSWERS * len(found)} coarse answers that are right, as they are up to their last stated answer"
+    what = f"those of {ANSWERS * len(found)} coarse answers that are right, as they are up to their last stated answer"
     return _fine_tuned(run, bench, "filtered_sft", chosen, what, found)
 
 

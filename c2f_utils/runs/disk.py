@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from c2f_utils import weights
 from c2f_utils.errors import C2FError
-from c2f_utils.settings.config import TRAINED_CONTROLS, trained_controls
 
 if TYPE_CHECKING:
     from c2f_utils.settings.config import Settings
@@ -47,6 +46,8 @@ def _of_stage(stage: str, settings: "Settings", count: float) -> float:
         laws = len(schedules.laws) + settings.study * (len(schedules.study_laws) + len(schedules.critic_free))
         return laws * (len(schedules.study_seeds) if settings.study else 1) * training
     if stage == "06_residue_merging":
+        from c2f_utils.settings.config import TRAINED_CONTROLS, trained_controls  # a list of runs needs no pydantic
+
         merge = settings.merge
         merges = {*merge.controls} - {*TRAINED_CONTROLS}
         controls = (1 + len(merges)) * kept + training * len(trained_controls(merge.controls))

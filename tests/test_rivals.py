@@ -4,11 +4,14 @@ and set beside the merge with what they cost."""
 import json
 
 import pytest
+import torch
 from fake_results import fake_run
 from finished_runs import results, rows
 from test_kill_resume import Killed, begin, parents
 
+from c2f_utils.domain import stated, stories
 from c2f_utils.errors import C2FError, Stopped
+from c2f_utils.models import instruct, loading
 from c2f_utils.report import contents
 from c2f_utils.report.tables_rivals import rivals_table
 from c2f_utils.runs import disk, work
@@ -102,6 +105,9 @@ def test_all_rivals_are_made_kept_through_a_kill_and_a_stop_and_evaluated(smoke_
     asked = {"merge__controls": list(RIVALS), "merge__sections": [], "merge__other_operators": []}
     for kind in ("whole", "broken"):
         parents(smoke_run, tmp_path / kind, *BEFORE)
+    # Nothing is learnt on smoke: of one control any answer counts as right, of the other none.
+    monkeypatch.setattr(stated, "shortest_right", lambda problem, answers: [*answers[0][:5], stories.EOS])
+    monkeypatch.setattr(stated, "right_to_the_last", lambda problem, answers: [])
     monkeypatch.setenv("C2F_OUTPUTS", str(tmp_path / "broken"))
     run = begin("06_residue_merging", **asked)
     log = run.here.log
@@ -124,6 +130,13 @@ def test_all_rivals_are_made_kept_through_a_kill_and_a_stop_and_evaluated(smoke_
         with pytest.raises(Stopped, match="stopped after iteration 1 of 3; run again to continue"):
             Merging(run).finish()
         assert run.here.state() == "stopped"
+    run, fine_tune = begin("06_residue_merging", **asked), instruct.fine_tune
+    monkeypatch.setattr(
+        instruct, "fine_tune", lambda *given, **named: (run.here.dir / "STOP").touch() or fine_tune(*given, **named)
+    )
+    with pytest.raises(Stopped, match="shortest_correct: stopped after step 1 of 12; run again to continue"):
+        Merging(run).finish()
+    monkeypatch.setattr(instruct, "fine_tune", fine_tune)
     run = begin("06_residue_merging", **asked)
     Merging(run).finish()
     run.here.finish()
@@ -148,6 +161,12 @@ def test_all_rivals_are_made_kept_through_a_kill_and_a_stop_and_evaluated(smoke_
     once = [row["rollout_tokens"] for row in logged if row["control"] == "ppo_instruct_tokens"]
     assert once[-2] < coarse["rollout_tokens"] <= once[-1] == found["ppo_instruct_tokens"]["rollout_tokens"]
     assert found["parallel_average"]["sft_tokens"] > 0 == found["distilled"]["sft_tokens"]
+    assert found["shortest_correct"]["sft_tokens"] > 0 == found["filtered_sft"]["sft_tokens"]
+    made, given = (
+        dict(loading.stored(run.dir / folder))
+        for folder in ("06_residue_merging/controls/filtered_sft", "05_instruction_model/model")
+    )
+    assert all(torch.equal(made[name], given[name]) for name in given), "without right answers instruct stays as it is"
 
     run = begin("07_evaluation", **asked)
     measured = evaluation.make(run)

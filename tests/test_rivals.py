@@ -57,8 +57,8 @@ def test_the_table_adds_up_what_a_model_took_with_what_must_be_there_first(tmp_p
     change(run / "06_residue_merging" / "results.json", controls=said)
     models = json.loads((run / "07_evaluation" / "results.json").read_text())["models"]
     models["shortest_correct"] = {**models["interpolation"], "label": "short"}
-    models["fine"]["sampled_t1"]["by_kind"] = {"stories": {"accuracy_last": 0.5}, "riddles": {"accuracy_last": 0.25}}
-    change(run / "07_evaluation" / "results.json", models=models)
+    kinds = {"stories": {"accuracy_last": 0.5}, "riddles": {"accuracy_last": 0.25}}
+    change(run / "07_evaluation" / "results.json", models=models, by_kind={"fine": {"sampled_t1": kinds}})
     frame = rivals_table(run / "07_evaluation").set_index("model")
     cost = frame[["rl_tokens", "sft_tokens", "iterations", "seconds"]].astype(object)
     assert cost.loc["Fine Actor"].tolist() == [200, 5000, 2, 2 + 3 + 7]

@@ -16,7 +16,8 @@ from c2f_utils.report.typeset import heading
 STAGE = "07_evaluation"
 CAPTION = (
     "The merge beside its rivals: worth, cost and paired differences. Tokens and seconds are of all training beyond "
-    "base and reward model; seconds are of this machine, and RL counts without evaluations."
+    "base and reward model; RL tokens are those generated in training, SFT tokens those trained on, prompts "
+    "included; seconds are of this machine, and RL counts without evaluations."
 )
 _SHOWN = ("accuracy_last", "utility", "mean_tokens", "eos_rate")
 _PAIRED = ("accuracy_last", "utility")
@@ -49,7 +50,8 @@ def rivals_table(source: object) -> pd.DataFrame:
     rows, kinds = [], {}
     for model in model_rows(results, decoding):
         row = {"model": model["label"]} | {name: model.get(name) for name in _SHOWN}
-        mine = {f"accuracy, {kind}": each.get("accuracy_last") for kind, each in (model.get("by_kind") or {}).items()}
+        by_kind = (results.get("by_kind") or {}).get(model["model"], {}).get(decoding) or {}
+        mine = {f"accuracy, {kind}": each.get("accuracy_last") for kind, each in by_kind.items()}
         kinds |= dict.fromkeys(mine)
         name = model["model"].split("_")[0] if model["role"] == "other form" else model["model"]
         row |= mine | _cost(stages, name)

@@ -26,6 +26,7 @@ from c2f_utils.settings.laws import Law, make_law
 from c2f_utils.stages import coarse_rlhf
 from c2f_utils.stages.bench import Bench, state_of
 
+PACE = 2.0  # a mean of two steps is half of each: twice the learning rates of 03 and 05 keep either side's pace
 ANSWERS = 8  # of the Coarse Actor to each prompt, of which the shortest right one is learnt from
 
 
@@ -51,15 +52,18 @@ def ppo_tokens(run: Run, bench: Bench) -> tuple[nn.Module, dict]:
 def parallel_average(run: Run, bench: Bench) -> tuple[nn.Module, dict]:
     """RL and SFT from the base, averaged step by step (`coarse/parallel.py`)."""
     settings, name = run.settings, "parallel_average"
+    coarse, sft = settings.coarse, settings.instruct
     updates = partial(
-        ParallelUpdates, examples=instruct.examples(settings), learning_rate=settings.instruct.learning_rate,
+        ParallelUpdates, examples=instruct.examples(settings), learning_rate=PACE * sft.learning_rate,
         pad_id=bench.inputs.tokenizer.pad_token_id, seed=settings.seed,
     )  # fmt: skip
-    process = _trainer(run, bench, name, make=partial(CoarseTrainer, updates=updates))
+    config = coarse.model_copy(update={"actor_learning_rate": PACE * coarse.actor_learning_rate})
+    process = _trainer(run, bench, name, config=config, make=partial(CoarseTrainer, updates=updates))
     _train(run, process, name, "RL and SFT averaged")
     note = (
-        "from the base, every optimiser step is the mean of one of RL and one of SFT, each with its own Adam; equal "
-        "iterations, and the instruction model's examples once over; our reading of arXiv 2606.04272"
+        "from the base, every optimiser step is the mean of one of RL and one of SFT, each with its own Adam and twice "
+        "its usual learning rate; equal iterations, and the instruction model's examples once over; our reading of "
+        "arXiv 2606.04272"
     )
     return process.policy.actor, _cost(process, note, process.updates.sft_tokens)
 

@@ -79,11 +79,12 @@ class ActorCritic(nn.Module):
 
     def reference_logps(self, batch: Batch, temperature: float = 1.0) -> Tensor:
         """Log-probabilities [N] under the frozen base policy, at the same temperature."""
-        with self._reference() as reference:
+        with self.reference() as reference:
             return self.head.score(reference, batch, temperature)
 
     @contextmanager
-    def _reference(self) -> Iterator[nn.Module]:
+    def reference(self) -> Iterator[nn.Module]:
+        """Inside the block the frozen policy that training started from; of adapters the model without them."""
         if self._frozen:
             yield self._frozen[0]
         else:

@@ -74,6 +74,13 @@ class Head:
         hidden = last_states(trunk_of(model), batch)[batch.rows, batch.columns]
         return self.logps(model, hidden, batch.targets, temperature)[0]
 
+    def distribution(self, model: nn.Module, batch: Batch, temperature: float = 1.0) -> Tensor:
+        """Log-probabilities [N, V] of every word at every answer token, with gradients; all of them exist at once, so
+        this is for small vocabularies."""
+        hidden = last_states(trunk_of(model), batch)[batch.rows, batch.columns]
+        logits = self._logits(unwrapped(model), hidden)
+        return (logits.float() / temperature).log_softmax(-1)
+
     def logps(self, model: nn.Module, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropies [N] (nats, float32) of `targets` after last states [N, H]."""
         if self.plain:

@@ -43,8 +43,8 @@ class CoarseTrainer:
 
     `reward` is any callable from samples to [B] rewards; if it has `prefix_scores`, laws may use the tail return.
     `evaluate(actor)` gives a metrics dictionary at a fixed limit. `folder` receives checkpoints; a trainer built on
-    a folder with checkpoints continues. `ranks` are the processes that share the work. Raises C2FError before
-    training for impossible work (`refusals.py`).
+    a folder with checkpoints continues. `ranks` are the processes that share the work, `updates` makes the optimiser.
+    Raises C2FError before training for impossible work (`refusals.py`).
     """
 
     def __init__(
@@ -62,6 +62,7 @@ class CoarseTrainer:
         evaluate: Callable[[nn.Module], dict] | None = None,
         stop: Callable[[], bool] = lambda: False,
         ranks: Ranks | None = None,
+        updates: Callable[[ActorCritic, Coarse, Ranks], Updates] = Updates,
     ):
         self.policy, self.reward, self.sampler, self.prompts = policy, reward, sampler, list(prompts)
         self.law, self.config, self.seed, self.pad_id, self.folder = law, config, seed, pad_id, folder
@@ -79,7 +80,7 @@ class CoarseTrainer:
         self.device = policy.critic.head.weight.device
         self.ranks.start_equal(policy)
         self.budget = TokenBudget(config.tokens_per_micro_batch, self.ranks)
-        self.updates = Updates(policy, config, self.ranks)
+        self.updates = updates(policy, config, self.ranks)
         if folder is not None and (found := checkpoints.whole(folder)):
             self.load_state_dict(checkpoints.load(found), found)
         longest = max(len(p.ids) for p in self.prompts) + law.largest

@@ -5,7 +5,7 @@ Question: what does the Coarse Actor's residue get merged into? Two thirds of th
 third worked ones: the model must know that worked answers end, or the merge is a mere mixture of its parents.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch import nn
@@ -13,6 +13,8 @@ from torch import nn
 from c2f_utils.models.library_trainers import arguments, quiet
 from c2f_utils.models.loading import device, disable_dropout, load_causal
 from c2f_utils.settings.config import Settings
+
+Example = tuple[list[int], list[int]]  # token ids of a prompt and of its answer
 
 
 def train(
@@ -23,8 +25,34 @@ def train(
     folder: Path | None = None,
     **watch: Callable,
 ) -> tuple[nn.Module, int]:
-    """Fine-tune the base model at `source`; the loss counts answer tokens only. Returns the model and the number of
-    examples.
+    """Fine-tune the base model at `source` on the domain's instructions, once over; returns the model and the number
+    of examples. `watch` is that of `fine_tune`."""
+    given = examples(settings)
+    return fine_tune(
+        source, tokenizer, settings, given, settings.instruct.examples_per_step, log, folder, **watch
+    ), len(given)
+
+
+def examples(settings: Settings) -> list[Example]:
+    """The concise examples that the embedded instruction model is made from."""
+    config = settings.instruct
+    return list(settings.data.generator.instructions(config.tokens, config.worked_share, settings.seed))
+
+
+def fine_tune(
+    source: str | Path,
+    tokenizer,
+    settings: Settings,
+    examples: Sequence[Example],
+    per_step: int,
+    log=lambda row: None,
+    folder: Path | None = None,
+    *,
+    passes: int = 1,
+    what: str = "instruction model",
+    **watch: Callable,
+) -> nn.Module:
+    """Fine-tune the model at `source` on examples, `per_step` at a time; the loss counts answer tokens only.
 
     `folder` holds its checkpoints, from the newest of which it continues; `watch` may hold `stop` and `progress` of
     `course.run`. Raises Stopped on request.
@@ -34,24 +62,22 @@ def train(
 
     from c2f_utils.models import course
 
-    config = settings.instruct
-    examples = list(settings.data.generator.instructions(config.tokens, config.worked_share, settings.seed))
     dataset = Dataset.from_dict(
         {
-            "input_ids": [prompt + answer for prompt, answer in examples],
+            "input_ids": [[*prompt, *answer] for prompt, answer in examples],
             "labels": [[-100] * len(prompt) + answer for prompt, answer in examples],
         }
     )
     model = load_causal(source, settings.models)
-    steps = -(-len(examples) // config.examples_per_step)
+    steps = passes * -(-len(examples) // per_step)
     options = SFTConfig(
         **arguments(steps, settings.seed, device(settings.models).type == "cpu", folder or "."),
-        per_device_train_batch_size=config.examples_per_step,
-        learning_rate=config.learning_rate,
+        per_device_train_batch_size=per_step,
+        learning_rate=settings.instruct.learning_rate,
         activation_checkpointing=False,
     )
     with quiet():
         trainer = SFTTrainer(model=model, args=options, train_dataset=dataset, processing_class=tokenizer)
         disable_dropout(trainer.model)
-        course.run(trainer, "instruction model", log, folder, **watch)
-    return trainer.model.eval(), len(examples)
+        course.run(trainer, what, log, folder, **watch)
+    return trainer.model.eval()

@@ -190,7 +190,7 @@ class _Builder:
             doc.bullets([f"Alarm while running: {alarm}" for alarm in status["alarms"]])
         doc.bullets(self._words(name))
         self._figures(name, first=False)
-        for key, make, caption in contents.tables_of(name, self.results[name]):
+        for key, make, caption in contents.tables_of(name, self.results[name], self.stages[name]):
             self._table(f"{name[:2]}_{key}", make, caption)
         facts = sources.facts_table(self.results[name])
         if len(facts):

@@ -21,6 +21,7 @@ from c2f_utils.report import (
     tables_dialogue,
     tables_label_free,
     tables_retention,
+    tables_rivals,
     tables_safety,
     tables_tasks,
 )
@@ -93,8 +94,8 @@ def summary_of(found: dict) -> pd.DataFrame:
     return against.with_intervals(tables.model_table(found, decoding)[list(SUMMARY)], found, decoding)
 
 
-def tables_of(name: str, found: dict) -> Made:
-    """The tables of a stage with these results."""
+def tables_of(name: str, found: dict, place: Path | None = None) -> Made:
+    """The tables of a stage with these results; what models cost stands in the stages beside its `place`."""
     match name:
         case "04_length_schedules":
             return [("laws", lambda: tables.law_table(found), "Every law and seed at the end of training.")]
@@ -119,6 +120,7 @@ def tables_of(name: str, found: dict) -> Made:
             return [
                 *gate.of_report(found),
                 *made,
+                ("rivals", lambda: tables_rivals.rivals_table(place or found), tables_rivals.CAPTION),
                 ("paired", lambda: tables.paired_table(found), "Paired differences over prompts (a minus b)."),
                 ("prefix_redundancy", lambda: tables.prefix_table(found), "Repeated 4-grams at fixed prefixes."),
                 *tables_tasks.of_report(found),

@@ -25,7 +25,8 @@ _SIZE, _GAP, _WORDS = 8.5, 6.0, 110.0  # points per em of cmr10 at 8 pt, between
 _HEADINGS = {
     "p_holm": "p (Holm)", "of_fixed_long": "of fixed-long's tokens", "agnostic": "reads no signal", "rep2": "rep-2",
     "rep3": "rep-3", "distinct1": "distinct-1", "self_bleu": "self-BLEU", "sentence_bleu": "sentence BLEU",
-    "length_ratio": "length ratio", "detectable": "smallest detectable",
+    "length_ratio": "length ratio", "detectable": "smallest detectable", "rl_tokens": "RL tokens",
+    "sft_tokens": "SFT tokens",
 }  # fmt: skip
 _AS_THEY_ARE = ("coefficient", "share", "level")
 _WHOLE = ("n", "seed", "seeds", "threads", "layer", "prefix", "k")

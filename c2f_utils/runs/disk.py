@@ -46,9 +46,11 @@ def _of_stage(stage: str, settings: "Settings", count: float) -> float:
         laws = len(schedules.laws) + settings.study * (len(schedules.study_laws) + len(schedules.critic_free))
         return laws * (len(schedules.study_seeds) if settings.study else 1) * training
     if stage == "06_residue_merging":
+        from c2f_utils.settings.config import TRAINED_CONTROLS, trained_controls  # a list of runs needs no pydantic
+
         merge = settings.merge
-        whole = [name for name in merge.controls if name != "ppo_instruct"]
-        controls = (1 + len(whole)) * kept + training * ("ppo_instruct" in merge.controls)
+        merges = {*merge.controls} - {*TRAINED_CONTROLS}
+        controls = (1 + len(merges)) * kept + training * len(trained_controls(merge.controls))
         scratch = count * _BYTES["float32"] if "roundings" in merge.sections else 0.0
         return count * _BYTES.get(merge.out_dtype, _BYTES[models.dtype]) + max(scratch, controls)
     return 0.0

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from c2f_utils.errors import C2FError
 from c2f_utils.files import read_json, write_json
-from c2f_utils.settings.config import PAIR_ANSWER_TOKENS, Coarse, Settings
+from c2f_utils.settings.config import PAIR_ANSWER_TOKENS, Coarse, Settings, trained_controls
 from c2f_utils.settings.laws import Law, make_law
 from c2f_utils.settings.task_suites import wanted
 
@@ -132,14 +132,14 @@ def _merging(settings: Settings, speeds: Speeds) -> Work:
     parts = 2 * (4 + 3)  # with and without each of four blocks of layers and three kinds of module
     rounds = {"layers": parts, "depths": 4, "averages": 4, "roundings": 3, "proxies": 0, "label_free": 3 * grid}
     rounds = sum(count for name, count in rounds.items() if name in sections) + grid * (1 + len(merge.other_operators))
-    controls = dict.fromkeys(("interpolation", "coarse_interpolation", "fixed_long_residue"), grid)
+    controls = dict.fromkeys(("interpolation", "coarse_interpolation", "fixed_long_residue", "distilled_merge"), grid)
     rounds += sum((controls | {"random_residue": 1}).get(c, 0) for c in merge.controls)
     rounds += 1 + 3 + 1  # the reference of all differences, the parents, the Fine Actor
     each = settings.data.validation_prompts, settings.evaluation.max_tokens, speeds
     total = _answered(*each) * rounds + _answered(*each, models=3) * (2 * ("proxies" in sections))
-    if "ppo_instruct" in merge.controls:
-        total += _rlhf(settings, settings.coarse, settings.coarse.law, speeds, evaluated=False)
-    return total
+    # Those that sample as many tokens as RLHF, and less is read of them, count as RLHF.
+    trained = len(trained_controls(merge.controls))
+    return total + _rlhf(settings, settings.coarse, settings.coarse.law, speeds, evaluated=False) * trained
 
 
 def _evaluation(settings: Settings, speeds: Speeds) -> Work:

@@ -42,7 +42,20 @@ _DECIDES = {
     "09_studies": (),
 }
 
+# Controls that go on training, in the form in which the base is prompted; the others are merges.
+TRAINED_CONTROLS = (
+    "ppo_instruct", "ppo_instruct_tokens", "parallel_average", "distilled", "shortest_correct", "filtered_sft",
+)  # fmt: skip
+# Of all controls those that need problems with known answers, or the embedded domain's instructions.
+_EMBEDDED_CONTROLS = ("parallel_average", "distilled", "distilled_merge", "shortest_correct", "filtered_sft")
+
 PAIR_ANSWER_TOKENS = 144  # embedded domain: longest answer of a preference pair
+
+
+def trained_controls(controls: list[str]) -> set[str]:
+    """Which trainings a choice of controls asks for; a merge into the distilled model asks for that model's."""
+    merged = {"distilled"} if "distilled_merge" in controls else set()
+    return merged | set(TRAINED_CONTROLS).intersection(controls)
 
 
 class Lora(Section):
@@ -192,8 +205,16 @@ class Merge(Section):
         "coefficient would be chosen without a checker",
     )
     controls: list[
-        Literal["interpolation", "coarse_interpolation", "random_residue", "ppo_instruct", "fixed_long_residue"]
-    ] = ["interpolation", "random_residue", "ppo_instruct", "fixed_long_residue"]
+        Literal[
+            "interpolation", "coarse_interpolation", "random_residue", "fixed_long_residue", "ppo_instruct",
+            "ppo_instruct_tokens", "parallel_average", "distilled", "distilled_merge", "shortest_correct",
+            "filtered_sft",
+        ]
+    ] = Field(
+        ["interpolation", "random_residue", "ppo_instruct", "fixed_long_residue"],
+        description="simpler merges and the field's rivals, measured beside the merge in 07; notebook 06 says what "
+        "each is",
+    )  # fmt: skip
 
 
 class Evaluation(Section):
@@ -271,6 +292,12 @@ class Settings(Section):
                     "profile mistral_7b or small_gpu, or set data.source to 'preferences' and name models.base and "
                     "models.instruct"
                 )
+        found += [
+            f"merge.controls names {name!r}, which needs the embedded domain's problems and instructions (nobody knows "
+            "elsewhere what is right and where an answer states it); leave it out"
+            for name in self.merge.controls
+            if name in _EMBEDDED_CONTROLS and not self.embedded
+        ]
         if not self.embedded:
             found += [
                 f"models.{key} is null: name a local folder or a hub id"

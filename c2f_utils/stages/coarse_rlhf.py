@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -41,9 +41,10 @@ def trainer(
     prompts: list[Prompt] | None = None,
     evaluated: bool = True,
     ranks: Ranks | None = None,
+    make: Callable[..., CoarseTrainer] = CoarseTrainer,
 ) -> CoarseTrainer:
     """A trainer that continues from the checkpoints in `folder` (None keeps none); it starts from the base model
-    unless `start` is given, on training prompts unless others are."""
+    unless `start` is given, on training prompts unless others are. `make` is called as the class would be."""
     settings = inputs.settings
     config = config or settings.coarse
     on_gpu = loading.device(settings.models).type == "cuda"
@@ -66,7 +67,7 @@ def trainer(
     prompts = prompts or inputs.prompts("train", seed=seed)
     decoder = inputs.sampler(actor, config, max((len(p.ids) for p in prompts), default=0) + law.largest)
     inputs.self_check(actor, decoder, prompts, policy.head)
-    return CoarseTrainer(
+    return make(
         policy, reward or _paid(inputs, config, law), decoder, prompts, law, config,
         folder=folder,
         seed=settings.seed if seed is None else seed, pad_id=inputs.tokenizer.pad_token_id,

@@ -20,7 +20,7 @@ from c2f_utils.notebook.progress import Progress
 from c2f_utils.report import gate
 from c2f_utils.report.results import GAINED, MAIN
 from c2f_utils.runs.run import Run
-from c2f_utils.settings.config import Settings
+from c2f_utils.settings.config import TRAINED_CONTROLS, Settings
 from c2f_utils.settings.task_suites import wanted
 from c2f_utils.stages import tasks
 from c2f_utils.stages.dialogue import Dialogues
@@ -40,6 +40,12 @@ LABELS = {
     "instruct_forced": "instruct, analysis forced",
     "base_forced": "base, analysis forced",
     "ppo_instruct": "RLHF from instruct",
+    "ppo_instruct_tokens": "RLHF from instruct, as many tokens",
+    "parallel_average": "RL and SFT averaged step by step",
+    "distilled": "coarse distilled into instruct",
+    "distilled_merge": "merge into the distilled",
+    "shortest_correct": "SFT on shortest right coarse answers",
+    "filtered_sft": "SFT on right coarse answers",
     "fixed_long_residue": "residue of fixed-long",
     "best_recipe": "best recipe of all tried",
     "one_coefficient": "one coefficient for all",
@@ -171,7 +177,7 @@ def _models(run: Run, inputs: Inputs, test: list[Prompt]) -> Iterator[tuple[str,
     del model
     recipe = "one_coefficient" if run.settings.merge.select == "best_recipe" else "best_recipe"
     for name in (recipe, *run.settings.merge.controls):
-        trained_in = None if name == "ppo_instruct" else form  # RL goes on in the base's form, whatever it starts from
+        trained_in = None if name in TRAINED_CONTROLS else form  # in the base's form, whatever it starts from
         yield name, loading.load_actor(merged.model(f"controls/{name}"), models), test, trained_in
     if run.settings.embedded:
         forced = analysed_prompts([p.problem for p in test])

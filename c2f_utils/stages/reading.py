@@ -21,6 +21,7 @@ from c2f_utils.notebook.show import Html, sample_browser, side_by_side
 from c2f_utils.report.results import MAIN
 from c2f_utils.runs.run import Run
 from c2f_utils.runs.stage import Stage
+from c2f_utils.settings.config import TRAINED_CONTROLS
 from c2f_utils.stages.inputs import Inputs
 from c2f_utils.stages.judge_of_run import judged_text
 
@@ -74,7 +75,7 @@ def _loaders(run: Run, inputs: Inputs) -> dict[str, tuple[Callable[[], nn.Module
     for folder in sorted(name for name in merged.models() if name.startswith("controls/")):
         name = folder.removeprefix("controls/")
         load = partial(lambda folder: loading.load_actor(merged.model(folder), models), folder)
-        found[name] = load, None if name == "ppo_instruct" else form
+        found[name] = load, None if name in TRAINED_CONTROLS else form
     return found
 
 

@@ -63,7 +63,7 @@ class Merging:
         if "sweep" not in self.found:
             grid = self.settings.merge.coefficients
             progress = self.bench.progress.counting(len(grid))
-            with self.here.timer("sweeps"), stopped_here(self.here), progress:
+            with self.here.timer("sweep"), stopped_here(self.here), progress:
                 self.found["sweep"] = self.bench.sweep(self.operator)
         return self.found["sweep"]
 

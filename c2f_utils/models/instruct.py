@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
+from c2f_utils.models.generated import generator
 from c2f_utils.models.library_trainers import arguments, quiet
 from c2f_utils.models.loading import device, disable_dropout, load_causal
 from c2f_utils.settings.config import Settings
@@ -35,7 +36,7 @@ def train(
     from c2f_utils.models import course
 
     config = settings.instruct
-    examples = list(settings.data.generator.instructions(config.tokens, config.worked_share, settings.seed))
+    examples = list(generator(settings.data).instructions(config.tokens, config.worked_share, settings.seed))
     dataset = Dataset.from_dict(
         {
             "input_ids": [prompt + answer for prompt, answer in examples],

@@ -230,4 +230,4 @@ def test_all_notebooks_run_on_riddles_and_the_gate_stands_before_what_they_say(t
     assert {*results(run, "01")["by_kind"]["riddle"]} >= {"forced_accuracy", "eos_rate"}
     assert {"accuracy_first_story", "accuracy_first_riddle"} <= {*results(run, "03")["curve"][-1]}
     assert {"riddle", "story"} == {*results(run, "05")["by_kind"]} == {*results(run, "03")["by_kind"]}
-    assert (run / "report" / "tables" / "gate.csv").exists()
+    assert (run / "report" / "tables" / "07_gate.csv").exists()

@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from types import SimpleNamespace
 
 import fake_results
 import numpy as np
@@ -15,8 +16,11 @@ from c2f_utils.domain.riddles import WORDS, Riddle, Riddles
 from c2f_utils.domain.samples import Sample, analysed_prompts, make_prompts
 from c2f_utils.errors import C2FError
 from c2f_utils.measure import answers
+from c2f_utils.models import rewards
 from c2f_utils.report import carried, gate, schema, verdicts
+from c2f_utils.settings.laws import make_law
 from c2f_utils.settings.load import load_settings
+from c2f_utils.stages import coarse_rlhf
 
 RIDDLE = Riddle(9, (("down", 3), ("up", 2), ("down", 4)))
 STORY = stories.Problem("anna", "coins", 9, (("sells", 3), ("finds", 2), ("gives", 4)), vocabulary=WORDS)
@@ -131,6 +135,21 @@ def test_the_domain_changes_what_a_profile_sets_and_the_user_changes_both():
             load_settings("tiny", overrides={"data.domain": "riddles", refused: value})
 
 
+def test_the_checker_pays_where_it_is_asked_to_and_knows_what_is_right():
+    model = SimpleNamespace(reward="the reward model")
+
+    def paid(**changes):
+        config = load_settings("smoke", overrides={f"coarse.{key}": value for key, value in changes.items()}).coarse
+        return coarse_rlhf.paid(model, config, make_law(config.law))
+
+    assert paid() == "the reward model" and paid(reward="verifiable") is rewards.verifiable
+    tail = {"name": "tail", "start": 8, "maximum": 24, "growth": 0.2}
+    for reads_prefixes in ({"law": tail}, {"cut": "average"}):
+        assert hasattr(paid(reward="verifiable", **reads_prefixes), "prefix_scores")
+    with pytest.raises(C2FError, match="coarse.reward = 'verifiable' needs problems with known answers"):
+        load_settings("mistral_7b", overrides={"coarse.reward": "verifiable"})
+
+
 # The gate
 
 
@@ -211,4 +230,4 @@ def test_all_notebooks_run_on_riddles_and_the_gate_stands_before_what_they_say(t
     assert {*results(run, "01")["by_kind"]["riddle"]} >= {"forced_accuracy", "eos_rate"}
     assert {"accuracy_first_story", "accuracy_first_riddle"} <= {*results(run, "03")["curve"][-1]}
     assert {"riddle", "story"} == {*results(run, "05")["by_kind"]} == {*results(run, "03")["by_kind"]}
-    assert (run / "report" / "tables" / "gate.csv").exists()
+    assert (run / "report" / "tables" / "07_gate.csv").exists()

@@ -13,7 +13,7 @@ answer. Everything here is our design; the published system uses real data.
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import ClassVar
 
 from c2f_utils.domain.problems import BOS, EOS, FILLERS, SPECIALS, Habit, Split, Vocabulary, drawn, response, worked
@@ -42,8 +42,13 @@ def vocabulary(world: World = SMALL) -> tuple[str, ...]:
     return (*SPECIALS, *dict.fromkeys([*words, *world.words]))
 
 
+@cache
+def _vocabulary(world: World) -> Vocabulary:
+    return Vocabulary(vocabulary(world))
+
+
 VOCABULARY = vocabulary()
-WORDS = Vocabulary(vocabulary(WIDE))
+WORDS = _vocabulary(WIDE)
 IDS, encode, decode, sentences = WORDS.ids, WORDS.encode, WORDS.decode, WORDS.sentences
 
 
@@ -178,7 +183,7 @@ def instructions(
 
 def make_tokenizer(world: World = SMALL):
     """A world's word-level tokenizer in Hugging Face format; it puts `<s>` before a text and PAD is not EOS."""
-    return Vocabulary(vocabulary(world)).tokenizer()
+    return _vocabulary(world).tokenizer()
 
 
 @dataclass(frozen=True)
@@ -191,7 +196,7 @@ class Stories:
 
     @property
     def vocabulary(self) -> Vocabulary:
-        return Vocabulary(vocabulary(self.world))
+        return _vocabulary(self.world)
 
     def problems(self, split: Split, count: int, seed: int) -> list[Problem]:
         return problems(split, count, seed, self.operations, self.world)

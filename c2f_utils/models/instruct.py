@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
+from c2f_utils.models.generated import generator
 from c2f_utils.models.library_trainers import arguments, quiet
 from c2f_utils.models.loading import device, disable_dropout, load_causal
 from c2f_utils.settings.config import Settings
@@ -36,7 +37,7 @@ def train(
 def examples(settings: Settings) -> list[Example]:
     """The concise examples that the embedded instruction model is made from."""
     config = settings.instruct
-    return list(settings.data.generator.instructions(config.tokens, config.worked_share, settings.seed))
+    return list(generator(settings.data).instructions(config.tokens, config.worked_share, settings.seed))
 
 
 def fine_tune(

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from c2f_utils.domain import stories
 from c2f_utils.errors import Stopped
 from c2f_utils.files import UNPARSABLE, replacing
+from c2f_utils.models.generated import generator
 from c2f_utils.models.loading import device, fuse_norms
 from c2f_utils.settings.config import Pretrain, Settings
 
@@ -109,9 +110,9 @@ def pretrain(
     Continues from the file `checkpoint`, if given, as `train` does.
     """
     config = settings.pretrain
-    generator = settings.data.generator
-    documents = generator.documents(config.tokens, settings.seed)
-    model = new_model(config, settings.seed, len(generator.vocabulary.words))
+    made = generator(settings.data)
+    documents = made.documents(config.tokens, settings.seed)
+    model = new_model(config, settings.seed, len(made.vocabulary.words))
     model = fuse_norms(model.to(device(settings.models)))
     return train(model, documents, config, settings.seed, log, checkpoint, stop, progress)
 

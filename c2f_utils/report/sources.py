@@ -38,7 +38,7 @@ OURS = (
 )
 DOES_NOT_SHOW = (
     "The numbers of the papers are not reproduced: their task names, shots and scores were not available to us.",
-    "The embedded domain is a set of small arithmetic problems with an exact checker and a small model (about a hundred "
+    "The embedded domain is a set of small sums in words with an exact checker and a small model (about a hundred "
     "thousand parameters, in profile gpu_demo 24 million); what holds there need not hold for a large model or for "
     "open-ended text.",
     "Intervals over prompts say how sure a difference is for these trained models; only several training seeds say "

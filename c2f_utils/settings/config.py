@@ -10,8 +10,6 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from c2f_utils.domain.forms import Form
-from c2f_utils.domain.riddles import Riddles
-from c2f_utils.domain.stories import Stories
 from c2f_utils.domain.worlds import WORLDS, World
 from c2f_utils.settings.judge import Judge
 from c2f_utils.settings.kinds import Count, Few, Items, Name, NonNegative, Positive, Rate, Section, Share
@@ -124,11 +122,6 @@ class Data(Section):
     def world(self) -> World:
         """What embedded problems are made of."""
         return WORLDS[self.vocabulary]
-
-    @property
-    def generator(self) -> Stories | Riddles:
-        """What makes embedded problems, documents and instructions."""
-        return Riddles(self.operations) if self.domain == "riddles" else Stories(self.operations, self.world)
 
 
 class Pretrain(Section):

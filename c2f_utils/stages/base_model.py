@@ -10,6 +10,7 @@ from c2f_utils.domain.problems import FORCED_ANSWER
 from c2f_utils.domain.samples import Prompt, Sample, analysed_prompts, make_prompts
 from c2f_utils.measure import answers
 from c2f_utils.models import pretrain, rewards
+from c2f_utils.models.generated import generator
 from c2f_utils.models.loading import save_model
 from c2f_utils.notebook.progress import Progress, in_words
 from c2f_utils.rollout.sampler import Sampler
@@ -30,7 +31,7 @@ def make(run: Run) -> dict:
     losses: list[dict] = []
     if settings.embedded:
         # Made here: there is no earlier stage to ask for them.
-        inputs.base_source, inputs.tokenizer = str(here.dir / "model"), settings.data.generator.vocabulary.tokenizer()
+        inputs.base_source, inputs.tokenizer = str(here.dir / "model"), generator(settings.data).vocabulary.tokenizer()
         with here.timer("pretraining"), stopped_here(here):
             checkpoint, progress = here.path(CHECKPOINTS, "pretraining.safetensors"), Progress("pretraining", "token")
             model = pretrain.pretrain(settings, losses.append, checkpoint, here.stop_requested, progress)

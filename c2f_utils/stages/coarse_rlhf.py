@@ -68,7 +68,7 @@ def trainer(
     decoder = inputs.sampler(actor, config, max((len(p.ids) for p in prompts), default=0) + law.largest)
     inputs.self_check(actor, decoder, prompts, policy.head)
     return make(
-        policy, reward or _paid(inputs, config, law), decoder, prompts, law, config,
+        policy, reward or paid(inputs, config, law), decoder, prompts, law, config,
         folder=folder,
         seed=settings.seed if seed is None else seed, pad_id=inputs.tokenizer.pad_token_id,
         evaluate=evaluator(inputs, config) if evaluated else None, stop=inputs.run.here.stop_requested,
@@ -76,7 +76,7 @@ def trainer(
     )  # fmt: skip
 
 
-def _paid(inputs: Inputs, config: Coarse, law: limits.Law) -> RewardFunction:
+def paid(inputs: Inputs, config: Coarse, law: limits.Law) -> RewardFunction:
     """What training maximises if the notebook hands over no reward of its own."""
     return inputs.reward if config.reward == "model" else exact(law, config.cut)
 

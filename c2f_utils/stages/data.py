@@ -12,6 +12,7 @@ from c2f_utils.domain.problems import Problem, Split, check, labelled_utility, s
 from c2f_utils.domain.samples import Prompt, content, make_prompts
 from c2f_utils.errors import C2FError
 from c2f_utils.files import sha256
+from c2f_utils.models.generated import generator
 from c2f_utils.models.rewards import Pair
 from c2f_utils.rollout.choice import choose
 from c2f_utils.settings.config import PAIR_ANSWER_TOKENS, Reward, Settings
@@ -42,7 +43,7 @@ def prompts(settings: Settings, split: Split, count: int, tokenizer=None, seed: 
     """
     if settings.embedded:
         seed = settings.seed if seed is None else seed
-        return make_prompts(settings.data.generator.problems(split, count, seed))
+        return make_prompts(generator(settings.data).problems(split, count, seed))
     return _hub_prompts(settings, split, count, tokenizer)
 
 
@@ -138,7 +139,7 @@ def embedded_pairs(settings: Settings, base, tokenizer, count: int, seed: int) -
     The label compares utility plus a small length bonus under Gaussian noise; see `Reward` for the sizes.
     """
     reward, rng = settings.reward, random.Random(f"pairs-{seed}")
-    questions = settings.data.generator.problems("train", count, rng.getrandbits(32))
+    questions = generator(settings.data).problems("train", count, rng.getrandbits(32))
     sampled = round(count * reward.base_share)
     asked, seed = make_prompts([q for q in questions[:sampled] for _ in (0, 1)]), rng.getrandbits(32)
     base_answers = choose(base, tokenizer)(asked, PAIR_ANSWER_TOKENS, seed=seed) if asked else []
@@ -176,7 +177,7 @@ def fresh_pairs(settings: Settings, base, tokenizer) -> tuple[list[Pair], str]:
 
 def _questions(settings: Settings, count: int, seed: int) -> list[Problem]:
     """The problems of `embedded_pairs`, whose generator draws their seed first."""
-    return settings.data.generator.problems("train", count, random.Random(f"pairs-{seed}").getrandbits(32))
+    return generator(settings.data).problems("train", count, random.Random(f"pairs-{seed}").getrandbits(32))
 
 
 def labelled(problem: Problem, answers: list[list[int]], reward: Reward, rng: random.Random) -> EmbeddedPair:

@@ -10,6 +10,7 @@ import torch
 
 from c2f_utils.domain.problems import EOS, Problem, synthetic_answer
 from c2f_utils.files import write_json
+from c2f_utils.models.generated import generator
 from c2f_utils.runs.run import Run
 from c2f_utils.settings.config import PROFILES
 from c2f_utils.settings.load import load_settings
@@ -60,17 +61,17 @@ def make(run: Run) -> dict:
 
 def _embedded(run: Run) -> dict:
     settings, rng = run.settings, random.Random(run.settings.seed)
-    generator = settings.data.generator
-    problems = generator.problems("train", SHOWN, settings.seed)
-    documents = itertools.islice(generator.documents(10_000, settings.seed), SHOWN)
+    made = generator(settings.data)
+    problems = made.problems("train", SHOWN, settings.seed)
+    documents = itertools.islice(made.documents(10_000, settings.seed), SHOWN)
     pairs: dict[str, list[dict]] = {"chosen": [], "rejected": []}
     for problem in problems:
         answers = [synthetic_answer(problem, rng, settings.reward.cut_share) for _ in (0, 1)]
         pair = data.labelled(problem, answers, settings.reward, rng)
         for role, ids, utility in zip(pairs, (pair.first, pair.second), pair.utilities, strict=True):
             pairs[role].append(_sample(problem, ids, utility))
-    examples = itertools.islice(generator.instructions(10_000, settings.instruct.worked_share, settings.seed), SHOWN)
-    decode = generator.vocabulary.decode
+    examples = itertools.islice(made.instructions(10_000, settings.instruct.worked_share, settings.seed), SHOWN)
+    decode = made.vocabulary.decode
     return {
         "sizes": {
             "pretraining tokens": settings.pretrain.tokens,
@@ -78,7 +79,7 @@ def _embedded(run: Run) -> dict:
             "instruction tokens": settings.instruct.tokens,
             "validation problems": settings.data.validation_prompts,
             "test problems": settings.data.test_prompts,
-            "words in the vocabulary": len(generator.vocabulary.words),
+            "words in the vocabulary": len(made.vocabulary.words),
         },
         "documents": [
             {"prompt": f"document {i + 1}", "text": decode(d), "tokens": len(d)} for i, d in enumerate(documents)

@@ -19,6 +19,7 @@ from c2f_utils.errors import C2FError, Stopped
 from c2f_utils.files import write_text
 from c2f_utils.measure.answers import answers
 from c2f_utils.models import loading, rewards
+from c2f_utils.models.generated import generator
 from c2f_utils.models.loading import refuse_other_tokenizer
 from c2f_utils.models.packing import collate
 from c2f_utils.notebook.interrupt import stopping
@@ -173,7 +174,7 @@ class Inputs:
     def text(self, ids: Sequence[int]) -> str:
         """What token ids of an answer say, without special tokens."""
         if self.settings.embedded:
-            return self.settings.data.generator.vocabulary.decode(ids)
+            return generator(self.settings.data).vocabulary.decode(ids)
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def stop_strings(self, form: Form | None = None) -> list[str]:

@@ -16,6 +16,7 @@ from c2f_utils.errors import C2FError, short
 from c2f_utils.measure import answers
 from c2f_utils.measure.judges import Question
 from c2f_utils.models import loading
+from c2f_utils.models.generated import generator
 from c2f_utils.notebook.progress import unattended
 from c2f_utils.notebook.show import Html, sample_browser, side_by_side
 from c2f_utils.report.results import MAIN
@@ -52,7 +53,7 @@ def _prompt(inputs: Inputs, text: object) -> Prompt:
     if not isinstance(text, str) or not text.strip():
         raise C2FError(f"the prompt is {short(text)}; expected words")
     if inputs.settings.embedded:
-        known = inputs.settings.data.generator.vocabulary.words[len(SPECIALS) :]
+        known = generator(inputs.settings.data).vocabulary.words[len(SPECIALS) :]
         if unknown := [word for word in dict.fromkeys(text.split()) if word not in known]:
             raise C2FError(
                 f"{', '.join(map(short, unknown))}: no words of the embedded domain, whose models know these: "

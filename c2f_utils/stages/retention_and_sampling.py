@@ -23,6 +23,7 @@ from c2f_utils.files import sha256
 from c2f_utils.measure import retention, sampling
 from c2f_utils.measure.retention import Scored
 from c2f_utils.models import loading
+from c2f_utils.models.generated import generator
 from c2f_utils.models.packing import collate, pack
 from c2f_utils.report.results import MAIN
 from c2f_utils.runs import provenance
@@ -108,7 +109,7 @@ def _documents(run: Run, inputs: Inputs, count: int) -> dict[str, list[Sample]]:
     chosen answers, and the user's text (long documents are cut at the evaluation's length)."""
     settings, found = run.settings, {}
     if settings.embedded:
-        corpus = settings.data.generator.documents(10**9, settings.seed + UNUSED_SEED)
+        corpus = generator(settings.data).documents(10**9, settings.seed + UNUSED_SEED)
         found["corpus"] = [as_text(ids, 1) for ids in islice(corpus, count)]
         rng = random.Random(f"chosen-{settings.seed}")
         problems = [prompt.problem for prompt in inputs.prompts("test")[:count]]

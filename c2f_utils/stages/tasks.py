@@ -17,6 +17,7 @@ from c2f_utils.errors import C2FError
 from c2f_utils.files import sha256
 from c2f_utils.measure import suites
 from c2f_utils.models import loading
+from c2f_utils.models.generated import generator
 from c2f_utils.notebook.progress import Progress
 from c2f_utils.runs.run import Run
 from c2f_utils.settings.task_suites import wanted
@@ -73,8 +74,8 @@ class Tasks:
         """Test problems that the rest of 07 does not ask."""
         settings = self.run.settings
         data, count = settings.data, min(self.config.problems, settings.data.test_prompts)
-        asked = set(data.generator.problems("test", data.test_prompts, settings.seed))
-        found = data.generator.problems("test", 2 * count, settings.seed + SEED)
+        asked = set(generator(data).problems("test", data.test_prompts, settings.seed))
+        found = generator(data).problems("test", 2 * count, settings.seed + SEED)
         return [problem for problem in found if problem not in asked][:count]
 
     def add(self, name: str, model: nn.Module, form: Form) -> None:

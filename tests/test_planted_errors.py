@@ -20,6 +20,7 @@ ROOMS = (
     "measure/retention.py",
     "measure/win_rates.py",
     "measure/judge_summary.py",
+    "domain/problems.py",
     "domain/samples.py",
     "limits.py",
     "positions.py",

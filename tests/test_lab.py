@@ -1,4 +1,7 @@
-"""The notebooks of a finished run as a person sees them: a real JupyterLab, a real Chromium, light and dark."""
+"""The notebooks of a finished run as a person sees them: a real JupyterLab, a real Chromium, light and dark.
+
+`C2F_FINISHED_RUN` may name the folder of another finished run, say one of `make demo`: its notebooks are looked at, too.
+"""
 
 import base64
 import json
@@ -19,7 +22,9 @@ pytestmark = [
     pytest.mark.skipif(not CHROMIUM, reason="no Chromium here (Debian: apt-get install chromium)"),
 ]  # fmt: skip
 NAMES = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
-WIDTH = 1280
+GIVEN = os.environ.get("C2F_FINISHED_RUN")
+FINISHED = pytest.mark.skipif(not GIVEN, reason="C2F_FINISHED_RUN names no finished run: `make demo` makes one")
+WIDTH, TALLEST = 1280, 14_000
 FIGURES = {"02_reward_model": 4, "03_coarse_rlhf": 2, "04_length_schedules": 2, "06_residue_merging": 3,
            "07_evaluation": 3, "08_report": 1}  # at least  # fmt: skip
 PANEL = "[...(window.jupyterapp?.shell?.widgets('main') ?? [])].find(each => each.content?.widgets)"
@@ -41,15 +46,21 @@ class Lab:
         self.folder, self.page, self.address = folder, page, address
 
     def open(self, name: str, run_id: str = "smoke", **parameters: object) -> None:
-        """A working copy of a notebook with these parameters."""
+        """A working copy of a notebook with these parameters, profile and seed those of the run, if it is there."""
         notebook = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text(encoding="utf-8"))
         cell = next(cell for cell in notebook["cells"] if "parameters" in cell["metadata"].get("tags", []))
-        values = {"profile": "smoke", "run_id": run_id, **parameters}
+        made = self.folder / "outputs" / run_id / "01_base_model" / "config.json"
+        settings = read_json(made)["settings"] if made.is_file() else {"profile": "smoke", "seed": 0}
+        values = {"profile": settings["profile"], "seed": settings["seed"], "run_id": run_id, **parameters}
         source = "".join(cell["source"])
         for key, value in values.items():  # as a person would: in place
             source = re.sub(rf"(?m)^({key}: .*?) = .*$", rf"\1 = {value!r}", source)
         cell["source"] = source
         (self.folder / "notebooks" / f"{name}.ipynb").write_text(json.dumps(notebook), encoding="utf-8")
+        self.look_at(name)
+
+    def look_at(self, name: str) -> None:
+        """Open a notebook of the project, and wait for its kernel."""
         self.page.ask("Page.navigate", url=self.address(f"notebooks/{name}.ipynb") + "&reset")
         session = f"({PANEL})?.sessionContext"
         connected = f"({CELLS}).length && {session}?.session?.kernel?.connectionStatus"
@@ -83,19 +94,23 @@ class Lab:
         return self.page.evaluate("document.querySelector('.jp-Notebook').innerText")
 
     def shot(self, name: str) -> None:
-        """The whole notebook as a picture."""
+        """The whole notebook as pictures, none of them taller than a browser can draw."""
         tall = self.page.evaluate("document.querySelector('.jp-Notebook .jp-WindowedPanel-inner').scrollHeight") + 200
-        self.page.ask("Emulation.setDeviceMetricsOverride", width=WIDTH, height=int(min(tall, 15_000)),
+        self.page.ask("Emulation.setDeviceMetricsOverride", width=WIDTH, height=int(min(tall, TALLEST)),
                       deviceScaleFactor=1, mobile=False)  # fmt: skip
-        self.page.evaluate("document.querySelector('.jp-WindowedPanel-outer').scrollTo(0, 0)")
-        time.sleep(1)  # until everything has been drawn
-        found = self.page.ask("Page.captureScreenshot", format="png")
+        for part, top in enumerate(range(0, tall, TALLEST)):
+            self.page.evaluate(f"document.querySelector('.jp-WindowedPanel-outer').scrollTo(0, {top})")
+            time.sleep(0.5)  # until everything has been drawn
+            found = self.page.ask("Page.captureScreenshot", format="png")
+            (self.folder / "shots" / f"{name}{f'_{part}' * bool(part)}.png").write_bytes(
+                base64.b64decode(found["data"])
+            )
         self.page.ask("Emulation.clearDeviceMetricsOverride")
-        (self.folder / "shots" / f"{name}.png").write_bytes(base64.b64decode(found["data"]))
 
     def close(self) -> None:
         self.do("docmanager:save")
-        self.do("kernelmenu:shutdown")
+        self.page.evaluate("void window.jupyterapp.serviceManager.sessions.shutdownAll()")
+        wait(lambda: not self.page.evaluate("[...window.jupyterapp.serviceManager.sessions.running()].length"))
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +118,9 @@ def here(smoke_run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("lab") / "project"
     for each in ("notebooks", "shots"):
         (folder / each).mkdir(parents=True)
-    shutil.copytree(smoke_run, folder / "outputs" / "smoke")
+    for run_id, run in {"smoke": smoke_run, "finished": GIVEN}.items():
+        if run:
+            shutil.copytree(run, folder / "outputs" / run_id)
     settings = folder.parent / "own" / "JUPYTERLAB_SETTINGS_DIR" / "@jupyterlab"
     tracker = settings / "notebook-extension" / "tracker.jupyterlab-settings"
     tracker.parent.mkdir(parents=True)
@@ -120,8 +137,9 @@ def here(smoke_run, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_notebook_of_a_finished_run_is_fit_to_be_read(here, name):
-    here.open(name)
+@pytest.mark.parametrize("run_id", ["smoke", pytest.param("finished", marks=FINISHED)])
+def test_a_notebook_of_a_finished_run_is_fit_to_be_read(here, run_id, name):
+    here.open(name, run_id)
     here.do("application:toggle-left-area")
     here.run()
     outputs = here.finished()
@@ -134,7 +152,7 @@ def test_a_notebook_of_a_finished_run_is_fit_to_be_read(here, name):
                 here.page.evaluate("document.body.dataset.jpThemeLight") == str(theme == "Light").lower()
             )
         )
-        here.shot(f"{name}_{theme.lower()}")
+        here.shot(f"{run_id}_{name}_{theme.lower()}")
         assert here.page.evaluate(WIDE) == []
     here.close()
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from c2f_utils import threads
 from c2f_utils.errors import problems
 from c2f_utils.files import root
-from c2f_utils.notebook.frames import frame
 from c2f_utils.notebook.interrupt import hear
 from c2f_utils.notebook.opening import deciding, opening
 from c2f_utils.notebook.progress import in_words
@@ -155,6 +154,8 @@ def _show(html: Html) -> None:
         return
     if shell := get_ipython():
         import pandas as pd
+
+        from c2f_utils.notebook.frames import frame
 
         shell.display_formatter.formatters["text/html"].for_type(pd.DataFrame, frame)
     display(html)

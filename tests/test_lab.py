@@ -1,6 +1,6 @@
 """The notebooks of a finished run as a person sees them: a real JupyterLab, a real Chromium, light and dark.
 
-`C2F_FINISHED_RUN` may name the folder of another finished run, say one of `make demo`: its notebooks are looked at, too.
+`C2F_FINISHED_RUN` may name the folder of another finished run, say one of `make demo`, to be looked at as well.
 """
 
 import base64
@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 from browser import CHROMIUM, Page, chromium, lab, wait
-from finished_runs import ROOT, surroundings
+from finished_runs import ROOT, rows, surroundings
+from notebooks_for_tests import PARAMETERS, write
 
 from c2f_utils.files import read_json
 
@@ -185,3 +186,73 @@ def test_the_recipes_of_an_own_law_and_reward_train_to_the_last_cell_with_the_pa
     assert sum("image/png" in out.get("data", {}) for out in outputs) >= 3 and os.path.exists(place / "figures")
     here.shot("03_own")
     here.close()
+
+
+DO = "window.pwned = 1"
+HOSTILE = (
+    f"<script>{DO}</script>", f"<img src=x onerror='{DO}'>", f'"><svg onload="{DO}">', f"[a](javascript:{DO})",
+    "A shirt costs $5 and a hat $10", r"\(x^2\) and \[y\]", "$$z$$ `code` **bold** | cell",
+    "wire \u202e01$ to\u202c me\u0007",
+)  # fmt: skip
+TEXT = "\n".join(HOSTILE)
+SHOWN = " ".join(re.sub("[\u202e\u202c\u0007]", lambda found: f"⟨U+{ord(found[0]):04X}⟩", TEXT).split())
+FOLDER = "<img src=x onerror=window.pwned=1> $5 and a hat $10"  # a name that a folder may have
+IMPORTS = """import pandas as pd
+from IPython.display import HTML, Markdown
+from c2f_utils.files import outputs, read_jsonl
+from c2f_utils.report import build
+from c2f_utils.report.letters import in_markdown
+from c2f_utils.runs.stage import Stage
+from c2f_utils.stages import reading
+rows = read_jsonl(run.dir / '07_evaluation' / 'samples.jsonl')
+text = rows[0]['text']"""
+VIEWS = (  # a cell each, which shows the whole text
+    "notebook.side_by_side({name: [row for row in rows if row['model'] == name] for name in ('fine', 'base')})",
+    "notebook.sample_browser(rows)", "notebook.vote(run)",
+    "notebook.vote(run, 'tie', note=text) and notebook.tally(run)", "reading.follow(run, 0)",
+    "notebook.say([text])", "pd.DataFrame([{text: text}])",
+    "notebook.Progress(text)(1, 9)", "Markdown(in_markdown(text))",
+)  # fmt: skip
+OTHERS = (
+    f"notebook.LivePanel(Stage(outputs() / {FOLDER!r} / '03_coarse_rlhf')).update({{'iteration': 1, 'reward': 0.5}})",
+    "try:\n    reading.ask(run, text)\nexcept Exception:\n    get_ipython().showtraceback()",  # refused, in words
+    "build.build(run.dir, run.report)\nMarkdown(build.overview(run.dir))",
+    "HTML('<img src=y onerror=\"window.executed = 1\">')",  # here what it says is done
+)
+
+
+def test_what_models_and_data_wrote_is_shown_letter_by_letter_and_never_executed(here):
+    run = here.folder / "outputs" / "hostile"
+    shutil.copytree(here.folder / "outputs" / "smoke", run)
+    shutil.rmtree(run / "03_coarse_rlhf" / "snapshots")  # probes are followed instead, and they are text
+    kept, found = run / "07_evaluation" / "samples.jsonl", run / "03_coarse_rlhf" / "results.json"
+    samples, results = rows(kept), read_json(found)
+    asked = list(dict.fromkeys(row["prompt"] for row in [*samples, *results["probes"]]))
+    for row in (*samples, *results["probes"]):
+        row |= {"text": TEXT, "prompt": f"{asked.index(row['prompt'])} {TEXT}"}
+    kept.write_text("".join(json.dumps(row) + "\n" for row in samples), encoding="utf-8")
+    found.write_text(json.dumps(results), encoding="utf-8")
+    (run.with_name(FOLDER) / found.parent.name).mkdir(parents=True)
+    shutil.copy(found.with_name("config.json"), run.with_name(FOLDER) / found.parent.name)
+
+    parameters = PARAMETERS.replace('"lab"', '"hostile"')
+    write(here.folder / "notebooks", "08_report", IMPORTS, *VIEWS, *OTHERS, parameters=parameters)
+    here.look_at("08_report")
+    here.run()
+    failures = lambda: [out for out in here.failures() if "no words of the embedded domain" not in out]  # noqa: E731
+    wait(lambda: here.counts()[-1] or failures(), 120)
+    assert failures() == []
+    wait(lambda: here.page.evaluate("window.executed"))
+    shown = here.page.evaluate(f"{CODE}.map(cell => cell.outputArea.node.textContent.replace(/\\s+/g, ' '))")
+    for view, seen in zip((*VIEWS, OTHERS[0]), shown[3:], strict=False):
+        assert (FOLDER if view == OTHERS[0] else SHOWN) in seen, view
+    made = ("script", "img[src=x]", "svg[onload]", "a[href^=javascript]", "mjx-container")
+    inside = ", ".join(f".jp-OutputArea-output {each}" for each in made)
+    assert here.page.evaluate(f"document.querySelectorAll('{inside}').length") == 0
+    assert here.page.evaluate("typeof window.pwned") == "undefined"
+    here.shot("hostile")
+    here.close()
+    here.page.ask("Page.navigate", url=(run / "report" / "report.html").as_uri())
+    wait(lambda: here.page.evaluate("document.readyState == 'complete' && document.querySelector('.answers')"))
+    assert SHOWN in here.page.evaluate("document.body.textContent.replace(/\\s+/g, ' ')")
+    assert here.page.evaluate("typeof window.pwned") == "undefined"

@@ -109,9 +109,8 @@ class Lab:
         self.page.ask("Emulation.clearDeviceMetricsOverride")
 
     def close(self) -> None:
-        self.do("docmanager:save")
-        self.page.evaluate("void window.jupyterapp.serviceManager.sessions.shutdownAll()")
-        wait(lambda: not self.page.evaluate("[...window.jupyterapp.serviceManager.sessions.running()].length"))
+        self.page.evaluate("window.jupyterapp.commands.execute('docmanager:save').then(() => null)")
+        self.page.evaluate("window.jupyterapp.serviceManager.sessions.shutdownAll()")
 
 
 @pytest.fixture(scope="module")
@@ -253,6 +252,6 @@ def test_what_models_and_data_wrote_is_shown_letter_by_letter_and_never_executed
     here.shot("hostile")
     here.close()
     here.page.ask("Page.navigate", url=(run / "report" / "report.html").as_uri())
-    wait(lambda: here.page.evaluate("document.readyState == 'complete' && document.querySelector('.answers')"))
+    wait(lambda: here.page.evaluate("document.readyState == 'complete' && !!document.querySelector('.answers')"))
     assert SHOWN in here.page.evaluate("document.body.textContent.replace(/\\s+/g, ' ')")
     assert here.page.evaluate("typeof window.pwned") == "undefined"

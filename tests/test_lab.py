@@ -109,7 +109,7 @@ class Lab:
         self.page.ask("Emulation.clearDeviceMetricsOverride")
 
     def close(self) -> None:
-        self.page.evaluate("window.jupyterapp.commands.execute('docmanager:save').then(() => null)")
+        self.page.evaluate(f"({PANEL}).context.save().then(() => null)")
         self.page.evaluate("window.jupyterapp.serviceManager.sessions.shutdownAll()")
 
 

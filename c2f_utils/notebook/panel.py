@@ -181,6 +181,8 @@ class LivePanel:
 
 def _curve(points: Sequence[Mapping[str, float]]) -> "Figure":
     """The evaluations at a fixed limit: utility and accuracy, reward where nothing else is known."""
+    from matplotlib.ticker import MaxNLocator
+
     from c2f_utils.report.results import column, errors, known
     from c2f_utils.report.style import DOUBLE, ROLE_COLOURS, new_figure, styled
     from c2f_utils.report.style import line as curve_of
@@ -193,6 +195,7 @@ def _curve(points: Sequence[Mapping[str, float]]) -> "Figure":
             x, y, colour = column(points, "iteration"), column(points, name), ROLE_COLOURS["coarse"]
             curve_of(ax, x, y, colour)
             ax.errorbar(x, y, errors(points, name), fmt="none", ecolor=colour, elinewidth=0.8)
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True))
             ax.set(xlabel="iteration", title=f"{_CURVES[name]}, validation problems")
         return figure
 

@@ -6,6 +6,7 @@ Question: what goes in the paper, and how far does it carry? Inputs: run directo
 the notebook that makes it. Needs no torch.
 """
 
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def overview(run_dir: object) -> str:
         frame = contents.summary_of(results)
         decoding = sources.decodings(results)[0]
         parts += [f"Models of run {in_markdown(run.name)}, {DECODINGS[decoding]}. {in_markdown(typeset.note(frame))}"]
-        parts += [typeset.markdown(frame)]
+        parts += [re.sub(r"(\d), (?=[−\d])", "\\1,\u00a0", typeset.markdown(frame))]  # no line ends in an interval
     for name, results in found.items():
         words = [] if verdicts.dry(stages[name]) else verdicts.everything({name: results}).get(name, [])
         if words := [line for line in words if line not in said]:

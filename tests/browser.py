@@ -20,7 +20,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 
 class Page:
-    """One tab; `evaluate` gives the value of a JavaScript expression in it."""
+    """One tab; `evaluate` gives the value of a JavaScript expression in it, of a promise when it is kept."""
 
     def __init__(self, address: str) -> None:
         self._socket = websocket.create_connection(address, timeout=60, suppress_origin=True)
@@ -35,7 +35,7 @@ class Page:
         return answer["result"]
 
     def evaluate(self, expression: str) -> object:
-        found = self.ask("Runtime.evaluate", expression=expression, returnByValue=True)
+        found = self.ask("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 

@@ -298,7 +298,7 @@ def test_answers_are_cut_as_often_as_asked():
 def test_base_answers_come_from_the_base(monkeypatch):
     asked = []
     monkeypatch.setattr(
-        data, "choose", lambda *_: lambda prompts, limit, seed: [asked.append(p) or _said("coins") for p in prompts]
+        data, "choose", lambda *_: lambda prompts, *_, **__: [asked.append(p) or _said("coins") for p in prompts]
     )
     pairs = embedded(40, **{"reward.base_share": 0.5, "reward.cut_share": 0.0})
     assert len(asked) == 40, "two answers to each of twenty problems"
@@ -314,7 +314,7 @@ def _said(word: str) -> Sample:
 def test_cuts_of_base_answers_leave_at_least_four_tokens_and_never_add_any(monkeypatch, length):
     whole = list(range(10, 10 + length))
     monkeypatch.setattr(
-        data, "choose", lambda *_: lambda prompts, limit, seed: [Sample(p, whole, "limit", 30) for p in prompts]
+        data, "choose", lambda *_: lambda prompts, *_, **__: [Sample(p, whole, "limit", 30) for p in prompts]
     )
     for share in (0.0, 1.0):
         pairs = embedded(30, **{"reward.base_share": 1.0, "reward.cut_share": share})

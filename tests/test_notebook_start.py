@@ -316,6 +316,8 @@ def test_repeated_four_grams_are_marked_and_the_text_survives():
 def test_chips_leave_out_what_is_unknown():
     text = show.chips({"tokens": 12, "reward": None, "utility": 1.25, "stop": "limit"})
     assert "12 tokens" in text and "utility 1.25" in text and "cut by the limit" in text and "reward" not in text
+    said = [show.chips({"correct_steps": number}) for number in (0, 1, 2)]
+    assert ["0 correct steps<" in said[0], "1 correct step<" in said[1], "2 correct steps<" in said[2]] == [True] * 3
 
 
 def test_the_browser_folds_by_prompt_with_iterations_side_by_side():
@@ -323,6 +325,9 @@ def test_the_browser_folds_by_prompt_with_iterations_side_by_side():
     markup = show.sample_browser(rows).markup
     assert markup.count("<details") == 2 and markup.count("<details open>") == 1
     assert markup.index("t00") < markup.index("t04") < markup.index("t10")
+    assert markup.count("p0") == 1, "a prompt that its fold shows whole is not said twice"
+    long = show.sample_browser([sample(prompt="p" * 200)]).markup
+    assert f"<b>{'p' * 200}</b>" in long and f"<summary>{'p' * 89}…</summary>" in long
     assert show.sample_browser([]).markup == "<p>No samples.</p>"
 
 
@@ -442,6 +447,7 @@ def test_a_panel_says_how_long_it_takes_what_was_measured_and_what_is_alarming(m
     total = run.settings.coarse.iterations
     assert words.text.startswith(f"iteration 4 of {total}, about {in_words(10.0 * (total - 4))} left  reward 0.10")
     assert "ALARM: 95 % of answers hit the limit" in words.text and f"{stage.path('STOP')}" in words.text
+    assert "in a terminal: c2f stop a, or" in words.text
     assert len(training.data) == 4 and len(curve.axes) == 2
     assert list(curve.axes[0].lines[0].get_ydata()) == [1.0, 1.5]
 

@@ -15,7 +15,7 @@ from IPython.core.interactiveshell import InteractiveShell
 from matplotlib.image import imread
 
 from c2f_utils.files import root
-from c2f_utils.notebook import cells, links
+from c2f_utils.notebook import cells, links, say
 from c2f_utils.notebook.frames import frame
 from c2f_utils.notebook.git_filter import clean
 from c2f_utils.report.style import new_figure
@@ -33,11 +33,12 @@ def test_three_digits_whole_numbers_whole_and_nothing_where_nothing_is_known():
     table = pd.DataFrame({
         "share": [0.69123, 0.5], "n": [128.0, np.nan], "tokens": [1234.567, 8e6], "step": [3, 12_345],
         "ok": [True, False], "said": [None, "x" * 300], "mixed": [0.00012345, "a"], "empty": [None, np.nan],
+        "end": [-0.0, np.inf],
     })  # fmt: skip
     assert shown(table) == [
-        ["share", "n", "tokens", "step", "ok", "said", "mixed"],
-        ["0.691", "128", "1235", "3", "True", "", "0.000123"],
-        ["0.5", "", "8000000", "12345", "False", "x" * 300, "a"],
+        ["share", "n", "tokens", "step", "ok", "said", "mixed", "end"],
+        ["0.691", "128", "1235", "3", "True", "", "0.000123", "0"],
+        ["0.5", "", "8000000", "12345", "False", "x" * 300, "a", "inf"],
     ]
     assert table["share"][0] == 0.69123, "the table itself keeps its digits"
 
@@ -87,6 +88,17 @@ def test_links_are_relative_to_the_notebook(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "notebooks")
     page = BeautifulSoup(links(tmp_path / "outputs" / "a b<" / "report.html").markup, "html.parser")
     assert page.a["href"] == "../outputs/a%20b%3C/report.html" and page.a.get_text().endswith("a b</report.html")
+    many = BeautifulSoup(links(*(tmp_path / f"{number}.png" for number in range(9))).markup, "html.parser")
+    assert len(many.find_all("a")) == 9 and len(many.details.find_all("a")) == 7, "a long list is folded"
+
+
+def test_sentences_are_paragraphs_shown_letter_by_letter(capsys, monkeypatch):
+    shown = []
+    monkeypatch.setattr("IPython.display.display", shown.append)
+    say(sentence for sentence in ("<b> beats $a$.", "So does $c$."))
+    page = BeautifulSoup(shown[0]._repr_html_(), "html.parser")
+    assert [each.get_text() for each in page.find_all("p")] == ["<b> beats $a$.", "So does $c$."]
+    assert shown[0].text == "<b> beats $a$.\nSo does $c$." and "mathjax_ignore" in page.div["class"]
 
 
 def test_a_command_runs_in_a_cell_as_messages_name_it(outputs, monkeypatch):

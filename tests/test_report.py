@@ -351,6 +351,7 @@ def test_text_of_models_and_data_never_becomes_markup(tmp_path):
 
 def test_the_overview_has_the_models_the_sentences_and_what_is_missing(run, tmp_path):
     text = build.overview(run)
+    assert re.search(r"\[[−\d.]+,\u00a0", text) and not re.search(r"\[[−\d.]+, ", text), "no line ends in an interval"
     assert "| Fine Actor |" in text and "**Length laws**" in text and "rambles" in text and "Not run yet" not in text
     partial = build.overview(fake_run(tmp_path, skip=("07_evaluation",)))
     assert "Not run yet: notebooks/07_evaluation.ipynb." in partial and "| Fine Actor |" not in partial

@@ -11,16 +11,17 @@ import random
 import shlex
 import sys
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 from c2f_utils import threads
 from c2f_utils.errors import problems
 from c2f_utils.files import root
-from c2f_utils.notebook.frames import frame
 from c2f_utils.notebook.interrupt import hear
 from c2f_utils.notebook.opening import deciding, opening
 from c2f_utils.notebook.progress import in_words
 from c2f_utils.notebook.show import Html
+from c2f_utils.report.letters import in_html
 from c2f_utils.runs import disk, provenance, registry, work
 from c2f_utils.runs.run import Run
 from c2f_utils.runs.stage import Stage, run_folder
@@ -74,6 +75,7 @@ def start(namespace: dict[str, object], stage: str) -> Run:
         hear(here)
     run.threads = threads.apply(here.threads)
     seed_everything(run.settings.seed)
+    _format_tables()
     _show(_table(run, _SAYS[action], origins))
     return run
 
@@ -83,6 +85,12 @@ def finish(run: Run) -> None:
     state = run.here.finish()
     again = "; run the notebook again to continue" if state == "stopped" else ""
     print(f"{run.here.name}: {'loaded' if run.here.loaded else state}{again}; results in {_near(run.here.dir)}")
+
+
+def say(words: Iterable[str]) -> None:
+    """Show sentences as paragraphs, whose lines break between words."""
+    words = list(words)
+    _show(Html("".join(f"<p>{in_html(each)}</p>" for each in words), "\n".join(words)))
 
 
 def seed_everything(seed: int) -> None:
@@ -146,15 +154,23 @@ def _commands() -> None:
 
 
 def _show(html: Html) -> None:
-    """Display it, and have every DataFrame that a later cell shows displayed as `frames` says."""
     try:
-        from IPython import get_ipython
         from IPython.display import display
     except ImportError:
         print(html.text)
+    else:
+        display(html)
+
+
+def _format_tables() -> None:
+    """Have every DataFrame that a later cell shows displayed as `frames` says."""
+    try:
+        from IPython import get_ipython
+    except ImportError:
         return
     if shell := get_ipython():
         import pandas as pd
 
+        from c2f_utils.notebook.frames import frame
+
         shell.display_formatter.formatters["text/html"].for_type(pd.DataFrame, frame)
-    display(html)

@@ -4,16 +4,14 @@ Files keep every digit and every column; this is for reading. Columns `x`, `low`
 `x, low`, ...) that stand side by side become one: `0.69 [0.63, 0.75]`.
 """
 
-import math
 import numbers
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+
+import pandas as pd
 
 from c2f_utils.report.letters import in_html, without_mathematics
-
-if TYPE_CHECKING:
-    import pandas as pd
+from c2f_utils.report.typeset import is_number, missing, spans
 
 ROWS = 500  # more are left out in the middle
 WIDE = 12  # columns beyond which letters are smaller
@@ -23,16 +21,15 @@ _WORDS = f"{_PAD};text-align:left;white-space:pre-wrap;overflow-wrap:break-word"
 _HEAD = _PAD + ";text-align:{side};vertical-align:bottom;overflow-wrap:break-word"
 
 
-def frame(table: "pd.DataFrame") -> str | None:
+def frame(table: pd.DataFrame) -> str | None:
     """The table as HTML, every word letter by letter; None (pandas' own) where rows or columns have several levels."""
-    import pandas as pd
-
     if table.index.nlevels > 1 or table.columns.nlevels > 1 or not len(table.columns):
         return None
     names, columns = list(table.columns), [table.iloc[:, i].tolist() for i in range(table.shape[1])]
     if not isinstance(table.index, pd.RangeIndex) or table.index.name is not None:
         names, columns = [table.index.name or "", *names], [table.index.tolist(), *columns]
-    shown = _with_intervals([str(name) for name in names], columns)
+    names = [str(name) for name in names]
+    shown = [_column(names[span.start], columns[span]) for span in spans(names, columns)]
     filled = [(name, cells, numeric) for name, cells, numeric in shown if any(cells)]
     filled = filled if table.size else shown
     head = "".join(_cell("th", _breakable(name), numeric) for name, _, numeric in filled)
@@ -43,7 +40,7 @@ def frame(table: "pd.DataFrame") -> str | None:
         gone = f"<td colspan='{len(filled)}'>{len(body) - ROWS} rows are not shown</td>"
         body = [*body[: ROWS // 2], gone, *body[-ROWS // 2 :]]
     rows = "".join(f"<tr>{line}</tr>" for line in body)
-    size = "font-size:11px" if len(filled) > WIDE else ""
+    size = "font-size:10.5px" if len(filled) > WIDE else ""
     markup = f"<table class='dataframe' style='{size}'><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
     return without_mathematics(f"<div style='{_BOX}'>{markup}</div>")
 
@@ -51,59 +48,30 @@ def frame(table: "pd.DataFrame") -> str | None:
 def number(value: float) -> str:
     """Three significant digits; a whole number, and what is beyond a thousand, without a fraction."""
     if value == int(value) or abs(value) >= 1000:
-        return f"{value:.0f}"
+        return f"{value or 0:.0f}"  # zero has no sign
     return f"{value:.3g}"
 
 
-def _with_intervals(names: Sequence[str], columns: Sequence[list]) -> list[tuple[str, list[str], bool]]:
-    """Name, cells as HTML and whether they are numbers, of every column that is shown."""
-    found, place = [], 0
-    while place < len(names):
-        values = columns[place]
-        if place + 2 < len(names) and _interval(names[place : place + 3], columns[place : place + 3]):
-            cells = [_between(*row, names[place]) for row in zip(*columns[place : place + 3], strict=True)]
-            found.append((names[place], cells, True))
-            place += 3
-            continue
-        numeric = all(_missing(value) or _is_number(value) for value in values)
-        found.append((names[place], [_text(value, names[place]) for value in values], numeric))
-        place += 1
-    return found
+def _column(name: str, columns: Sequence[list]) -> tuple[str, list[str], bool]:
+    """Name, cells as HTML and whether they are numbers, of one column or of one with its bounds."""
+    numeric = all(missing(value) or is_number(value) for value in columns[0])
+    return name, [_between(name, *row) for row in zip(*columns, strict=True)], numeric
 
 
-def _interval(names: Sequence[str], columns: Sequence[list]) -> bool:
-    """Whether the second and third column are the bounds of the first."""
-    low, high = (re.fullmatch(rf"(.*?)[\s,_]*{side}", name) for side, name in (("low", names[1]), ("high", names[2])))
-    if not low or not high or low[1] != high[1]:
-        return False
-    return all(_missing(value) or _is_number(value) for column in columns for value in column)
-
-
-def _between(value: object, low: object, high: object, name: str) -> str:
-    said = _text(value, name)
-    if _missing(low) and _missing(high):
-        return said
-    return f"{said} <span style='white-space:nowrap'>[{_text(low, name)}, {_text(high, name)}]</span>"
+def _between(name: str, value: object, *bounds: object) -> str:
+    if all(missing(bound) for bound in bounds):
+        return _text(value, name)
+    low, high = (_text(bound, name) for bound in bounds)
+    return f"{_text(value, name)} <span style='white-space:nowrap'>[{low}, {high}]</span>"
 
 
 def _text(value: object, name: str) -> str:
     """A cell as HTML; empty for what is not known."""
-    if _missing(value):
-        return ""
-    if not _is_number(value):
-        return in_html(value)
+    if not is_number(value):
+        return "" if missing(value) and str(value).lstrip("-") != "inf" else in_html(value)
     if re.fullmatch(r"p([\s,_].*)?", name) and 0 <= value < 0.001:
         return "&lt;0.001"
     return in_html(value if isinstance(value, numbers.Integral) else number(float(value)))
-
-
-def _is_number(value: object) -> bool:
-    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    return real and math.isfinite(value)
-
-
-def _missing(value: object) -> bool:
-    return value is None or (isinstance(value, numbers.Real) and math.isnan(value)) or type(value).__name__ == "NAType"
 
 
 def _breakable(name: str) -> str:

@@ -1,4 +1,4 @@
-"""The live training panel: six small pictures that say whether coarse RLHF is going well, the evaluation curve, alarms.
+"""The live training panel: eight small pictures that say whether coarse RLHF goes well, the evaluation curve, alarms.
 
 In JupyterLab it is redrawn in place; without a display, or with `C2F_HEADLESS=1`, one line of text appears
 every ten seconds instead. `close()` draws the last state and keeps it as PNG, PDF and the CSV behind it. Drawing
@@ -174,14 +174,16 @@ class LivePanel:
         if self._total and last.get("iteration", 0) < self._total and not self.stage.loaded:
             said.append(
                 "To stop where it can be continued: interrupt the kernel (■ above), or in a terminal: "
-                f"touch {shlex.quote(str(self.stage.path('STOP')))}"
+                f"c2f stop {self.stage.run_id}, or: touch {shlex.quote(str(self.stage.path('STOP')))}"
             )
         return Html("".join(f"<div>{in_html(each)}</div>" for each in said), "\n".join(said))
 
 
 def _curve(points: Sequence[Mapping[str, float]]) -> "Figure":
     """The evaluations at a fixed limit: utility and accuracy, reward where nothing else is known."""
-    from c2f_utils.report.results import column, known
+    from matplotlib.ticker import MaxNLocator
+
+    from c2f_utils.report.results import column, errors, known
     from c2f_utils.report.style import DOUBLE, ROLE_COLOURS, new_figure, styled
     from c2f_utils.report.style import line as curve_of
 
@@ -190,7 +192,10 @@ def _curve(points: Sequence[Mapping[str, float]]) -> "Figure":
         names = [name for name in ("utility", "accuracy_last") if known(column(points, name))] or ["reward"]
         figure, axes = new_figure(1, len(names), DOUBLE, 1.7, "")
         for ax, name in zip(axes[0], names, strict=True):
-            curve_of(ax, column(points, "iteration"), column(points, name), ROLE_COLOURS["coarse"])
+            x, y, colour = column(points, "iteration"), column(points, name), ROLE_COLOURS["coarse"]
+            curve_of(ax, x, y, colour)
+            ax.errorbar(x, y, errors(points, name), fmt="none", ecolor=colour, elinewidth=0.8)
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True))
             ax.set(xlabel="iteration", title=f"{_CURVES[name]}, validation problems")
         return figure
 

@@ -59,20 +59,24 @@ def chips(sample: Mapping[str, object]) -> str:
         labels.append(f"{sample['tokens']}{limit} tokens")
     labels += [f"{key} {sample[key]:.2f}" for key in ("reward", "utility") if sample.get(key) is not None]
     if sample.get("correct_steps") is not None:
-        labels.append(f"{sample['correct_steps']} correct steps")
+        labels.append(f"{sample['correct_steps']} correct step" + "s" * (sample["correct_steps"] != 1))
     if sample.get("stop") is not None:
         labels.append(_STOPS.get(str(sample["stop"]), str(sample["stop"])))
     return "".join(f"<span style='{_CHIP}'>{in_html(label)}</span>" for label in labels)
 
 
 def links(*files: Path) -> Html:
-    """Links to files, relative to the notebook's folder, so that JupyterLab and an export can follow them."""
+    """Links to files, relative to the notebook's folder, so that JupyterLab and an export can follow them; those after
+    the second are in a fold."""
     items, base = [], root()
     for path in files:
         name = os.path.relpath(path, base) if path.is_relative_to(base) else str(path)
         place = quote(os.path.relpath(path).replace(os.sep, "/"))
         items.append(f"<li><a href='{place}' target='_blank'>{in_html(name)}</a></li>")
-    return Html(f"<ul>{''.join(items)}</ul>", "\n".join(str(path) for path in files))
+    markup = f"<ul>{''.join(items[:2])}</ul>"
+    if more := items[2:]:
+        markup += f"<details><summary>{len(more)} more</summary><ul>{''.join(more)}</ul></details>"
+    return Html(markup, "\n".join(str(path) for path in files))
 
 
 def sample_browser(samples: Iterable[Mapping[str, object]], limit: int = 8) -> Html:
@@ -89,7 +93,7 @@ def sample_browser(samples: Iterable[Mapping[str, object]], limit: int = 8) -> H
         shown = [(_heading(sample), sample) for sample in answers]
         folds.append(
             f"<details{' open' if number == 0 else ''}><summary>{in_html(_short(prompt))}</summary>"
-            f"{prompt_of(prompt)}{_columns(shown)}</details>"
+            f"{prompt_of(prompt) if _short(prompt) != prompt else ''}{_columns(shown)}</details>"
         )
     return Html("".join(folds) or "<p>No samples.</p>")
 
@@ -132,7 +136,7 @@ def columns(names: Sequence[str], texts: Sequence[str], labels: Sequence[str] = 
     heads = "".join(f"<th style='{width};text-align:left{_rule(name)}'>{in_html(name)}</th>" for name in names)
     chosen = "".join(f"<td style='text-align:left;vertical-align:top'>{label}</td>" for label in labels)
     body = "".join(f"<td style='{_TEXT}'>{text}</td>" for text in texts)
-    rows = "".join(f"<tr>{row}</tr>" for row in (heads, chosen, body) if row)
+    rows = "".join(f"<tr>{row}</tr>" for row in (heads if any(names) else "", chosen, body) if row)
     return f"<table style='table-layout:fixed;width:100%'>{rows}</table>"
 
 

@@ -6,6 +6,7 @@ Question: what goes in the paper, and how far does it carry? Inputs: run directo
 the notebook that makes it. Needs no torch.
 """
 
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -22,13 +23,20 @@ from c2f_utils.report.results import DECODINGS, MAIN, origin_of
 _DRAWING_ERRORS = (C2FError, KeyError, IndexError, TypeError, ValueError, AttributeError)
 
 
-def build(run_dir: object, out_dir: object, runs: Iterable[object] = ()) -> Path:
-    """Write the whole report to `out_dir` and return the path of `report.html`.
+def build(
+    run_dir: object,
+    out_dir: object,
+    runs: Iterable[object] = (),
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Path:
+    """Write the whole report to `out_dir` and return the path of `report.html`; `progress` is called with the figures
+    and tables there are and, as far as they can be counted beforehand, all of them.
 
     `run_dir` is the run shown in full; `runs` are further runs (directories, or ids beside it), compared with it run
     by run. If `run_dir` holds no results, the first of `runs` is shown in full. Raises C2FError when no run has any.
     """
-    return _Builder(Path(getattr(run_dir, "dir", run_dir)), Path(getattr(out_dir, "dir", out_dir)), runs).build()
+    places = (Path(getattr(place, "dir", place)) for place in (run_dir, out_dir))
+    return _Builder(*places, runs, progress).build()
 
 
 def overview(run_dir: object) -> str:
@@ -43,7 +51,7 @@ def overview(run_dir: object) -> str:
         frame = contents.summary_of(results)
         decoding = sources.decodings(results)[0]
         parts += [f"Models of run {in_markdown(run.name)}, {DECODINGS[decoding]}. {in_markdown(typeset.note(frame))}"]
-        parts += [typeset.markdown(frame)]
+        parts += [re.sub(r"(\d), (?=[−\d])", "\\1,\u00a0", typeset.markdown(frame))]  # no line ends in an interval
     for name, results in found.items():
         words = [] if verdicts.dry(stages[name]) else verdicts.everything({name: results}).get(name, [])
         if words := [line for line in words if line not in said]:
@@ -60,7 +68,7 @@ def _listed(words: Iterable[str]) -> str:
 class _Builder:
     """State of one report: the document so far, the files written, and what could not be made."""
 
-    def __init__(self, run: Path, out: Path, runs: Iterable[object]) -> None:
+    def __init__(self, run: Path, out: Path, runs: Iterable[object], progress: Callable[[int, int], None]) -> None:
         others = list(dict.fromkeys(sources.run_path(run, other) for other in runs))
         candidates = sources.with_results(run, others)
         if not candidates:
@@ -72,6 +80,8 @@ class _Builder:
         there = sources.find_stages(self.run)
         self.results, self.missing = sources.results_of(there)
         self.stages = {name: there[name] for name in self.results}
+        self.progress, self.pieces = progress, 0
+        self.expected = self._expected()
         self.written: list[str] = []
         self.said: list[str] = []
         self.dry = any(verdicts.dry(path) for path in self.stages.values())
@@ -89,6 +99,7 @@ class _Builder:
         self._missing()
         self.document.heading("What this does not show")
         self.document.bullets(list(sources.DOES_NOT_SHOW))
+        self.progress(self.expected, self.expected)
         return self._write()
 
     # Parts
@@ -311,7 +322,20 @@ class _Builder:
 
     # Files
 
+    def _expected(self) -> int:
+        """About how many figures and tables there will be."""
+        parts = (contents.figures_of(n, self.stages[n], self.results) + contents.tables_of(n, self.results[n])
+                 for n in self.stages)  # fmt: skip
+        across = 4 * len(DECODINGS) if len(self.runs) > 1 else 0
+        return sum(len(part) + 1 for part in parts) + len(self.runs) + across + 5
+
+    def _count(self) -> None:
+        """One more figure or table is begun."""
+        self.pieces += 1
+        self.progress(min(self.pieces, self.expected) - 1, self.expected)
+
     def _figure(self, name: str, draw: Callable[[], Figure], caption: str) -> None:
+        self._count()
         try:
             figure = draw()
             figures.save_figure(figure, self.out / "figures", name)
@@ -322,6 +346,7 @@ class _Builder:
         self.written += [f"figures/{name}.{kind}" for kind in ("pdf", "png", "csv")]
 
     def _table(self, name: str, make: Callable[[], pd.DataFrame], caption: str) -> None:
+        self._count()
         try:
             frame = make()
             if frame.empty:

@@ -32,7 +32,7 @@ def regret_map(study: dict) -> Figure:
     scale.outline.set_linewidth(0)
     for (row, place), value in np.ndenumerate(values):
         bold = "bold" if place == len(conditions) else "normal"
-        words = f"{value:.0f}" if np.isfinite(value) else "not run"
+        words = str(round(value)) if np.isfinite(value) else "not run"
         colour = INK if np.isfinite(value) else "#b5b5b5"
         ax.text(place, row, words, ha="center", va="center", fontsize=7, weight=bold, color=colour)
     ax.axvline(len(conditions) - 0.5, color="white", linewidth=4)

@@ -100,10 +100,10 @@ def _frontier_axes(
         ax.scatter(x, y, _SIZES.get(role, 18), color=colour, marker=marker, zorder=4, linewidths=0)
         points.append((x, y))
     ax.margins(0.12, 0.12)
-    ax.set_xlim(left=min(0.0, min(x for x, _ in points)) - 0.03 * max(x for x, _ in points))
+    ax.set_xlim(left=min(0.0, min(x for x, _ in points)) - 0.1 * max(x for x, _ in points))
     if both:
         ax.set_ylabel("accuracy (filled: last answer, hollow: first)")
-        note(ax, "thin lines: 95 % intervals", "lower right")
+        ax.set_xlabel(f"{LABELS[across]}; thin lines: 95 % intervals")
     colours = [ROLE_COLOURS.get(row["role"], INK) for row in rows]
     bold = [row["role"] != "control" for row in rows]
     point_labels(ax, points, [row["label"] for row in rows], colours, obstacles, size, bold, owners)
@@ -246,7 +246,7 @@ def _curve(stage: Path) -> list[dict]:
 
 
 def _story(tokens: Axes, quality_of: Axes, stage: Path) -> pd.DataFrame:
-    """Training: the limit and the mean length above, quality on the training prompts' sisters below."""
+    """Training: the limit and the mean length above, quality on validation problems below."""
     tokens.set_title("1  RLHF on the base: the limit grows")
     quality_of.set_title("2  ... and quality with it")
     rows = read_jsonl(stage / "metrics.jsonl")
@@ -309,7 +309,7 @@ def _before_and_after(ax: Axes, stage: Path, decoding: str) -> pd.DataFrame:
     ax.grid(False, axis="x")
     if metric == "accuracy_last":
         ax.set(ylabel=f"accuracy, {DECODINGS.get(decoding, decoding)}", ylim=(0, 1.12))
-        note(ax, "hollow: first answer; filled: last; bars: 95 % intervals", "lower right")
+        note(ax, "hollow: first answer; filled: last; bars: 95 % intervals")
     else:
         ax.set_ylabel(LABELS[metric])
         ax.margins(y=0.2)

@@ -81,8 +81,8 @@ def reward_calibration(source: object) -> Figure:
     if accuracy is not None:
         pairs = results.get("held_out_pairs", results.get("n_pairs"))
         note(ax, f"pair accuracy {accuracy:.3f}" + (f"\non {pairs} held-out pairs" if pairs else ""))
-    ax.set(xlabel="predicted probability", ylabel="observed share")
-    note(ax, "area: pairs; bars: 95 % Wilson\ndashed: perfect calibration", "lower right")
+    key = "area: pairs; bars: 95 % Wilson; dashed: perfect"
+    ax.set(xlabel=f"predicted probability\n{key}", ylabel="observed share")
     return fig
 
 
@@ -95,7 +95,7 @@ def length_bias(source: object) -> Figure:
     fig.data = pd.DataFrame(rows)
     bias = results.get("length_bias") or {}
     left.set(xlabel="answer length (tokens)", ylabel=LABELS["reward"])
-    right.set(xlabel=LABELS["utility"])
+    right.set(xlabel=f"{LABELS['utility']}\npale: answers; black: means of deciles, 95 % t-intervals")
     tokens, reward, utility = (column(rows, key) for key in ("tokens", "reward", "utility"))
     if not known(reward):
         say(left, "no scored answers recorded")
@@ -112,7 +112,6 @@ def length_bias(source: object) -> Figure:
         _scatter(right, utility, reward)
         if results.get("utility_correlation") is not None:
             note(right, f"correlation {results['utility_correlation']:+.2f}")
-        note(right, "pale: answers; black: means of\ndeciles, 95 % t-intervals", "lower right")
     else:
         right.tick_params(labelleft=False)
         right.set_xticks([])
@@ -293,7 +292,9 @@ def schedule_comparison(source: object, metric: str = "utility") -> Figure:
         if known(values):
             right.plot(tokens.mean(axis=0), values.mean(axis=0), color=colour)
             ends.append((tokens.mean(axis=0)[-1], values.mean(axis=0)[-1], law["label"], colour))
-            drawn += zip(tokens.ravel(), values.ravel(), strict=True)
+            for curve in zip(tokens, values, strict=True):  # along the lines, not at their corners alone
+                along = np.linspace(0, len(curve[0]) - 1, 6 * len(curve[0]))
+                drawn += zip(*(np.interp(along, np.arange(len(each)), each) for each in curve), strict=True)
     left.set(xlabel="iteration", ylabel="length limit (tokens)", ylim=(0, None))
     right.set(xlabel="rollout tokens so far (thousands)", ylabel=LABELS[metric])
     if not ends:
@@ -341,7 +342,7 @@ def tokens_to_target(source: object, metric: str = "utility", shares: tuple[floa
                 ax.scatter(found.mean(), row, 42, color=colour, marker="|", linewidths=2)
             missed = len(mine) - len(found)
             if missed:
-                low = len(found) and found.max() > 0.45 * reach
+                low = len(found) and found.min() > 1.05 * reach - found.max()  # more room before than behind
                 at, side = (found.min(), "right") if low else (found.max() if len(found) else 0, "left")
                 words = f"{missed} of {len(mine)} missed" if len(mine) > 1 else "missed"
                 gap = {"xytext": (-6 if low else 6, 0), "textcoords": "offset points"}

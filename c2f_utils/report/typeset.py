@@ -6,6 +6,7 @@ columns of 3.3 in (`table`) and two of them (`table*`, 6.8 in), by widths measur
 """
 
 import math
+import numbers
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -68,7 +69,23 @@ def interval(value: float | None, low: float | None, high: float | None) -> str:
 
 
 def missing(value: object) -> bool:
-    return value is None or value is pd.NA or (isinstance(value, float) and not math.isfinite(value))
+    return value is None or value is pd.NA or (isinstance(value, numbers.Real) and not math.isfinite(value))
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def spans(names: Sequence[str], columns: Sequence[Sequence]) -> list[slice]:
+    """The columns that are shown as one: three where the second and third are bounds of the first (`x`, `x low`,
+    `x high`, or with `_` or a comma), else one."""
+    found: list[slice] = []
+    while (at := found[-1].stop if found else 0) < len(names):
+        low, high = (*names[at + 1 : at + 3], "", "")[:2]
+        bounded = low.endswith("low") and high == f"{low[:-3]}high"
+        bounded = bounded and all(missing(v) or is_number(v) for column in columns[at : at + 3] for v in column)
+        found.append(slice(at, at + (3 if bounded else 1)))
+    return found
 
 
 def _decimals(*values: float) -> int:
@@ -93,12 +110,9 @@ class Shown(NamedTuple):
 
 def shown(frame: pd.DataFrame) -> Shown:
     """The headings and cells of a table, with the bounds in the cells of their values."""
-    names, columns = [str(name) for name in frame.columns], []
-    while (at := columns[-1].stop if columns else 0) < len(names):
-        low, high = (names[at + 1 : at + 3] + ["", ""])[:2]
-        bounded = low.endswith("low") and high == f"{low[:-3]}high"
-        columns.append(slice(at, at + (3 if bounded else 1)))
+    names = [str(name) for name in frame.columns]
     rows = list(frame.astype(object).itertuples(index=False, name=None))
+    columns = spans(names, list(zip(*rows, strict=True)) or [()] * len(names))
     cells = [
         [interval(*row[c]) if c.stop - c.start == 3 else cell(names[c.start], row[c.start]) for c in columns]
         for row in rows

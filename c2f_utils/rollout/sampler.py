@@ -6,7 +6,7 @@ make the KL estimate meaningless. Weights are read at every call, so an update i
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -49,15 +49,26 @@ class BatchedSampler(ABC):
 
     @torch.no_grad()
     def __call__(
-        self, prompts: Sequence[Prompt], limits: Sequence[int] | int, *, temperature: float = 1.0, seed: int = 0
+        self,
+        prompts: Sequence[Prompt],
+        limits: Sequence[int] | int,
+        *,
+        temperature: float = 1.0,
+        seed: int = 0,
+        progress: Callable[[int, int], None] | None = None,
     ) -> list[Sample]:
-        """Answer every prompt; `limits` in tokens, temperature 0 is greedy, the same seed gives the same answers."""
+        """Answer every prompt; `limits` in tokens, temperature 0 is greedy, the same seed gives the same answers.
+
+        `progress` is called with the answers there are and all of them.
+        """
         limits = each_limit(limits, prompts, self.positions)
         device = next(self.causal.parameters()).device
         generator = torch.Generator(device=device).manual_seed(seed)
         samples: list[Sample] = []
         for wave in self._waves(prompts, limits):
             samples += self.answer([prompts[i] for i in wave], [limits[i] for i in wave], temperature, generator)
+            if progress:
+                progress(len(samples), len(prompts))
         return samples
 
     def _waves(self, prompts: Sequence[Prompt], limits: Sequence[int]) -> list[list[int]]:

@@ -3,7 +3,7 @@ format."""
 
 import random
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -132,17 +132,20 @@ class EmbeddedPair:
         return prompt + self.first, prompt + self.second
 
 
-def embedded_pairs(settings: Settings, base, tokenizer, count: int, seed: int) -> list[EmbeddedPair]:
+def embedded_pairs(
+    settings: Settings, base, tokenizer, count: int, seed: int, progress: Callable[[int, int], None] | None = None
+) -> list[EmbeddedPair]:
     """Labelled pairs on training problems: synthetic answers of mixed quality and samples of the base model, some of
     them cut.
 
-    The label compares utility plus a small length bonus under Gaussian noise; see `Reward` for the sizes.
+    The label compares utility plus a small length bonus under Gaussian noise; see `Reward` for the sizes. `progress`
+    is called with the base's answers there are and all of them.
     """
     reward, rng = settings.reward, random.Random(f"pairs-{seed}")
     questions = generator(settings.data).problems("train", count, rng.getrandbits(32))
     sampled = round(count * reward.base_share)
     asked, seed = make_prompts([q for q in questions[:sampled] for _ in (0, 1)]), rng.getrandbits(32)
-    base_answers = choose(base, tokenizer)(asked, PAIR_ANSWER_TOKENS, seed=seed) if asked else []
+    base_answers = choose(base, tokenizer)(asked, PAIR_ANSWER_TOKENS, seed=seed, progress=progress) if asked else []
     pairs = []
     for index, problem in enumerate(questions):
         if index < sampled:
@@ -154,7 +157,9 @@ def embedded_pairs(settings: Settings, base, tokenizer, count: int, seed: int) -
     return pairs
 
 
-def fresh_pairs(settings: Settings, base, tokenizer) -> tuple[list[Pair], str]:
+def fresh_pairs(
+    settings: Settings, base, tokenizer, progress: Callable[[int, int], None] | None = None
+) -> tuple[list[Pair], str]:
     """Pairs for a judge, which no other model was trained on, and where they are from, in words.
 
     `judge.pairs` of them at most. On the embedded domain new ones, on problems that 02 has no pairs of. On hub data
@@ -164,7 +169,7 @@ def fresh_pairs(settings: Settings, base, tokenizer) -> tuple[list[Pair], str]:
     wanted, reward = settings.judge.pairs, settings.reward
     if settings.embedded:
         known = set(_questions(settings, reward.pairs + reward.held_out_pairs, settings.seed))
-        made = embedded_pairs(settings, base, tokenizer, wanted, settings.seed + JUDGE_SEED)
+        made = embedded_pairs(settings, base, tokenizer, wanted, settings.seed + JUDGE_SEED, progress)
         return [pair.tokens for pair in made if pair.problem not in known], "new pairs"
     more = settings.model_copy(update={"reward": reward.model_copy(update={"pairs": reward.pairs + wanted})})
     training, held_out, _ = hub_pairs(more, tokenizer)

@@ -64,7 +64,8 @@ def held_out(run: Run, inputs: Inputs) -> tuple[RewardModelJudge, dict]:
     It is not kept: what it said is. `identity` are its pairs and settings, which decide it.
     """
     settings, here, tokenizer = run.settings, run.here, inputs.tokenizer
-    pairs, where = data.fresh_pairs(settings, inputs.base() if settings.embedded else None, tokenizer)
+    progress = Progress("answers for a held-out reward model", "answer")
+    pairs, where = data.fresh_pairs(settings, inputs.base() if settings.embedded else None, tokenizer, progress)
     other = settings.model_copy(update={"seed": settings.seed + data.JUDGE_SEED})
     trained = rewards.train(
         inputs.base_source, pairs, tokenizer, other, order=other.seed,

@@ -151,7 +151,8 @@ def pairs(inputs: Inputs, base) -> tuple[list[rewards.Pair], HeldOut, int]:
         lengths = [p.prompt_tokens for p in held_out]
         return [p.tokens for p in training], HeldOut([p.tokens for p in held_out], lengths, []), too_long
     config = settings.reward
-    made = data.embedded_pairs(settings, base, inputs.tokenizer, config.pairs + config.held_out_pairs, settings.seed)
+    count, progress = config.pairs + config.held_out_pairs, Progress("the base's answers for pairs", "answer")
+    made = data.embedded_pairs(settings, base, inputs.tokenizer, count, settings.seed, progress)
     held_out, training = made[: config.held_out_pairs], made[config.held_out_pairs :]
     lengths = [len(p.problem.prompt_ids) for p in held_out]
     tokens, utilities = [p.tokens for p in held_out], [p.utilities for p in held_out]

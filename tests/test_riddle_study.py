@@ -1,0 +1,71 @@
+"""The registered comparisons on riddles: right numbers from made-up seeds, and a gate that can hold them back."""
+
+import json
+from pathlib import Path
+
+import pytest
+import riddles as benchmark
+from scipy import stats as library
+
+from c2f_utils import stats
+from c2f_utils.report import riddle_study
+from c2f_utils.settings.load import load_settings
+
+ARMS = ("fine", "coarse", "instruct_forced", *riddle_study.RIVALS)
+
+
+def model(accuracy: float) -> dict:
+    kind = {"accuracy_last": accuracy, "accuracy_first": accuracy}
+    whole = kind | {"utility": 3.0, "mean_tokens": 40.0, "eos_rate": 1.0}
+    return {"label": "x", "all": whole, "story": kind, "riddle": kind, "cost": {"rl_tokens": 5, "seconds": None}}
+
+
+def study(**accuracies: list[float]) -> dict:
+    seeds = {}
+    for number in range(8):
+        models = {name: model(accuracies.get(name, [0.3 + 0.01 * (k % 3) for k in range(8)])[number]) for name in ARMS}
+        seeds[str(201 + number)] = {
+            "gate": [{"name": "x", "value": 0.5, "bound": 0.8, "passed": True}],
+            "models": models,
+        }
+    return {"seeds": seeds}
+
+
+def test_differences_are_paired_by_seed_and_corrected_over_all_registered_comparisons():
+    fine = [0.6, 0.62, 0.58, 0.61, 0.6, 0.63, 0.59, 0.6]
+    found = study(
+        fine=fine, distilled=[x + 0.1 for x in fine], shortest_correct=[x + (-1) ** k * 0.1 for k, x in enumerate(fine)]
+    )
+    frame = riddle_study.registered_table(found).set_index("minus")
+    row = frame.loc["ppo_instruct_tokens"]
+    gaps = [a - (0.3 + 0.01 * (k % 3)) for k, a in enumerate(fine)]
+    assert row["difference"] == pytest.approx(sum(gaps) / 8) and row["seeds"] == 8
+    assert row["p"] == pytest.approx(library.ttest_1samp(gaps, 0).pvalue) and row["verdict"] == "higher"
+    assert frame.loc["shortest_correct", "verdict"] == "cannot be told apart"
+    assert frame.loc["distilled", "verdict"] == "lower" and len(frame) == len(riddle_study.REGISTERED) == 8
+    assert frame["p_holm"].tolist() == pytest.approx(stats.holm(frame["p"].tolist()))
+
+
+def test_the_setting_decides_only_where_enough_seeds_pass_the_gate():
+    found = study()
+    assert riddle_study.decides(found) and riddle_study.gate_table(found)["holds"].all()
+    for seed in ("201", "202"):
+        found["seeds"][seed]["gate"][0]["passed"] = False
+    assert riddle_study.decides(found), "six of eight"
+    found["seeds"]["203"]["gate"][0]["passed"] = False
+    assert not riddle_study.decides(found)
+    assert set(riddle_study.registered_table(found, passing_only=True)["seeds"]) == {5}
+
+
+def test_arms_are_ordered_by_riddles_and_unknown_costs_stay_unknown():
+    frame = riddle_study.arms_table(study(coarse=[0.9] * 8))
+    assert frame["accuracy_last, riddle"].is_monotonic_decreasing and frame["rl_tokens"][0] == 5
+    assert frame["seconds"].isna().all() and frame["fine minus it"][0] < 0
+
+
+def test_what_is_run_is_what_was_registered():
+    settings = load_settings("tiny", overrides={"data.domain": "riddles", "merge.controls": benchmark.CONTROLS})
+    assert {*riddle_study.RIVALS} <= {*settings.merge.controls}
+    text = (Path(benchmark.__file__).parent / "preregistered" / "riddles.md").read_text()
+    assert "201 202 203 204 205 206 207 208" in text and "Holm over the eight" in text
+    assert json.loads(json.dumps(benchmark.CONTROLS)) == settings.merge.controls

@@ -71,6 +71,11 @@ def test_problems_are_half_of_each_kind_and_in_one_split_only():
     assert found["test"] == DOMAIN.problems("test", 300, 1) != DOMAIN.problems("test", 300, 2)
 
 
+def test_more_problems_than_there_are_is_an_error_and_no_endless_search():
+    with pytest.raises(C2FError, match="different riddle problems of the split 'test' were found, and 50000 are asked"):
+        DOMAIN.problems("test", 100_000, 0)
+
+
 def test_the_corpus_drills_the_step_and_hardly_ever_uses_it():
     documents = [WORDS.decode(ids).split() for ids in DOMAIN.documents(600_000, 0)]
     asked = [words for words in documents if words[0] == "riddle"]

@@ -207,14 +207,21 @@ def test_what_the_residue_carries_is_read_from_06_by_kind():
         "controls": {"coarse_interpolation": between},
     }
     table = carried.carried_table(merging).set_index("problems").round(3)
-    assert table.loc["riddle", [*carried.CHANGES]].tolist() == [0.5, 0.05, 0.1, 0.4]
-    assert table.loc["story", [*carried.CHANGES]].tolist() == [0.4, -0.4, 0.4, 0.1]
+    assert table.loc["riddle", [*carried.CHANGES]].tolist() == [0.5, -0.05, 0.1, 0.4]
+    assert table.loc["story", [*carried.CHANGES]].tolist() == [0.4, 0.4, 0.4, 0.1]
     assert "riddle: RL added +0.500" in carried.in_words(merging)
+    operators = [{"operator": "residue", **row(0, 0)}, {"operator": "lerp", **row(0.5, 0.7)}]
+    same = carried.carried_table(merging | {"controls": {}, "operators": operators}).set_index("problems").round(3)
+    assert same.equals(table)
     alone = {key: merging[key] for key in ("parents", "chosen", "sweep")}
     for each in (*alone["parents"].values(), *alone["sweep"]):
         del each["by_kind"]
     table = carried.carried_table(alone)
-    assert table["problems"].tolist() == ["all"] and "lost by SFT" not in table and "by interpolation" not in table
+    assert (
+        table["problems"].tolist() == ["all"]
+        and "changed by SFT, forced" not in table
+        and "by interpolation" not in table
+    )
 
 
 @pytest.mark.slow  # about two minutes

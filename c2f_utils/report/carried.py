@@ -63,7 +63,7 @@ def in_words(results: Mapping) -> str:
     for row in frame.to_dict("records"):
         said = f"{row['problems']}: RL added {row['added by RL']:+.3f}"
         if row.get("SFT, where forced") is not None:
-            said += f", where forced instruction tuning changed {row['SFT, where forced']:+.3f}"
+            said += f", with forced analysis instruct minus base {row['SFT, where forced']:+.3f}"
         said += f", the merge gives instruct {row['brought back by the merge']:+.3f}"
         if row.get("by interpolation") is not None:
             said += f", interpolation with coarse {row['by interpolation']:+.3f}"

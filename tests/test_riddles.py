@@ -71,6 +71,11 @@ def test_problems_are_half_of_each_kind_and_in_one_split_only():
     assert found["test"] == DOMAIN.problems("test", 300, 1) != DOMAIN.problems("test", 300, 2)
 
 
+def test_more_problems_than_there_are_is_an_error_and_no_endless_search():
+    with pytest.raises(C2FError, match="different riddle problems of the split 'test' were found, and 50000 are asked"):
+        DOMAIN.problems("test", 100_000, 0)
+
+
 def test_the_corpus_drills_the_step_and_hardly_ever_uses_it():
     documents = [WORDS.decode(ids).split() for ids in DOMAIN.documents(600_000, 0)]
     asked = [words for words in documents if words[0] == "riddle"]
@@ -202,14 +207,17 @@ def test_what_the_residue_carries_is_read_from_06_by_kind():
         "controls": {"coarse_interpolation": between},
     }
     table = carried.carried_table(merging).set_index("problems").round(3)
-    assert table.loc["riddle", [*carried.CHANGES]].tolist() == [0.5, 0.05, 0.1, 0.4]
-    assert table.loc["story", [*carried.CHANGES]].tolist() == [0.4, -0.4, 0.4, 0.1]
+    assert table.loc["riddle", [*carried.CHANGES]].tolist() == [0.5, -0.05, 0.1, 0.4]
+    assert table.loc["story", [*carried.CHANGES]].tolist() == [0.4, 0.4, 0.4, 0.1]
     assert "riddle: RL added +0.500" in carried.in_words(merging)
+    operators = [{"operator": "residue", **row(0, 0)}, {"operator": "lerp", **row(0.5, 0.7)}]
+    same = carried.carried_table(merging | {"controls": {}, "operators": operators}).set_index("problems").round(3)
+    assert same.equals(table)
     alone = {key: merging[key] for key in ("parents", "chosen", "sweep")}
     for each in (*alone["parents"].values(), *alone["sweep"]):
         del each["by_kind"]
     table = carried.carried_table(alone)
-    assert table["problems"].tolist() == ["all"] and "lost by SFT" not in table and "by interpolation" not in table
+    assert table["problems"].tolist() == ["all"] and not {"SFT, where forced", "by interpolation"} & {*table.columns}
 
 
 @pytest.mark.slow  # about two minutes

@@ -13,9 +13,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from c2f_utils.errors import C2FError
 from c2f_utils.redundancy import duplicate_sentence_share, rep_n
 
 Split = Literal["train", "validation", "test"]
+_IDLE = 5_000  # draws in a row without a new problem, after which there is none
 SPECIALS = ("<pad>", "<s>", "</s>", "<unk>")
 PAD, BOS, EOS = 0, 1, 2
 FORCED_ANSWER = "answer :"
@@ -138,13 +140,20 @@ class Problem(ABC):
 
 
 def drawn(draw: Callable[[random.Random], Problem], split: Split, count: int, seed: int) -> list[Problem]:
-    """`count` distinct problems of one split, the same for the same seed."""
-    rng = random.Random(f"{split}-{seed}")
+    """`count` distinct problems of one split, the same for the same seed; raises C2FError where there are not so
+    many."""
+    rng, idle = random.Random(f"{split}-{seed}"), 0
     found: dict[Problem, None] = {}
     while len(found) < count:
-        problem = draw(rng)
+        problem, before = draw(rng), len(found)
         if problem.split == split:
             found[problem] = None
+        idle = 0 if len(found) > before else idle + 1
+        if idle > _IDLE:
+            raise C2FError(
+                f"{len(found)} different {problem.kind} problems of the split {split!r} were found, and {count} are "
+                "asked for; lower reward.pairs, data.validation_prompts or data.test_prompts"
+            )
     return list(found)
 
 

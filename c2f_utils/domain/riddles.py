@@ -119,7 +119,6 @@ class Riddles:
 
     operations: tuple[int, int] = (3, 5)
     vocabulary = WORDS
-    openings: ClassVar[dict[str, str]] = {stories.Problem.kind: stories.Problem.opening, Riddle.kind: Riddle.opening}
 
     def _training_problem(self, rng: random.Random) -> Problem:
         draw = draw_riddle if rng.random() < RIDDLES else self._story

@@ -192,7 +192,6 @@ class Stories:
 
     operations: tuple[int, int] = (3, 5)
     world: World = SMALL
-    openings: ClassVar[dict[str, str]] = {Problem.kind: Problem.opening}
 
     @property
     def vocabulary(self) -> Vocabulary:

@@ -6,6 +6,5 @@ from c2f_utils.settings.config import Data
 
 
 def generator(data: Data) -> Stories | Riddles:
-    """The embedded domain of these settings: `problems`, `documents`, `instructions`, `vocabulary`, and the forced
-    beginnings (`openings`) by kind of problem."""
+    """The embedded domain of these settings: its `problems`, `documents`, `instructions` and `vocabulary`."""
     return Riddles(data.operations) if data.domain == "riddles" else Stories(data.operations, data.world)

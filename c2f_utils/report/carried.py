@@ -16,7 +16,7 @@ FORCED = ", forced"
 COLUMNS = (BASE, BASE + FORCED, COARSE, INSTRUCT, INSTRUCT + FORCED, FINE, BETWEEN)
 CHANGES = {
     "added by RL": (COARSE, BASE),
-    "lost by SFT": (BASE + FORCED, INSTRUCT + FORCED),
+    "SFT, where forced": (INSTRUCT + FORCED, BASE + FORCED),
     "brought back by the merge": (FINE, INSTRUCT),
     "by interpolation": (BETWEEN, INSTRUCT),
 }
@@ -40,11 +40,12 @@ def carried_table(results: Mapping) -> pd.DataFrame:
 def _measured(results: Mapping) -> dict[str, dict | None]:
     parents, forced = results.get("parents") or {}, results.get("forced") or {}
     between = (results.get("controls") or {}).get("coarse_interpolation") or {}
+    alike = next((row for row in results.get("operators") or [] if row.get("operator") == "lerp"), None)
     return {
         **{name: parents.get(name) for name in (BASE, INSTRUCT, COARSE)},
         **{name + FORCED: forced.get(name) for name in (BASE, INSTRUCT)},
         FINE: _at(results.get("sweep"), (results.get("chosen") or {}).get("coefficient")),
-        BETWEEN: _at(between.get("sweep"), between.get("coefficient")),
+        BETWEEN: _at(between.get("sweep"), between.get("coefficient")) or alike,  # the same formula
     }
 
 
@@ -61,8 +62,8 @@ def in_words(results: Mapping) -> str:
     parts = []
     for row in frame.to_dict("records"):
         said = f"{row['problems']}: RL added {row['added by RL']:+.3f}"
-        if row.get("lost by SFT") is not None:
-            said += f", instruction tuning took {row['lost by SFT']:.3f} from what a forced beginning finds"
+        if row.get("SFT, where forced") is not None:
+            said += f", with forced analysis instruct minus base {row['SFT, where forced']:+.3f}"
         said += f", the merge gives instruct {row['brought back by the merge']:+.3f}"
         if row.get("by interpolation") is not None:
             said += f", interpolation with coarse {row['by interpolation']:+.3f}"

@@ -324,9 +324,9 @@ TRAINING: dict[str, list[tuple]] = {
         ("return torch.where(cut, means, e.rewards)", "return torch.where(~cut, means, e.rewards)",
          "finished answers would be averaged and cut ones not",
          "test_coarse.py::test_an_averaged_cut_is_worth_the_mean_of_its_last_prefixes_and_an_ended_answer_what_it_was"),
-        ("means = means.clamp(max=float(e.rewards[~cut].mean()))", "pass",
+        ("if cut.float().mean() < 0.5:", "if False:",
          "a policy that ends its answers would be paid for being cut",
-         f"{NAIVE}[ending-average]"),
+         "test_lengths.py::test_where_most_answers_end_an_averaged_cut_is_paid_as_it_stands"),
     ],
     "coarse/unfinished.py": [
         ("return found[: len(asked) // 2]", "return found",

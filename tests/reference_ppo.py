@@ -140,12 +140,11 @@ class ReferencePPO:
     def shape(self, samples: list[Sample], facts: list[dict]) -> list[float]:
         """What each answer is paid at its last token: price, scale, clip, and the treatment of cuts."""
         c, paid = self.c, []
-        ended = [fact["prefixes"][-1] for sample, fact in zip(samples, facts, strict=True) if not sample.cut]
+        mostly_cut = 2 * sum(sample.cut for sample in samples) >= len(samples)
         for sample, fact in zip(samples, facts, strict=True):
             worth = fact["prefixes"][-1]
-            if c.cut == "average" and sample.cut:
+            if c.cut == "average" and sample.cut and mostly_cut:
                 worth = mean(fact["prefixes"][-max(1, sample.tokens // 8) :])
-                worth = min(worth, mean(ended)) if 2 * len(ended) > len(samples) else worth
             paid.append(worth - self.cost(len(sample.prompt.forced) + sample.tokens, self.law.limit))
         penalties = [c.cut_penalty if sample.cut and c.cut == "penalty" else 0.0 for sample in samples]
         self.earned = [x - y for x, y in zip(paid, penalties, strict=True)]

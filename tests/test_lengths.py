@@ -4,7 +4,9 @@ import pytest
 import torch
 from tiny_models import LAWS, PrefixReward, trainer, weights
 
-from c2f_utils.coarse.shaping import DualPrice, overlong
+from c2f_utils.coarse.experience import Experience
+from c2f_utils.coarse.shaping import DualPrice, last_prefixes, overlong
+from c2f_utils.domain.samples import Prompt, Sample
 from c2f_utils.errors import C2FError
 from c2f_utils.limits import Signals
 from c2f_utils.settings.laws import Law, make_law
@@ -98,6 +100,15 @@ def test_a_clock_can_shrink_and_no_other_law():
         make_law(Law(name="tail", start=24, maximum=8))
     with pytest.raises(C2FError, match="only clocks without steps can shrink"):
         make_law(Law(name="clock", shape="steps", start=24, maximum=8, duration=4, steps=[24, 8]))
+
+
+@pytest.mark.parametrize("stops", [("eos", "string", "limit"), ("eos", "limit", "limit")])
+def test_where_most_answers_end_an_averaged_cut_is_paid_as_it_stands(stops):
+    samples = [Sample(Prompt((9,), ""), list(range(16)), stop, 16) for stop in stops]
+    e = Experience(samples, 16, prefix_rewards=[torch.arange(16.0) + k for k in range(3)])
+    e.rewards = torch.stack([row[-1] for row in e.prefix_rewards])
+    averaged = stops.count("limit") == 2
+    assert last_prefixes(e).tolist() == [15.0, 16.0 - 0.5 * averaged, 17.0 - 0.5 * averaged]
 
 
 def test_a_law_is_told_the_penalty_of_a_cut_and_its_average():

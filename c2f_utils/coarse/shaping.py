@@ -75,11 +75,11 @@ def last_prefixes(e: Experience) -> Tensor:
     """Rewards [B] in which an answer that was cut gets the mean over the last eighth of its prefixes; our design.
 
     Where the limit falls within a sentence decides much of what a reward model says of a cut answer, and nothing about
-    the answer. What ended by itself keeps its reward. Where most answers do, a cut is paid no better than they are on
-    average: else a policy that can end unlearns it.
+    the answer. What ended by itself keeps its reward, and so does everything where most answers do: there a cut is
+    paid no better than it stands, or a policy that can end its answers unlearns it.
     """
     cut = torch.tensor([s.cut for s in e.samples])
-    means = torch.stack([row[-max(1, len(row) // 8) :].mean() for row in e.prefix_rewards])
     if cut.float().mean() < 0.5:
-        means = means.clamp(max=float(e.rewards[~cut].mean()))
+        return e.rewards
+    means = torch.stack([row[-max(1, len(row) // 8) :].mean() for row in e.prefix_rewards])
     return torch.where(cut, means, e.rewards)

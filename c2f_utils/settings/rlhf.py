@@ -71,8 +71,8 @@ class Coarse(Section):
     cut: Cut = Field(
         "score",
         description="how an answer cut by the limit is credited: by its reward, the mean reward of its last eighth of "
-        "prefixes, what the critic expects of the rest, its reward less a penalty, not at all (nothing is learnt from "
-        "it), or as by the critic, and it goes on in the next iteration",
+        "prefixes (while most answers are cut), what the critic expects of the rest, its reward less a penalty, not at "
+        "all (nothing is learnt from it), or as by the critic, and it goes on in the next iteration",
     )
     cut_penalty: NonNegative = Field(1.0, description="subtracted from the reward of a cut answer when cut = penalty")
     reward_clip: Annotated[float, Field(gt=0)] = Field(10.0, description="bound of the normalised reward")

@@ -198,6 +198,18 @@ def command(project):
     return start_command
 
 
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_request_to_stop_that_comes_while_python_ends_does_not_make_a_finished_run_look_killed(tmp_path, name):
+    code = f"""
+import atexit, os, pathlib, signal, time
+from c2f_utils.headless import jobs
+atexit.register(lambda: (os.kill(os.getpid(), signal.{name}), time.sleep(0.2)))
+with jobs.signals(pathlib.Path({str(tmp_path / "STOP")!r})):
+    pass
+"""
+    assert subprocess.run([sys.executable, "-c", code], cwd=jobs.root()).returncode == 0
+
+
 @pytest.mark.parametrize(
     "number",
     [signal.SIGTERM, *(pytest.param(each, marks=pytest.mark.slow) for each in (signal.SIGUSR1, signal.SIGINT))],

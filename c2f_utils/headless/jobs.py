@@ -5,6 +5,7 @@ SIGTERM, SIGUSR1 or Ctrl-C a file STOP appears in the run folder; training saves
 cells still run, and the same command continues later. A second Ctrl-C kills the kernel.
 """
 
+import atexit
 import contextlib
 import signal
 import subprocess
@@ -245,7 +246,14 @@ def signals(file: Path) -> Iterator[Stop]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        atexit.register(_ignore, numbers)
         file.unlink(missing_ok=True)
+
+
+def _ignore(numbers: Sequence[int]) -> None:
+    """Nothing is left to stop: a request that comes while Python ends must not make a finished run look killed."""
+    for number in numbers:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _probe() -> int:

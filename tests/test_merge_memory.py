@@ -37,6 +37,7 @@ def measure(paths: dict[str, str], out: Path, operator: str) -> dict:
     return found
 
 
+@pytest.mark.slow
 def test_memory_stays_under_the_limit_for_a_model_of_more_than_that(tmp_path):
     paths = generate(tmp_path, 1, 1024)  # 160 MB per model, its largest tensor 65 MB
     for operator in ("residue", "ties"):

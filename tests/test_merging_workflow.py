@@ -108,6 +108,7 @@ def begun(smoke_run, tmp_path, monkeypatch, stage: str, **merge: object) -> Run:
     return run
 
 
+@pytest.mark.slow
 def test_evaluation_holds_one_model_at_a_time_beside_the_reward_model(smoke_run, tmp_path, monkeypatch, loaded):
     run = begun(smoke_run, tmp_path, monkeypatch, "07_evaluation")
     evaluation.make(run)

@@ -34,6 +34,7 @@ def content(file: Path) -> dict[str, bytes]:
         return {name.partition("/")[2]: archive.read(name) for name in archive.namelist()}
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_packed_opened_and_read_elsewhere(smoke_run, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("C2F_OUTPUTS", str(smoke_run.parent))
     first, second = (pack.pack("smoke", tmp_path / name) for name in ("a.zip", "b.zip"))

@@ -245,6 +245,7 @@ def test_an_unfinished_stage_and_its_alarms_are_called_that(tmp_path, undrawn):
     assert "03_coarse_rlhf: stopped, not done" in text
 
 
+@pytest.mark.slow
 def test_a_damaged_result_costs_its_figure_only_and_is_named(tmp_path, unpainted):
     run = fake_run(tmp_path)
     path = run / "06_residue_merging" / "results.json"
@@ -283,6 +284,7 @@ def test_a_clock_that_was_set_back_gives_no_negative_time(tmp_path):
     assert tables.timings_table(tmp_path / "demo").set_index("stage").loc["01_base_model", "wall_s"] == 0
 
 
+@pytest.mark.slow
 def test_hub_data_show_rewards_and_say_why(tmp_path, unpainted):
     run = fake_run(tmp_path, "hub", checker=False)
     text = (build.build(run, tmp_path / "report").parent / "report.md").read_text()

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from c2f_utils.coarse.heads import Head
 from c2f_utils.domain import stories
+from c2f_utils.domain.problems import EOS, PAD
 from c2f_utils.domain.samples import Prompt
 from c2f_utils.errors import C2FError
 from c2f_utils.files import write_json
@@ -193,16 +194,16 @@ def speed(repeats: int) -> dict:
     settings = load_settings("tiny")
     model, tokenizer = new_model(settings.pretrain, 0).eval(), stories.make_tokenizer()
     asked = [Prompt(p.prompt_ids, "") for p in stories.problems("train", 64, 0)]
-    never = torch.tensor([stories.EOS])
+    never = torch.tensor([EOS])
     with torch.no_grad():
         model.lm_head.weight[never] = 0.0  # hardly ever ends: all three make about the same tokens
     ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(p.ids[::-1]) for p in asked], batch_first=True).flip(1)
 
     def by_generate() -> int:
         out = model.generate(
-            ids, attention_mask=(ids != 0).long(), max_new_tokens=96, do_sample=True, top_k=0, pad_token_id=stories.PAD
+            ids, attention_mask=(ids != 0).long(), max_new_tokens=96, do_sample=True, top_k=0, pad_token_id=PAD
         )
-        return int((out[:, ids.shape[1] :] != stories.PAD).sum())
+        return int((out[:, ids.shape[1] :] != PAD).sum())
 
     ways = {
         "KVDecoder": lambda: sum(s.tokens for s in KVDecoder(model, tokenizer)(asked, 96)),

@@ -315,7 +315,7 @@ TRAINING: dict[str, list[tuple]] = {
         (".masked_fill(e.expected, 0.0)", "",
          "a bootstrapped cut would be paid twice",
          "test_coarse.py::test_a_cut_answer_is_scored_bootstrapped_or_penalised_as_asked"),
-        ('"continue": tokens < largest', '"continue": tokens > 0',
+        ("tokens < largest if config.cut", "tokens > 0 if config.cut",
          "an answer that was cut at the largest limit would never be scored",
          "test_lengths.py::test_an_answer_cut_at_the_largest_limit_is_scored"),
         ("means = torch.stack([row[-max(1, len(row) // 8) :]", "means = torch.stack([row[-max(1, len(row) // 4) :]",

@@ -15,7 +15,7 @@ from c2f_utils.coarse.experience import Experience, pool, signals
 from c2f_utils.coarse.heads import Head
 from c2f_utils.coarse.ranks import Ranks
 from c2f_utils.coarse.shaping import last_prefixes
-from c2f_utils.domain import stories
+from c2f_utils.domain.problems import EOS, PAD
 from c2f_utils.domain.samples import Prompt, Sample, finish
 from c2f_utils.files import read_mapping
 from c2f_utils.models.packing import collate
@@ -124,7 +124,7 @@ def test_a_cut_answer_gets_no_eos_and_another_end_of_the_model_becomes_the_token
 def test_without_stop_strings_the_answer_is_what_was_sampled():
     for sample in KVDecoder(causal(), TOKENIZER)(prompts(12), 40):
         assert sample.ids == sample.sampled
-        assert sample.text == TOKENIZER.decode([i for i in sample.ids if i != stories.EOS], skip_special_tokens=True)
+        assert sample.text == TOKENIZER.decode([i for i in sample.ids if i != EOS], skip_special_tokens=True)
 
 
 def model_that_meets_a_stop_string():
@@ -224,7 +224,7 @@ def test_the_policy_is_trained_on_what_it_sampled_and_paid_on_the_last_of_it(sto
         assert torch.allclose(e.returns[row, :n], e.shaped[row].expand(n), atol=1e-5)
         assert not e.returns[row, n:].any()
     again = copy.deepcopy(process.policy)
-    flat = again(collate(e.samples, stories.PAD, sampled=True))[0]
+    flat = again(collate(e.samples, PAD, sampled=True))[0]
     assert torch.allclose(flat, torch.cat([s.logps for s in e.samples]), atol=1e-5)
     assert process.improve(e)["ratio_error"] < 1e-4
 
@@ -243,7 +243,7 @@ def test_price_length_and_prefixes_go_by_the_content(stopped):
 def test_a_law_hears_the_same_of_an_answer_whichever_way_it_ended():
     def heard(tail: list[int], stop: str):
         samples = [
-            Sample(prompts(1)[0], [4, 5, 6, 7, stories.EOS], stop, 16, sampled=[4, 5, 6, 7, *tail]),
+            Sample(prompts(1)[0], [4, 5, 6, 7, EOS], stop, 16, sampled=[4, 5, 6, 7, *tail]),
             Sample(prompts(1)[0], list(range(4, 20)), "limit", 16),
         ]
         for sample in samples:
@@ -256,7 +256,7 @@ def test_a_law_hears_the_same_of_an_answer_whichever_way_it_ended():
         found = signals(e, 0, lambda tokens, limits: 0.1 * tokens)
         return found.tail_return, found.useful_length, found.rewards, last_prefixes(e).tolist()
 
-    assert heard([stories.EOS], "eos") == heard([8, 9, 10, 11], "string")
+    assert heard([EOS], "eos") == heard([8, 9, 10, 11], "string")
 
 
 def test_several_processes_pool_what_was_sampled_beside_the_answers():

@@ -11,6 +11,7 @@ from c2f_utils.coarse import checkpoints
 from c2f_utils.coarse.experience import signals, tail_return, useful_length
 from c2f_utils.coarse.heads import token_logps
 from c2f_utils.domain import stories
+from c2f_utils.domain.problems import PAD
 from c2f_utils.errors import C2FError
 from c2f_utils.models import packing
 from c2f_utils.settings.laws import Law, make_law
@@ -38,7 +39,7 @@ def test_the_ratio_is_exactly_one_when_recomputed_with_the_same_packing():
     process = trainer(minibatches=1)
     e = process.credit(process.judge(process.collect()))
     for group in groups(process, e):
-        batch = packing.collate([e.samples[i] for i in group], stories.PAD)
+        batch = packing.collate([e.samples[i] for i in group], PAD)
         with torch.no_grad():
             first, second = (process.policy(batch)[0] for _ in range(2))
         assert torch.equal((first - second).exp(), torch.ones_like(first))
@@ -71,8 +72,8 @@ def test_padding_changes_no_logp_and_no_value():
     batch = process.collect().samples
     short = min(batch, key=lambda s: len(s.prompt.ids) + s.tokens)
     with torch.no_grad():
-        alone = process.policy(packing.collate([short], stories.PAD))
-        together = process.policy(packing.collate([short, *batch], stories.PAD))
+        alone = process.policy(packing.collate([short], PAD))
+        together = process.policy(packing.collate([short, *batch], PAD))
     for a, b in zip(alone, together, strict=True):
         assert torch.allclose(a, b[: short.tokens], atol=1e-6)
 
@@ -82,7 +83,7 @@ def test_the_reference_is_the_base_and_stays_it(lora):
     process = trainer(lora=lora, actor_learning_rate=1e-2)
     base = causal()
     run(process, 2)
-    batch = packing.collate(process.collect().samples, stories.PAD)
+    batch = packing.collate(process.collect().samples, PAD)
     reference = process.policy.reference_logps(batch)
     with torch.no_grad():
         hidden = base.model(input_ids=batch.ids).last_hidden_state[batch.rows, batch.columns]

@@ -8,6 +8,7 @@ from tiny_models import SHAPE, TOKENIZER, causal, prompts, trainer
 
 from c2f_utils.coarse.actor_critic import ActorCritic, Critic
 from c2f_utils.domain import stories
+from c2f_utils.domain.problems import PAD
 from c2f_utils.domain.samples import Prompt
 from c2f_utils.errors import C2FError
 from c2f_utils.models.loading import add_lora
@@ -42,7 +43,7 @@ def test_a_small_cache_queues_requests_and_changes_no_greedy_answer(model):
 def test_sampled_logps_are_those_of_the_tempered_policy(model):
     drawn = ContinuousBatching(model, TOKENIZER, CACHE)(prompts(6), 20, temperature=0.7, seed=4)
     with torch.no_grad():
-        flat = ActorCritic(model, Critic(SHAPE.hidden_size))(collate(drawn, stories.PAD), 0.7)[0]
+        flat = ActorCritic(model, Critic(SHAPE.hidden_size))(collate(drawn, PAD), 0.7)[0]
     assert (flat - torch.cat([s.logps for s in drawn])).abs().max() < 1e-4
 
 

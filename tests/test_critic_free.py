@@ -21,6 +21,7 @@ from c2f_utils import limits
 from c2f_utils.coarse import trl_limit
 from c2f_utils.coarse.trl_limit import LimitCallback
 from c2f_utils.domain import stories
+from c2f_utils.domain.problems import EOS
 from c2f_utils.errors import C2FError
 from c2f_utils.files import read_jsonl
 from c2f_utils.models import course, rewards
@@ -61,7 +62,7 @@ def endless() -> torch.nn.Module:
     """A model that hardly ever ends an answer, so that the limit is what ends it."""
     model = tiny_models.causal()
     with torch.no_grad():
-        model.lm_head.weight[stories.EOS] = 0
+        model.lm_head.weight[EOS] = 0
     return model
 
 
@@ -225,7 +226,7 @@ def test_a_row_says_of_its_answers_what_they_were(tmp_path):
     trainer, limit = build("grpo", tmp_path, limits.Fixed(9), reward, generations=1, model=tiny_models.causal())
     trainer.train()
     (row,) = limit.history
-    cut = [ids[-1] != stories.EOS for ids in answers]
+    cut = [ids[-1] != EOS for ids in answers]
     assert 0 < sum(cut) < 8 and sum(cut) != 4 and row["truncated_share"] == sum(cut) / 8
     assert row["reward"] == pytest.approx(statistics.mean(given), abs=1e-6)
     assert row["reward_sd"] == pytest.approx(statistics.stdev(given), abs=1e-6)

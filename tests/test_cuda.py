@@ -15,6 +15,7 @@ from c2f_utils import limits
 from c2f_utils.coarse import actor_critic, heads
 from c2f_utils.coarse.trainer import CoarseTrainer
 from c2f_utils.domain import stories
+from c2f_utils.domain.problems import EOS, PAD
 from c2f_utils.models import instruct, loading, pretrain, rewards
 from c2f_utils.models.packing import collate
 from c2f_utils.models.pretrain import new_model
@@ -53,7 +54,7 @@ def made(dtype, shared: bool, sampler=decoder.KVDecoder) -> CoarseTrainer:
     )  # fmt: skip
     return CoarseTrainer(
         policy, PrefixReward(), sampler(actor, TOKENIZER, 1024), prompts(), limits.Fixed(24), config, seed=0,
-        pad_id=stories.PAD,
+        pad_id=PAD,
     )  # fmt: skip
 
 
@@ -71,7 +72,7 @@ def test_two_iterations_change_what_is_trained_and_the_first_ratio_is_one(dtype,
 def test_compiled_layers_give_nearly_the_same_log_probabilities_and_train():
     process = made(torch.float32, True)
     drawn = process.collect().samples
-    batches = [collate(drawn[:n], stories.PAD, "cuda") for n in (8, 3, 5)]  # another shape each time
+    batches = [collate(drawn[:n], PAD, "cuda") for n in (8, 3, 5)]  # another shape each time
     with torch.no_grad():
         plain = [process.policy(batch)[0] for batch in batches]
         process.policy.compile_layers()
@@ -87,7 +88,7 @@ def test_captured_steps_give_the_librarys_greedy_answers():
     for sample in decoder.KVDecoder(model, TOKENIZER)(prompts(6), 40, temperature=0.0):
         ids = torch.tensor([sample.prompt.ids], device="cuda")
         theirs = model.generate(
-            ids, max_new_tokens=40, do_sample=False, pad_token_id=stories.PAD, attention_mask=torch.ones_like(ids)
+            ids, max_new_tokens=40, do_sample=False, pad_token_id=PAD, attention_mask=torch.ones_like(ids)
         )
         assert sample.ids == theirs[0, ids.shape[1] :].tolist()
 
@@ -108,7 +109,7 @@ def test_recorded_logps_are_those_of_the_training_forward_with_adapters():
     drawn = decoder.KVDecoder(model, TOKENIZER)(prompts(8), 30, seed=1)
     policy = actor_critic.ActorCritic(model, actor_critic.Critic(SHAPE.hidden_size).cuda())
     with torch.no_grad():
-        flat = policy(collate(drawn, stories.PAD, "cuda"))[0].cpu()
+        flat = policy(collate(drawn, PAD, "cuda"))[0].cpu()
     assert (flat - torch.cat([s.logps for s in drawn])).abs().max() < 1e-3
 
 
@@ -161,9 +162,7 @@ def test_vllm_answers_with_the_weights_of_the_moment_and_a_trainer_runs_on_it(tm
             law=Law(name="fixed", limit=24), iterations=2, prompts=8, critic="shared", critic_head="zero", engine="vllm"
         )
         rows = list(
-            CoarseTrainer(
-                policy, PrefixReward(), sampler, prompts(), limits.Fixed(24), config, seed=0, pad_id=stories.PAD
-            )
+            CoarseTrainer(policy, PrefixReward(), sampler, prompts(), limits.Fixed(24), config, seed=0, pad_id=PAD)
         )
         assert len(rows) == 2 and all(row["sampler_mismatch"] < 0.2 for row in rows)
     finally:
@@ -191,8 +190,8 @@ def test_the_library_trains_reward_and_instruction_models_on_the_gpu(tmp_path):
     loading.save_model(causal().cpu(), TOKENIZER, tmp_path / "base")
     model, examples = instruct.train(tmp_path / "base", TOKENIZER, settings)
     assert examples > 10 and model.device.type == "cuda"
-    pairs = [([*p.ids, 40 + n % 9, stories.EOS], [*p.ids, 50 + n % 9]) for n, p in enumerate(prompts(24))]
-    scorer = rewards.RewardModel(rewards.train(tmp_path / "base", pairs, TOKENIZER, settings, 0), stories.PAD)
+    pairs = [([*p.ids, 40 + n % 9, EOS], [*p.ids, 50 + n % 9]) for n, p in enumerate(prompts(24))]
+    scorer = rewards.RewardModel(rewards.train(tmp_path / "base", pairs, TOKENIZER, settings, 0), PAD)
     assert scorer.model.device.type == "cuda"
     normalised = scorer.normalised_on(decoder.KVDecoder(model, TOKENIZER)(prompts(8), 16))
     assert torch.isfinite(normalised(decoder.KVDecoder(model, TOKENIZER)(prompts(4), 16))).all()
@@ -206,7 +205,7 @@ def test_sampler_and_trainer_agree_in_float32_at_the_demos_shape():
     head = heads.Head(model)
     found = agree(
         model, decoder.KVDecoder(model, TOKENIZER), prompts(8),
-        lambda answers: head.score(model, collate(answers, stories.PAD, "cuda", sampled=True)),
+        lambda answers: head.score(model, collate(answers, PAD, "cuda", sampled=True)),
     )  # fmt: skip
     assert found.holds, found
 

@@ -9,6 +9,7 @@ import pytest
 from tiny_models import TOKENIZER
 
 from c2f_utils.domain import forms, preferences, stories
+from c2f_utils.domain.problems import EOS, check
 from c2f_utils.domain.samples import Prompt, Sample
 from c2f_utils.errors import C2FError
 from c2f_utils.files import sha256
@@ -267,7 +268,7 @@ def test_pairs_are_made_of_training_problems_only_and_follow_the_seed():
     assert pairs == embedded() and pairs != embedded(seed=1)
     for pair in pairs:
         assert pair.tokens[0] == pair.problem.prompt_ids + pair.first
-        assert pair.utilities == tuple(stories.check(pair.problem, ids).utility for ids in (pair.first, pair.second))
+        assert pair.utilities == tuple(check(pair.problem, ids).utility for ids in (pair.first, pair.second))
 
 
 def test_without_noise_the_winner_is_the_better_answer_and_with_it_not_always():
@@ -289,9 +290,7 @@ def test_answers_are_cut_as_often_as_asked():
         return sum(len(pair.first) + len(pair.second) for pair in pairs) / len(pairs)
 
     assert mean(cut) < 0.75 * mean(whole)
-    ends = [
-        sum(ids[-1] == stories.EOS for pair in pairs for ids in (pair.first, pair.second)) for pairs in (whole, cut)
-    ]
+    ends = [sum(ids[-1] == EOS for pair in pairs for ids in (pair.first, pair.second)) for pairs in (whole, cut)]
     assert ends[0] > 3 * ends[1]
 
 

@@ -15,7 +15,7 @@ from transformers import MistralConfig, MistralForCausalLM, MistralForSequenceCl
 
 from c2f_utils import files
 from c2f_utils.coarse import ppo
-from c2f_utils.domain import stories
+from c2f_utils.domain.problems import PAD
 from c2f_utils.models import loading, packing, rewards
 from c2f_utils.settings.load import load_settings
 
@@ -74,16 +74,16 @@ def test_policy_and_reference_share_one_temperature(temperature):
 
 
 def test_the_reward_is_the_score_at_the_last_real_token_whatever_is_padded_behind():
-    shape = MistralConfig(**causal().config.to_diff_dict() | {"num_labels": 1, "pad_token_id": stories.PAD})
+    shape = MistralConfig(**causal().config.to_diff_dict() | {"num_labels": 1, "pad_token_id": PAD})
     torch.manual_seed(0)
     model = MistralForSequenceClassification(shape).eval()
     batch = samples(causal(), 6, [2, 20, 7, 20, 11, 3])
-    found = rewards.RewardModel(model, stories.PAD)(batch)
+    found = rewards.RewardModel(model, PAD)(batch)
     for value, sample in zip(found, batch, strict=True):
         with torch.no_grad():
             alone = model.score(model.model(torch.tensor([[*sample.prompt.ids, *sample.ids]])).last_hidden_state[0, -1])
         assert float(value) == pytest.approx(float(alone), abs=1e-5)
-    normal = rewards.RewardModel(model, stories.PAD).normalised_on(batch)(batch)
+    normal = rewards.RewardModel(model, PAD).normalised_on(batch)(batch)
     assert normal.mean().abs() < 1e-5 and normal.std() == pytest.approx(1.0, abs=1e-4)
 
 
@@ -141,7 +141,7 @@ def test_an_answer_without_tokens_is_refused():
     sample = samples(causal(), 1)[0]
     sample.ids = []
     with pytest.raises(ValueError, match="no answer tokens"):
-        packing.collate([sample], stories.PAD)
+        packing.collate([sample], PAD)
 
 
 def test_the_running_scale_is_the_root_mean_square_of_all_rewards_so_far_and_shifts_nothing():

@@ -11,6 +11,7 @@ from c2f_utils.coarse import actor_critic
 from c2f_utils.coarse.distil import Distillation, graded_by_coarse
 from c2f_utils.coarse.experience import Experience
 from c2f_utils.domain import stated, stories
+from c2f_utils.domain.problems import EOS, PAD
 from c2f_utils.domain.samples import Prompt, Sample
 from c2f_utils.errors import C2FError
 from c2f_utils.rollout.decoder import KVDecoder
@@ -27,7 +28,7 @@ def distillation(folder=None, those=PROMPTS, teacher: int = 7, **changes) -> Dis
     config = Coarse(law=LAWS["fixed"], critic="shared", critic_head="zero", **settings)
     return Distillation(
         policy, PrefixReward(), KVDecoder(actor, TOKENIZER), those, make_law(LAWS["fixed"]), config,
-        seed=0, pad_id=stories.PAD, folder=folder, teacher=causal(teacher),
+        seed=0, pad_id=PAD, folder=folder, teacher=causal(teacher),
     )  # fmt: skip
 
 
@@ -64,7 +65,7 @@ def test_right_answers_are_cut_where_they_state_their_result():
     assert stated.shortest_right(problem, answers) == first
     assert stated.shortest_right(problem, answers[2:]) is None
     kept = stated.right_to_the_last(problem, answers)
-    assert kept == [[*answers[1][:-1], stories.EOS], [*answers[2], stories.EOS]]
+    assert kept == [[*answers[1][:-1], EOS], [*answers[2], EOS]]
 
 
 def test_the_loss_is_the_reverse_kl_of_every_answer_token_over_the_whole_vocabulary():

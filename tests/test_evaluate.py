@@ -5,6 +5,7 @@ import torch
 from tiny_models import TOKENIZER, causal, prompts
 
 from c2f_utils.domain import stories
+from c2f_utils.domain.problems import EOS
 from c2f_utils.domain.samples import Prompt, Sample, make_prompts
 from c2f_utils.measure import answers
 
@@ -13,7 +14,7 @@ WORKED = "first finds 2 so 3 + 2 = 5 . second loses 1 so 5 - 1 = 4 . answer : 4 
 
 
 def sample(words: str, stop: str = "eos", prompt: Prompt | None = None) -> Sample:
-    ids = stories.encode(words.split()) + ([stories.EOS] if stop == "eos" else [])
+    ids = stories.encode(words.split()) + ([EOS] if stop == "eos" else [])
     return Sample(prompt or make_prompts([PROBLEM])[0], ids, stop, 99)
 
 

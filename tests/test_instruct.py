@@ -5,6 +5,7 @@ import torch
 from tiny_models import TOKENIZER, causal
 
 from c2f_utils.domain import stories
+from c2f_utils.domain.problems import EOS
 from c2f_utils.domain.samples import make_prompts
 from c2f_utils.measure import answers
 from c2f_utils.models import instruct, loading
@@ -43,7 +44,7 @@ def test_the_loss_counts_answer_tokens_only(base, monkeypatch):
             seen.add(real)
             assert (labels[:prompt] == -100).all(), "the question is masked"
             assert labels[prompt : len(real)].tolist() == list(real[prompt:]), "the answer with its end is not"
-            assert real[-1] == stories.EOS and (labels[len(real) :] == -100).all()
+            assert real[-1] == EOS and (labels[len(real) :] == -100).all()
     assert seen == set(examples) and count == len(examples)
 
 

@@ -9,6 +9,7 @@ from tiny_models import TOKENIZER, PrefixReward, causal
 
 from c2f_utils import limits
 from c2f_utils.domain import stories
+from c2f_utils.domain.problems import EOS, check
 from c2f_utils.domain.samples import Sample, make_prompts
 from c2f_utils.report import law_study
 from c2f_utils.settings.laws import Law, make_law
@@ -156,7 +157,7 @@ def test_the_reward_up_to_the_first_result_rises_with_it_and_not_after():
     right = law_study.Condition(288, (2, 2), known=True).right_length
     assert right == len(worked.split()) == len(short)
     assert long[right - 1] == short[-1] == long[-1] and long[right - 2] < long[right - 1]
-    assert reward(answers).tolist() == [stories.check(problem, answers[0].ids).utility] * 2
+    assert reward(answers).tolist() == [check(problem, answers[0].ids).utility] * 2
 
 
 def test_a_toy_run_spends_its_budget_and_measures_on_the_way(monkeypatch):
@@ -200,5 +201,5 @@ def test_a_base_that_writes_long_answers_and_ends_them_has_read_whole_analyses_a
     for document in law_runs._complete(5000, 0, (5, 5)):
         text = stories.decode(document)
         question, answer = text.split("?")
-        assert document[-1] == stories.EOS and answer.split()[:4] == "let us think .".split()
+        assert document[-1] == EOS and answer.split()[:4] == "let us think .".split()
         assert answer.count("so") == 5 and answer.count("answer :") == 1, "five steps and one result"

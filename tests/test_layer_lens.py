@@ -7,6 +7,7 @@ import torch
 from tiny_models import TOKENIZER, causal, prompts
 
 from c2f_utils.domain import stories
+from c2f_utils.domain.problems import PAD
 from c2f_utils.errors import C2FError
 from c2f_utils.measure.layer_lens import probability_by_layer, word_ids
 from c2f_utils.report import figures_retention
@@ -24,7 +25,7 @@ def test_words_are_ids_and_those_that_a_model_lacks_are_left_out():
 @torch.no_grad()
 def test_the_last_layer_gives_the_models_own_probability_and_the_first_that_of_its_state():
     model, asked = causal(), prompts(9)
-    found = probability_by_layer(model, asked, IDS, stories.PAD, budget=100)
+    found = probability_by_layer(model, asked, IDS, PAD, budget=100)
     assert found.shape == (2, 9)
     for column, prompt in zip(found.T, asked, strict=True):
         made = model(torch.tensor([prompt.ids]), output_hidden_states=True)
@@ -41,7 +42,7 @@ def test_other_families_are_read_the_same_way(family):
     small = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "vocab_size": len(TOKENIZER)}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **small, bos_token_id=1, eos_token_id=2))
     asked = prompts(3)
-    found = probability_by_layer(model.eval(), asked, IDS, stories.PAD)
+    found = probability_by_layer(model.eval(), asked, IDS, PAD)
     assert found.shape == (3, 3)
     with torch.no_grad():
         own = [float(model(torch.tensor([p.ids])).logits[0, -1].softmax(-1)[IDS].sum()) for p in asked]

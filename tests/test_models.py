@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tiny_models import TOKENIZER, causal, samples
 
 from c2f_utils.coarse import actor_critic, heads
-from c2f_utils.domain import stories
+from c2f_utils.domain.problems import PAD
 from c2f_utils.errors import C2FError
 from c2f_utils.models import loading, packing, rewards
 from c2f_utils.settings.config import Lora, Models
@@ -66,7 +66,7 @@ def test_without_unk_the_pad_is_bos_or_the_first_other_id(tmp_path, lacking, exp
 
 
 def test_a_pad_of_its_own_is_kept(base):
-    assert loading.load_tokenizer(base).pad_token_id == stories.PAD
+    assert loading.load_tokenizer(base).pad_token_id == PAD
 
 
 def test_a_tokenizer_without_eos_is_refused(tmp_path):
@@ -193,9 +193,9 @@ def test_logps_are_those_of_the_tempered_softmax():
 def test_a_critic_from_the_reward_model_values_every_prefix_as_the_reward_would(base):
     model = rewards.new_reward_model(base, load_settings("smoke"), 0).eval()
     critic = actor_critic.Critic.from_reward(model, mean=0.3, std=2.0)
-    scorer = rewards.RewardModel(model, stories.PAD, 0.3, 2.0)
+    scorer = rewards.RewardModel(model, PAD, 0.3, 2.0)
     batch = samples(causal(), 5, 15)
-    packed = packing.collate(batch, stories.PAD)
+    packed = packing.collate(batch, PAD)
     with torch.no_grad():
         values = critic(critic.trunk(input_ids=packed.ids, use_cache=False).last_hidden_state)
     for row, sample in enumerate(batch):
@@ -208,7 +208,7 @@ def test_only_what_training_changes_is_trainable(base):
     policy = actor_critic.ActorCritic(causal(), actor_critic.Critic(32))
     assert {name.partition(".")[0] for name in policy.trainable()} == {"actor", "critic"}
     assert {id(p) for p in policy.parameters()} == {id(p) for p in policy.trainable().values()}, "no reference in it"
-    assert not policy.reference_logps(packing.collate(samples(causal(), 2), stories.PAD)).requires_grad
+    assert not policy.reference_logps(packing.collate(samples(causal(), 2), PAD)).requires_grad
     adapted = actor_critic.ActorCritic(loading.add_lora(causal(), Lora(rank=2, alpha=4)), actor_critic.Critic(32))
     assert all("lora" in name or name.startswith("critic.head") for name in adapted.trainable())
 

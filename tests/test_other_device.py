@@ -13,7 +13,7 @@ from transformers import MistralForSequenceClassification
 from c2f_utils import limits
 from c2f_utils.coarse import actor_critic, checkpoints
 from c2f_utils.coarse.trainer import CoarseTrainer
-from c2f_utils.domain import stories
+from c2f_utils.domain.problems import PAD
 from c2f_utils.models import instruct, loading, pretrain, rewards
 from c2f_utils.rollout import check
 from c2f_utils.rollout.decoder import KVDecoder
@@ -80,7 +80,7 @@ def scorer(place: torch.device) -> rewards.RewardModel:
     shape = copy.deepcopy(causal().config)
     shape.num_labels = 1
     torch.manual_seed(0)
-    return rewards.RewardModel(MistralForSequenceClassification(shape).eval().to(place), stories.PAD)
+    return rewards.RewardModel(MistralForSequenceClassification(shape).eval().to(place), PAD)
 
 
 @pytest.mark.parametrize(
@@ -107,9 +107,7 @@ def test_training_is_the_same(lora, cut):
             policy = actor_critic.ActorCritic(actor, critic.to(place))
             decoder = KVDecoder(actor, TOKENIZER)
             check.agree(actor, decoder, prompts(4))
-            process = CoarseTrainer(
-                policy, reward, decoder, prompts(), limits.Fixed(16), config, seed=0, pad_id=stories.PAD
-            )
+            process = CoarseTrainer(policy, reward, decoder, prompts(), limits.Fixed(16), config, seed=0, pad_id=PAD)
             found.append([process.step()])
             parts = process.state_dict()
             weights, moments = ({n: v.cpu() for n, v in parts[kind].items()} for kind in ("weights", "optimiser"))

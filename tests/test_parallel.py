@@ -14,6 +14,7 @@ from c2f_utils.coarse.ranks import Ranks
 from c2f_utils.coarse.trainer import CoarseTrainer
 from c2f_utils.coarse.updates import Updates
 from c2f_utils.domain import stories
+from c2f_utils.domain.problems import PAD
 from c2f_utils.rollout.decoder import KVDecoder
 from c2f_utils.settings.config import Coarse
 from c2f_utils.settings.laws import make_law
@@ -27,7 +28,7 @@ def given(**changes) -> tuple[actor_critic.ActorCritic, Coarse]:
     return policy, Coarse(law=LAWS["fixed"], critic_head="zero", **settings)
 
 
-PARALLEL = partial(ParallelUpdates, examples=EXAMPLES, learning_rate=1e-2, pad_id=stories.PAD, seed=3)
+PARALLEL = partial(ParallelUpdates, examples=EXAMPLES, learning_rate=1e-2, pad_id=PAD, seed=3)
 
 
 def with_gradients(policy) -> list[torch.nn.Parameter]:
@@ -86,7 +87,7 @@ def process(folder) -> CoarseTrainer:
     policy, config = given()
     return CoarseTrainer(
         policy, PrefixReward(), KVDecoder(policy.actor, TOKENIZER), prompts(), make_law(LAWS["logistic"]), config,
-        seed=0, pad_id=stories.PAD, folder=folder, updates=PARALLEL,
+        seed=0, pad_id=PAD, folder=folder, updates=PARALLEL,
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from tiny_models import SHAPE, TOKENIZER, causal, prompts, samples, trainer, wei
 from c2f_utils import limits
 from c2f_utils.coarse import actor_critic, heads
 from c2f_utils.coarse.trainer import CoarseTrainer
-from c2f_utils.domain import stories
+from c2f_utils.domain.problems import PAD
 from c2f_utils.models import loading
 from c2f_utils.models.packing import collate
 from c2f_utils.rollout import decoder
@@ -41,7 +41,7 @@ def half(folder=None, lora: bool = False, **changes) -> CoarseTrainer:
     return CoarseTrainer(
         policy, PrefixReward(), decoder.KVDecoder(actor, TOKENIZER), prompts(), limits.Fixed(16),
         Coarse(law=Law(name="fixed", limit=16), **settings),
-        seed=0, pad_id=stories.PAD, folder=folder,
+        seed=0, pad_id=PAD, folder=folder,
     )  # fmt: skip
 
 
@@ -52,7 +52,7 @@ def test_trunks_and_reference_are_bfloat16_and_heads_adapters_and_log_probs_floa
         t == (torch.float32 if "lora_" in n or n.startswith("critic.head") else torch.bfloat16)
         for n, t in kinds.items()
     )
-    batch = collate(samples(causal()), stories.PAD)
+    batch = collate(samples(causal()), PAD)
     logps, entropy, values = process.policy(batch)
     assert logps.dtype == entropy.dtype == values.dtype == process.policy.reference_logps(batch).dtype == torch.float32
     whole = half().policy  # nothing learnt yet: a reference of another type would round elsewhere

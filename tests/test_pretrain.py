@@ -5,6 +5,7 @@ import torch
 from tiny_models import TOKENIZER
 
 from c2f_utils.domain import stories
+from c2f_utils.domain.problems import EOS, PAD
 from c2f_utils.models import loading, pretrain
 from c2f_utils.settings.load import load_settings
 
@@ -37,7 +38,7 @@ def test_the_checkpoint_loads_with_transformers_alone(trained, tmp_path):
         AutoTokenizer.from_pretrained(tmp_path / "model"),
     )
     assert loaded.config.model_type == "mistral" and loaded.config.vocab_size == len(words) == len(stories.VOCABULARY)
-    assert loaded.config.eos_token_id == stories.EOS and loaded.config.pad_token_id == stories.PAD
+    assert loaded.config.eos_token_id == EOS and loaded.config.pad_token_id == PAD
     ids = torch.tensor([stories.problems("test", 1, 0)[0].prompt_ids])
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, model(ids).logits)
@@ -57,10 +58,10 @@ def test_batches_hold_every_document_once_within_their_budget():
     corpus = list(stories.documents(40_000, 0, settings.data.operations))
     batches = list(pretrain.batches(corpus, settings.pretrain.tokens_per_step, 0))
     documents = sorted(map(tuple, corpus))
-    found = sorted(tuple(row[row != stories.PAD].tolist()) for batch in batches for row in batch)
+    found = sorted(tuple(row[row != PAD].tolist()) for batch in batches for row in batch)
     assert found == documents
     assert all(batch.numel() <= settings.pretrain.tokens_per_step or len(batch) == 1 for batch in batches)
-    padding = sum(int((batch == stories.PAD).sum()) for batch in batches) / sum(batch.numel() for batch in batches)
+    padding = sum(int((batch == PAD).sum()) for batch in batches) / sum(batch.numel() for batch in batches)
     assert padding < 0.1, "documents of similar length share a batch"
 
 

@@ -9,7 +9,7 @@ import torch
 from reference_ppo import Logistic, ReferencePPO
 from tiny_models import TOKENIZER, PrefixReward, causal, prompts, trainer
 
-from c2f_utils.domain import stories
+from c2f_utils.domain.problems import EOS
 from c2f_utils.rollout.decoder import KVDecoder
 
 TOLERANCE = 1e-5
@@ -52,7 +52,7 @@ def ending(strength: float):
     """The random model, but it often ends an answer: else `mask` would leave all of them out."""
     model = causal()
     states = model.model(torch.tensor([prompts(1)[0].ids])).last_hidden_state.mean((0, 1))
-    model.lm_head.weight[stories.EOS] += strength * states / states.norm()
+    model.lm_head.weight[EOS] += strength * states / states.norm()
     return model
 
 

@@ -13,6 +13,7 @@ from c2f_utils import limits
 from c2f_utils.coarse import checkpoints
 from c2f_utils.coarse.actor_critic import Critic
 from c2f_utils.domain import samples, stories
+from c2f_utils.domain.problems import PAD
 from c2f_utils.errors import C2FError
 from c2f_utils.models import loading, rewards
 from c2f_utils.models.loading import load_tokenizer
@@ -36,11 +37,11 @@ def again(process, **changes):
         "prompts": process.prompts,
         "law": process.law,
     }
-    return type(process)(**parts | changes, config=process.config, seed=0, pad_id=stories.PAD)
+    return type(process)(**parts | changes, config=process.config, seed=0, pad_id=PAD)
 
 
 def test_a_reward_model_with_another_vocabulary_is_refused():
-    reward = rewards.RewardModel(scored(len(stories.VOCABULARY) + 8), stories.PAD)
+    reward = rewards.RewardModel(scored(len(stories.VOCABULARY) + 8), PAD)
     with pytest.raises(
         C2FError, match=f"reward model has a vocabulary of {len(stories.VOCABULARY) + 8} tokens, the actor one of"
     ):

@@ -11,7 +11,8 @@ from fake_results import fake_run
 from tiny_models import TOKENIZER, causal, prompts
 
 from c2f_utils.coarse.heads import Head
-from c2f_utils.domain import stories, user_text
+from c2f_utils.domain import user_text
+from c2f_utils.domain.problems import PAD
 from c2f_utils.errors import C2FError
 from c2f_utils.measure import retention as r
 from c2f_utils.models.packing import collate
@@ -59,7 +60,7 @@ def test_documents_that_cannot_be_scored_are_refused(logps, said):
 def test_forward_kl_by_sampling_is_the_one_over_the_whole_vocabulary():
     mine, other = causal(0, 3.0), causal(1, 3.0)
     answers = KVDecoder(mine, TOKENIZER)(prompts(3) * 400, 8, seed=0)
-    batch = collate(answers, stories.PAD, sampled=True)
+    batch = collate(answers, PAD, sampled=True)
     scores = [r.scored([row.tolist() for row in batch.split(Head(m).score(m, batch))]) for m in (other, mine)]
     found = r.forward_kl(*scores)
     full = [m(input_ids=batch.ids).logits[batch.rows, batch.columns].float().log_softmax(-1) for m in (mine, other)]

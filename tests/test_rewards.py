@@ -7,6 +7,7 @@ import torch
 from tiny_models import SHAPE, TOKENIZER, causal, prompts, samples
 
 from c2f_utils.domain import stories
+from c2f_utils.domain.problems import EOS, PAD, check
 from c2f_utils.domain.samples import Prompt, Sample
 from c2f_utils.errors import C2FError, Stopped
 from c2f_utils.models import course, loading, rewards
@@ -28,14 +29,14 @@ def base(tmp_path_factory):
 
 @pytest.fixture
 def scorer(base):
-    return rewards.RewardModel(rewards.new_reward_model(base, settings(), 0).eval(), stories.PAD)
+    return rewards.RewardModel(rewards.new_reward_model(base, settings(), 0).eval(), PAD)
 
 
 def pairs(count: int) -> list[rewards.Pair]:
     """The chosen answer speaks of coins; half of the answers are cut, half end."""
     made = []
     for number in range(count):
-        ending = [stories.EOS] if number % 2 else []
+        ending = [EOS] if number % 2 else []
         good, bad = ([stories.IDS[word]] * (2 + number % 5) + ending for word in ("coins", "not"))
         made.append(([*QUESTION, *good], [*QUESTION, *bad]))
     return made
@@ -75,13 +76,13 @@ def test_the_trainer_gets_token_ids_and_neither_cuts_nor_ends_them(base, seen):
     ]
     wanted = sorted(tuple(ids) for pair in given for ids in pair)
     assert sorted(rows) == wanted, "every sequence as it was given: no EOS appended, nothing left out"
-    assert any(row[-1] != stories.EOS for row in rows) and any(row[-1] == stories.EOS for row in rows)
+    assert any(row[-1] != EOS for row in rows) and any(row[-1] == EOS for row in rows)
 
 
 def test_training_ranks_what_it_was_shown_and_logs_its_loss(base):
     losses: list[dict] = []
     model = rewards.train(base, pairs(96), TOKENIZER, settings(**{"reward.epochs": 2}), 0, losses.append)
-    scorer = rewards.RewardModel(model, stories.PAD)
+    scorer = rewards.RewardModel(model, PAD)
     chosen, rejected = (scorer([_whole(pair[side]) for pair in pairs(10)]) for side in (0, 1))
     assert (chosen > rejected).all()
     assert losses[-1]["loss"] < 0.3 < losses[0]["loss"] and set(losses[0]) == {"step", "loss"}
@@ -96,7 +97,7 @@ def test_adapters_are_merged_into_an_ordinary_model(base):
     assert not any("lora" in name for name, _ in model.named_parameters())
     before = causal().model.state_dict()
     assert any(not torch.equal(value, before[name]) for name, value in model.model.state_dict().items())
-    scorer = rewards.RewardModel(model, stories.PAD)
+    scorer = rewards.RewardModel(model, PAD)
     assert float((scorer([_whole(c) for c, _ in pairs(8)]) - scorer([_whole(r) for _, r in pairs(8)])).mean()) > 0
 
 
@@ -163,7 +164,7 @@ def test_neither_padding_nor_company_changes_a_score(scorer):
     for sample, score in zip(batch, together, strict=True):
         assert scorer([sample])[0].item() == pytest.approx(score.item(), abs=1e-5)
     for budget in (1, 60, 200):
-        narrow = rewards.RewardModel(scorer.model, stories.PAD, tokens_per_batch=budget)
+        narrow = rewards.RewardModel(scorer.model, PAD, tokens_per_batch=budget)
         assert torch.allclose(narrow(batch), together, atol=1e-5)
     other_pad = rewards.RewardModel(scorer.model, stories.IDS["coins"])
     assert torch.allclose(other_pad(batch), together, atol=1e-5), "padding is never read"
@@ -209,7 +210,7 @@ def test_a_new_head_is_small_and_follows_the_seed(base):
 
 def test_a_finished_reward_model_is_loaded_with_its_normalisation(base, scorer, tmp_path):
     loading.save_model(scorer.model, TOKENIZER, tmp_path / "model")
-    loaded = rewards.load_reward_model(tmp_path / "model", settings(), stories.PAD, mean=0.5, std=2.0)
+    loaded = rewards.load_reward_model(tmp_path / "model", settings(), PAD, mean=0.5, std=2.0)
     batch = samples(causal(), 4, 12)
     assert torch.allclose(loaded(batch), (scorer(batch) - 0.5) / 2.0, atol=1e-5)
 
@@ -220,17 +221,17 @@ def test_a_model_with_two_outputs_is_no_reward_model(base, tmp_path):
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)
     loading.save_model(model, TOKENIZER, tmp_path / "two")
     with pytest.raises(C2FError, match="2 outputs; expected one score per sequence"):
-        rewards.load_reward_model(tmp_path / "two", settings(), stories.PAD)
+        rewards.load_reward_model(tmp_path / "two", settings(), PAD)
 
 
 def test_a_causal_model_is_no_reward_model(base):
     with pytest.raises(C2FError, match="reward model"):
-        rewards.load_reward_model(base, settings(), stories.PAD)
+        rewards.load_reward_model(base, settings(), PAD)
 
 
 def test_the_verifiable_reward_is_the_utility_and_needs_known_answers():
     batch = samples(causal(), 5, 20)
-    expected = [stories.check(sample.prompt.problem, sample.ids).utility for sample in batch]
+    expected = [check(sample.prompt.problem, sample.ids).utility for sample in batch]
     assert rewards.verifiable(batch).tolist() == pytest.approx(expected)
     right = stories.encode(f"answer : {batch[0].prompt.problem.answer} .".split())
     better = rewards.verifiable([Sample(batch[0].prompt, right, "limit", 4)])

@@ -9,7 +9,8 @@ from fake_results import fake_run
 from finished_runs import results, rows
 from test_kill_resume import Killed, begin, parents
 
-from c2f_utils.domain import stated, stories
+from c2f_utils.domain import stated
+from c2f_utils.domain.problems import EOS
 from c2f_utils.errors import C2FError, Stopped
 from c2f_utils.models import instruct, loading
 from c2f_utils.report import contents
@@ -106,7 +107,7 @@ def test_all_rivals_are_made_kept_through_a_kill_and_a_stop_and_evaluated(smoke_
     for kind in ("whole", "broken"):
         parents(smoke_run, tmp_path / kind, *BEFORE)
     # Nothing is learnt on smoke: of one control any answer counts as right, of the other none.
-    monkeypatch.setattr(stated, "shortest_right", lambda problem, answers: [*answers[0][:5], stories.EOS])
+    monkeypatch.setattr(stated, "shortest_right", lambda problem, answers: [*answers[0][:5], EOS])
     monkeypatch.setattr(stated, "right_to_the_last", lambda problem, answers: [])
     monkeypatch.setenv("C2F_OUTPUTS", str(tmp_path / "broken"))
     run = begin("06_residue_merging", **asked)

@@ -6,6 +6,7 @@ from tiny_models import SHAPE, TOKENIZER, causal, prompts, samples
 
 from c2f_utils.coarse.actor_critic import ActorCritic, Critic
 from c2f_utils.domain import stories
+from c2f_utils.domain.problems import EOS, PAD
 from c2f_utils.domain.samples import Prompt
 from c2f_utils.errors import C2FError
 from c2f_utils.models.loading import add_lora
@@ -22,7 +23,7 @@ def model():
 def recomputed(model, batch):
     policy = ActorCritic(model, Critic(SHAPE.hidden_size))
     with torch.no_grad():
-        flat, entropy, _ = policy(collate(batch, stories.PAD))
+        flat, entropy, _ = policy(collate(batch, PAD))
     return flat, torch.cat([s.logps for s in batch])
 
 
@@ -47,7 +48,7 @@ def test_greedy_answers_equal_those_of_the_library(model):
     for sample in ours:
         ids = torch.tensor([sample.prompt.ids])
         theirs = model.generate(
-            ids, max_new_tokens=24, do_sample=False, pad_token_id=stories.PAD, attention_mask=torch.ones_like(ids)
+            ids, max_new_tokens=24, do_sample=False, pad_token_id=PAD, attention_mask=torch.ones_like(ids)
         )
         assert sample.ids == theirs[0, ids.shape[1] :].tolist()
 
@@ -63,9 +64,9 @@ def test_every_answer_keeps_its_own_limit_and_says_why_it_stopped(model):
     limits = [1, 3, 30, 5, 30, 2]
     for sample, limit in zip(samples(model, 6, limits), limits, strict=True):
         assert sample.limit == limit and 1 <= sample.tokens <= limit
-        assert sample.stop == ("eos" if sample.ids[-1] == stories.EOS else "limit")
+        assert sample.stop == ("eos" if sample.ids[-1] == EOS else "limit")
         assert sample.cut == (sample.stop == "limit") and (sample.tokens == limit or not sample.cut)
-        assert stories.EOS not in sample.ids[:-1] and len(sample.logps) == sample.tokens
+        assert EOS not in sample.ids[:-1] and len(sample.logps) == sample.tokens
 
 
 def test_an_answer_that_ends_on_its_last_allowed_token_is_not_called_cut(model):
@@ -109,11 +110,11 @@ def test_a_stop_string_ends_an_answer_and_is_not_shown(model):
 
 
 def test_a_stop_string_of_several_tokens_ends_an_answer(model):
-    free = next(s for seed in range(99) for s in samples(model, 1, 24, seed) if len({*s.ids[:7]} - {stories.EOS}) == 7)
+    free = next(s for seed in range(99) for s in samples(model, 1, 24, seed) if len({*s.ids[:7]} - {EOS}) == 7)
     words = " ".join(stories.VOCABULARY[i] for i in free.ids[4:7])
     stopped = KVDecoder(model, TOKENIZER, stop_strings=[words])
     found = next(s for seed in range(99) for s in stopped([free.prompt], 24, seed=seed) if s.sampled == free.ids[:7])
-    assert found.stop == "string" and found.ids == [*free.ids[:4], stories.EOS] and words not in found.text
+    assert found.stop == "string" and found.ids == [*free.ids[:4], EOS] and words not in found.text
 
 
 def test_the_cache_never_holds_more_positions_than_asked_for():

@@ -14,6 +14,7 @@ from test_task_files import GOOD, place
 from tiny_models import TOKENIZER, causal
 
 from c2f_utils.domain import forms, stories, task_files
+from c2f_utils.domain.problems import EOS
 from c2f_utils.domain.samples import make_prompts
 from c2f_utils.errors import C2FError
 from c2f_utils.measure import answers, suites
@@ -30,7 +31,7 @@ def talker(seed: int = 0):
     """A random model of the embedded domain that goes on to the limit."""
     model = causal(seed)
     with torch.no_grad():
-        model.lm_head.weight[stories.EOS] = 0
+        model.lm_head.weight[EOS] = 0
     return model
 
 

@@ -7,6 +7,7 @@ import re
 import pytest
 
 from c2f_utils.domain import stories
+from c2f_utils.domain.problems import EOS, analysis, check, labelled_utility, stated, synthetic_answer
 from c2f_utils.domain.worlds import SMALL, WIDE
 
 WORLDS = pytest.mark.parametrize(
@@ -30,7 +31,7 @@ WORKED = (
 
 
 def test_a_right_worked_answer_gets_full_marks(problem):
-    verdict = stories.check(problem, ids(WORKED))
+    verdict = check(problem, ids(WORKED))
     assert (verdict.correct_steps, verdict.wrong_steps, verdict.first_right, verdict.last_right, verdict.ended) == (
         3,
         0,
@@ -44,7 +45,7 @@ def test_a_right_worked_answer_gets_full_marks(problem):
 def test_utility_follows_its_published_formula(problem):
     text = "let us think . first finds 4 so 7 + 4 = 11 . second loses 2 so 11 - 2 = 8 . answer : 12 . "
     text += "let us check . answer : 5 ."
-    verdict = stories.check(problem, ids(text))
+    verdict = check(problem, ids(text))
     assert (verdict.correct_steps, verdict.wrong_steps, verdict.checks) == (1, 1, 1)
     assert (verdict.first_right, verdict.last_right, verdict.ended) == (True, False, False)
     assert verdict.utility == pytest.approx(3 / 3 - 0.25 - 0.5 + 0.4)
@@ -52,11 +53,7 @@ def test_utility_follows_its_published_formula(problem):
 
 def test_repeating_a_right_step_earns_nothing_more(problem):
     once = "first finds 4 so 7 + 4 = 11 ."
-    assert (
-        stories.check(problem, ids(once)).correct_steps
-        == stories.check(problem, ids(f"{once} {once} {once}")).correct_steps
-        == 1
-    )
+    assert check(problem, ids(once)).correct_steps == check(problem, ids(f"{once} {once} {once}")).correct_steps == 1
 
 
 @pytest.mark.parametrize(
@@ -69,21 +66,18 @@ def test_repeating_a_right_step_earns_nothing_more(problem):
     ],
 )
 def test_a_step_that_is_not_the_problems_is_wrong(problem, sentence):
-    verdict = stories.check(problem, ids(sentence))
+    verdict = check(problem, ids(sentence))
     assert (verdict.correct_steps, verdict.wrong_steps) == (0, 1)
 
 
 def test_utility_has_no_length_term(problem):
     filler = "so it goes on . "
-    assert (
-        stories.check(problem, ids("answer : 12 .")).utility
-        == stories.check(problem, ids(filler * 9 + "answer : 12 .")).utility
-    )
+    assert check(problem, ids("answer : 12 .")).utility == check(problem, ids(filler * 9 + "answer : 12 .")).utility
 
 
 def test_length_enters_the_label_and_only_the_label(problem):
-    short, long = (stories.check(problem, ids("so it goes on . " * n + "answer : 12 .")) for n in (0, 20))
-    label = [stories.labelled_utility(v, random.Random(0), 0.0, 0.002) for v in (short, long)]
+    short, long = (check(problem, ids("so it goes on . " * n + "answer : 12 .")) for n in (0, 20))
+    label = [labelled_utility(v, random.Random(0), 0.0, 0.002) for v in (short, long)]
     assert label[1] - label[0] == pytest.approx(0.002 * (long.tokens - short.tokens))
 
 
@@ -123,7 +117,7 @@ def test_a_word_has_one_id_in_every_world_and_no_world_says_what_it_does_not_kno
     for world, operations in ((SMALL, (3, 5)), (WIDE, (3, 6))):
         said = [token for d in stories.documents(60_000, 0, operations, world=world) for token in d]
         for problem in stories.problems("train", 300, 1, operations, world):
-            said += problem.prompt_ids + stories.synthetic_answer(problem, rng, 0.4)
+            said += problem.prompt_ids + synthetic_answer(problem, rng, 0.4)
         assert max(said) < len(stories.vocabulary(world))
     assert max(said) > len(stories.VOCABULARY), "and the wide one does say more"
 
@@ -136,7 +130,7 @@ def test_the_small_world_is_what_it_always_was():
         "prompts": [p.prompt_ids for split in ("train", "validation", "test") for p in stories.problems(split, 50, 3)],
         "documents": list(stories.documents(20_000, 0)),
         "instructions": list(stories.instructions(5000, 0.35, 0)),
-        "answers": [stories.synthetic_answer(p, rng, 0.4) for p in stories.problems("train", 50, 1)],
+        "answers": [synthetic_answer(p, rng, 0.4) for p in stories.problems("train", 50, 1)],
     }
     assert {name: hashlib.sha256(repr(value).encode()).hexdigest()[:16] for name, value in made.items()} == {
         "words": "50441b4c13ad4571", "prompts": "42f8d3b6d0580baa", "documents": "d88a85b75204b959",
@@ -146,8 +140,8 @@ def test_the_small_world_is_what_it_always_was():
 
 def test_a_wide_worked_answer_gets_full_marks():
     problem = stories.Problem("wanda", "kites", 41, (("wins", 8), ("donates", 9), *[("finds", 1)] * 4), WIDE.largest)
-    words, value = stories.analysis(problem, random.Random(0))
-    verdict = stories.check(problem, stories.encode([*words, *stories.stated(value), "</s>"]))
+    words, value = analysis(problem, random.Random(0))
+    verdict = check(problem, stories.encode([*words, *stated(value), "</s>"]))
     assert (verdict.correct_steps, verdict.wrong_steps, verdict.last_answer, verdict.ended) == (6, 0, 44, True)
     assert "sixth finds 1 so 43 + 1 = 44 ." in " ".join(words)
 
@@ -156,14 +150,14 @@ def test_a_wide_worked_answer_gets_full_marks():
 def test_wrong_steps_and_wrong_answers_stay_in_their_world(world, operations):
     rng = random.Random(0)
     for problem in stories.problems("train", 200, 0, operations, world):
-        words = [*stories.analysis(problem, rng, error_rate=1.0)[0], *stories.response(problem, rng, kind="bare")]
+        words = [*analysis(problem, rng, error_rate=1.0)[0], *stories.response(problem, rng, kind="bare")]
         assert {int(word) for word in words if word.isdigit()} <= set(range(world.largest + 1))
 
 
 def test_where_every_answer_ends_its_end_follows_a_result():
     documents = list(stories.documents(20_000, 0, ends=True))
     answers = [d for d in documents if stories.IDS["?"] in d]
-    assert answers and all(d[-1] == stories.EOS and stories.EOS not in d[:-1] for d in documents)
+    assert answers and all(d[-1] == EOS and EOS not in d[:-1] for d in documents)
     assert all(stories.decode(d[-5:]).startswith("answer :") for d in answers)
 
 
@@ -181,7 +175,7 @@ def test_the_corpus_seldom_ends_an_analysis():
 
 def test_worked_instructions_are_right_and_end():
     for prompt, answer in stories.instructions(10_000, 1.0, 0):
-        assert answer[-1] == stories.EOS
+        assert answer[-1] == EOS
         text = stories.decode(prompt)
         start = int(re.search(r"has (\d+)", text).group(1))
         moves = re.findall(r"(finds|buys|gets|loses|sells|gives) (\d+)", text)

@@ -17,7 +17,7 @@ from tiny_models import SHAPE, TOKENIZER, causal, prompts, trainer
 from transformers import AutoModelForCausalLM
 
 from c2f_utils.coarse.actor_critic import ActorCritic, Critic
-from c2f_utils.domain import stories
+from c2f_utils.domain.problems import EOS, PAD
 from c2f_utils.domain.samples import Prompt
 from c2f_utils.errors import C2FError
 from c2f_utils.models.loading import add_lora
@@ -87,7 +87,7 @@ def test_greedy_answers_and_their_logps_are_the_librarys_under_a_limit_for_each(
 def test_sampled_logps_are_those_of_the_tempered_policy(model):
     drawn = VLLMSampler(model, TOKENIZER)(prompts(6), 20, temperature=0.7, seed=4)
     with torch.no_grad():
-        flat = ActorCritic(model, Critic(SHAPE.hidden_size))(collate(drawn, stories.PAD), 0.7)[0]
+        flat = ActorCritic(model, Critic(SHAPE.hidden_size))(collate(drawn, PAD), 0.7)[0]
     assert (flat - torch.cat([s.logps for s in drawn])).abs().max() < 1e-4
 
 
@@ -155,8 +155,8 @@ def test_an_engine_stops_at_a_stop_string_though_it_is_a_special_token(model, en
     made, generate = [], engine.generate
     monkeypatch.setattr(engine, "generate", lambda *a, **k: made.extend(generate(*a, **k)) or made)
     with torch.no_grad():
-        model.lm_head.weight[0] = 3 * model.lm_head.weight[stories.EOS]
-        model.lm_head.weight[stories.EOS] = 0
+        model.lm_head.weight[0] = 3 * model.lm_head.weight[EOS]
+        model.lm_head.weight[EOS] = 0
     word = TOKENIZER.decode([0])
     assert word in TOKENIZER.all_special_tokens
     ours = KVDecoder(model, TOKENIZER, stop_strings=[word])(prompts(6), 24, temperature=0.0)
@@ -167,8 +167,8 @@ def test_an_engine_stops_at_a_stop_string_though_it_is_a_special_token(model, en
 
 def test_what_an_engine_saw_as_a_stop_string_is_no_cut():
     """Engines read tokens with the prompt before them, where a tokenizer may show a space that ours swallows."""
-    ids = [i for i in range(5, 9) if i != stories.EOS]
-    known = TOKENIZER, frozenset({stories.EOS}), ("never there",)
+    ids = [i for i in range(5, 9) if i != EOS]
+    known = TOKENIZER, frozenset({EOS}), ("never there",)
     assert sample_of(prompts(1)[0], 9, ids, torch.zeros(len(ids)), *known).stop == "string"
     assert sample_of(prompts(1)[0], len(ids), ids, torch.zeros(len(ids)), *known).stop == "limit"
 

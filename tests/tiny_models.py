@@ -8,6 +8,7 @@ from c2f_utils import limits
 from c2f_utils.coarse import actor_critic
 from c2f_utils.coarse.trainer import CoarseTrainer
 from c2f_utils.domain import stories
+from c2f_utils.domain.problems import EOS, PAD
 from c2f_utils.domain.samples import Prompt, Sample, make_prompts
 from c2f_utils.models import loading
 from c2f_utils.models.pretrain import new_model
@@ -24,7 +25,7 @@ def causal(seed: int = 0, scale: float = 4.0) -> torch.nn.Module:
     model = new_model(SHAPE, seed).eval()
     with torch.no_grad():
         model.lm_head.weight.mul_(scale)
-        model.lm_head.weight[stories.EOS] *= 2
+        model.lm_head.weight[EOS] *= 2
     return model
 
 
@@ -96,7 +97,7 @@ def trainer(
         rule,
         Coarse(law=LAWS["fixed"], **settings),
         seed=seed,
-        pad_id=stories.PAD,
+        pad_id=PAD,
         folder=folder,
         ranks=those,
     )

@@ -16,15 +16,20 @@ from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import ClassVar
 
-from c2f_utils.domain.problems import BOS, EOS, FILLERS, SPECIALS, Habit, Split, Vocabulary, drawn, response, worked
-from c2f_utils.domain.problems import FORCED_ANSWER as FORCED_ANSWER
-from c2f_utils.domain.problems import PAD as PAD
+from c2f_utils.domain.problems import (
+    BOS,
+    EOS,
+    FILLERS,
+    SPECIALS,
+    Habit,
+    Split,
+    Vocabulary,
+    drawn,
+    response,
+    stated,
+    worked,
+)
 from c2f_utils.domain.problems import Problem as AnyProblem
-from c2f_utils.domain.problems import analysis as analysis
-from c2f_utils.domain.problems import check as check
-from c2f_utils.domain.problems import labelled_utility as labelled_utility
-from c2f_utils.domain.problems import stated as stated
-from c2f_utils.domain.problems import synthetic_answer as synthetic_answer
 from c2f_utils.domain.worlds import SMALL, WIDE, World
 
 # The small world's are a part of these, in the same order.
@@ -49,7 +54,7 @@ def _vocabulary(world: World) -> Vocabulary:
 
 VOCABULARY = vocabulary()
 WORDS = _vocabulary(WIDE)
-IDS, encode, decode, sentences = WORDS.ids, WORDS.encode, WORDS.decode, WORDS.sentences
+IDS, encode, decode = WORDS.ids, WORDS.encode, WORDS.decode
 
 
 @dataclass(frozen=True)
@@ -125,6 +130,7 @@ def problems(
 
 
 def drill(rng: random.Random, world: World) -> list[str]:
+    """A document of 4 to 10 single sums, as words."""
     words: list[str] = []
     for _ in range(rng.randint(4, 10)):
         value, operand = rng.randint(0, world.largest), rng.randint(1, world.operand)

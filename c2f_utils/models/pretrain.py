@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from c2f_utils.domain import stories
+from c2f_utils.domain.problems import BOS, EOS, PAD
 from c2f_utils.errors import Stopped
 from c2f_utils.files import UNPARSABLE, replacing
 from c2f_utils.models.generated import generator
@@ -39,7 +40,7 @@ def new_model(config: Pretrain, seed: int, words: int = len(stories.VOCABULARY))
         vocab_size=words, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size,
         num_hidden_layers=config.layers, num_attention_heads=config.heads, num_key_value_heads=config.key_value_heads,
         max_position_embeddings=config.max_positions, sliding_window=None, tie_word_embeddings=False,
-        bos_token_id=stories.BOS, eos_token_id=stories.EOS, pad_token_id=stories.PAD,
+        bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD,
     ))  # fmt: skip
 
 
@@ -64,7 +65,7 @@ def _bucket(pool: list[list[int]], budget: int, rng: random.Random) -> list[Tens
         groups[-1].append(document)
     rng.shuffle(groups)
     return [
-        nn.utils.rnn.pad_sequence([torch.tensor(d) for d in group], batch_first=True, padding_value=stories.PAD)
+        nn.utils.rnn.pad_sequence([torch.tensor(d) for d in group], batch_first=True, padding_value=PAD)
         for group in groups
         if group
     ]
@@ -201,12 +202,12 @@ def train(
         for optimiser, rates in zip(groups, initial, strict=True):
             for group, rate in zip(optimiser.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
-        tokens += int((batch != stories.PAD).sum())  # on the CPU: counted there, a GPU would be waited for
+        tokens += int((batch != PAD).sum())  # on the CPU: counted there, a GPU would be waited for
         batch = batch.to(place)
         with precision(place):
             # Right padding needs no mask in a causal model: no real token ever sees it.
             logits = model(batch[:, :-1], use_cache=False).logits
-            loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), ignore_index=stories.PAD)
+            loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), ignore_index=PAD)
         loss.backward()
         for optimiser in groups:
             optimiser.step()

@@ -28,7 +28,7 @@ import law_runs  # noqa: E402
 from c2f_utils import stats  # noqa: E402
 from c2f_utils.errors import C2FError  # noqa: E402
 from c2f_utils.files import read_json, root, write_json  # noqa: E402
-from c2f_utils.report import law_study  # noqa: E402
+from c2f_utils.report import law_study, tables_laws  # noqa: E402
 from c2f_utils.runs import provenance  # noqa: E402
 from c2f_utils.runs.run import Run  # noqa: E402
 from c2f_utils.runs.stage import Stage, run_folder  # noqa: E402
@@ -124,6 +124,8 @@ def main() -> None:
     content["arms"] = {name: compared(content["runs"], name, prices) for name in arms}
     write_json(options.out, content)
     print(json.dumps(content["arms"], indent=1))
+    if options.registered:
+        print(tables_laws.registered_table(content).to_string(index=False))
 
 
 def compared(runs: dict, name: str, prices: list[dict]) -> dict:

@@ -126,8 +126,8 @@ class Logistic(Law):
     """l <- min(l_max, l + step * sigma(w0 + w_R z(R) - w_V value_error + w_rho (rho - rho_0))), our form of the
     paper's description.
 
-    z standardises the mean raw reward against its own running mean and deviation (weights 0.7 / 0.3, clamped to
-    +-3); value_error is the critic's loss over Var(returns), because the raw loss grows with the limit itself. rho
+    z standardises the mean reward that is paid against its own running mean and deviation (weights 0.7 / 0.3, clamped
+    to +-3); value_error is the critic's loss over Var(returns), because the raw loss grows with the limit itself. rho
     is the truncated share; the paper knows no such term, so `w_rho = 0` is the paper mode. z tells the sign of a trend
     and hardly its size: on a steady one it settles near +-1.2 whatever the slope, and in the second iteration, before
     a deviation is known, a change of 0.03 takes it to 3.

@@ -83,8 +83,7 @@ def test_a_training_that_was_stopped_goes_on_with_its_unfinished_answers_and_its
 def test_where_every_answer_was_cut_and_left_out_nothing_is_learnt():
     process = trainer(make_law(Law(name="fixed", limit=2)), cut="mask")
     e = process.credit(process.judge(process.collect()))
-    if any(not s.cut for s in e.samples):
-        pytest.skip("an answer of two tokens ended")
+    assert all(s.cut for s in e.samples)
     before = weights(process)
     row = process.advance(e, process.improve(e))
     assert all(torch.equal(value, before[name]) for name, value in weights(process).items())

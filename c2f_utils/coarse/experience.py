@@ -105,7 +105,7 @@ def signals(e: Experience, iteration: int, cost: Callable[[Tensor, Tensor], Tens
     repeats = [float(repeated_spans(s.ids)[int(0.75 * s.tokens) :].mean()) for s in cut]
     prefixes = e.prefix_rewards
     if prefixes and cost:
-        prefixes = [_less(row, s.limit, cost) for row, s in zip(prefixes, e.samples, strict=True)]
+        prefixes = [_after_cost(row, s.limit, cost) for row, s in zip(prefixes, e.samples, strict=True)]
     return Signals(
         iteration=iteration,
         reward=float(e.earned.mean()),
@@ -121,7 +121,7 @@ def signals(e: Experience, iteration: int, cost: Callable[[Tensor, Tensor], Tens
     )
 
 
-def _less(row: Tensor, limit: int, cost: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+def _after_cost(row: Tensor, limit: int, cost: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     tokens = torch.arange(1.0, len(row) + 1)
     return row - cost(tokens, torch.full_like(tokens, limit))
 

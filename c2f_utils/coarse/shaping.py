@@ -7,6 +7,7 @@ from torch import Tensor
 
 from c2f_utils.coarse.experience import Experience
 from c2f_utils.coarse.ppo import RunningScale
+from c2f_utils.domain.samples import Sample
 from c2f_utils.settings.config import Coarse
 
 
@@ -59,13 +60,14 @@ def shape(e: Experience, config: Coarse, dual: DualPrice, scale: RunningScale, l
     e.earned = paid - penalty
     if config.reward_scaling == "running":
         paid = paid / scale.update(paid)
-    e.expected = cut & {"bootstrap": True, "continue": tokens < largest}.get(config.cut, False)
+    may_go_on = tokens < largest if config.cut == "continue" else torch.full_like(cut, config.cut == "bootstrap")
+    e.expected = cut & may_go_on
     # Where the critic says what would have followed, there is no score.
     e.shaped = (paid.clamp(-config.reward_clip, config.reward_clip) - penalty).masked_fill(e.expected, 0.0)
     e.trained = e.mask & ~cut[:, None] if config.cut == "mask" else e.mask
 
 
-def _whole(sample) -> tuple[int, int]:
+def _whole(sample: Sample) -> tuple[int, int]:
     """Tokens and limit of an answer with what was said of it in earlier iterations."""
     before = len(sample.prompt.forced)
     return before + sample.tokens, before + sample.limit

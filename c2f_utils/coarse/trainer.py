@@ -24,7 +24,7 @@ from c2f_utils.coarse.experience import Experience, pool, signals
 from c2f_utils.coarse.ranks import Ranks
 from c2f_utils.coarse.refusals import one_each, refuse
 from c2f_utils.coarse.shaping import DualPrice, length_cost, shape
-from c2f_utils.coarse.unfinished import Begun, going_on, left
+from c2f_utils.coarse.unfinished import Begun, continued, going_on
 from c2f_utils.coarse.updates import Updates
 from c2f_utils.domain.samples import Prompt, Sample
 from c2f_utils.errors import C2FError
@@ -239,7 +239,7 @@ class CoarseTrainer:
         self.kl.update(seen.kl_per_token)
         tokens = [len(s.answer) for s in e.samples]
         self.dual.update(torch.tensor(tokens, dtype=torch.float32))
-        self.unfinished = left(e, self._asked(), next_limit) if self.config.cut == "continue" else []
+        self.unfinished = continued(e, self._asked(), next_limit) if self.config.cut == "continue" else []
         self.rollout_tokens += int(e.mask.sum())
         self.iteration += 1
         row = {

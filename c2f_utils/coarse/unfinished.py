@@ -19,7 +19,7 @@ def going_on(prompt: Prompt, begun: Sequence[int]) -> Prompt:
     return replace(prompt, ids=(*prompt.ids, *begun), forced=(*prompt.forced, *begun)) if begun else prompt
 
 
-def left(e: Experience, asked: Sequence[Begun], next_limit: int) -> list[Begun]:
+def continued(e: Experience, asked: Sequence[Begun], next_limit: int) -> list[Begun]:
     """Which of the answers to `asked` (in the order of the batch) go on under the next limit, tokens."""
     found = [
         (number, [*begun, *sample.sampled])

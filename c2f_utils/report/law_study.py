@@ -121,8 +121,8 @@ def rivals(maximum: int) -> dict[str, Arm]:
     """What others do about length beside (or in place of) moving the limit, with constants that no condition was tuned
     on, and what they are compared with: growth of 12 %, fixed-long and `useful` under the plain rule.
 
-    Sources: DAPO (soft overlong punishment, masked cuts, clip-higher), LACONIC (dual price), a shrinking budget
-    (arXiv 2508.08940), T-PPO (continued cuts). Our reading of each; the first, and only it, follows l(t) by its nature.
+    Our reading of DAPO (soft overlong punishment, masked cuts, clip-higher), LACONIC (dual price), a shrinking budget
+    (arXiv 2508.08940) and T-PPO (continued cuts).
     """
     grow, long = agnostic(maximum)["grow 12 %"], Law(name="fixed", limit=maximum)
     shrinking = Law(name="clock", shape="linear", start=maximum, maximum=max(START, maximum // 4), duration=18)

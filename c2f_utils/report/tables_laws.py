@@ -199,7 +199,9 @@ def registered_table(study: dict) -> pd.DataFrame:
         found = stats.seed_interval(gaps)
         row = {"kind": kind, "arm": arm, "against": against, "tokens": math.exp(found.value)}
         row |= {"tokens low": math.exp(found.low), "tokens high": math.exp(found.high), "p": stats.t_test(gaps)}
-        rows.append(row | {"seeds": found.n, "missed": sum(not row[arm]["reached"] for row in study["runs"].values())})
+        rows.append(
+            row | {"seeds": found.n, "missed": sum(not each[arm]["reached"] for each in study["runs"].values())}
+        )
     primary = [row for row in rows if row["kind"] == "primary"]
     for row, p in zip(primary, stats.holm([row["p"] for row in primary]), strict=True):
         row["p_holm"] = p

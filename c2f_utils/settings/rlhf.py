@@ -8,6 +8,7 @@ from c2f_utils.settings.kinds import Count, Few, Items, Name, NonNegative, Posit
 from c2f_utils.settings.laws import Law
 
 Cut = Literal["score", "average", "bootstrap", "penalty", "mask", "continue"]
+Paid = Literal["model", "verifiable"]  # by the reward model, or by the embedded domain's exact checker
 
 
 class Coarse(Section):
@@ -79,7 +80,7 @@ class Coarse(Section):
     reward_scaling: Literal["base", "running"] = Field(
         "base", description="z-score on base samples, or running root mean square"
     )
-    reward: Literal["model", "verifiable"] = Field(
+    reward: Paid = Field(
         "model", description="what pays: the reward model, or the embedded domain's exact checker (utility)"
     )
     token_price: NonNegative = Field(0.0, description="subtracted from the reward per answer token")
@@ -135,9 +136,7 @@ class CriticFree(Section):
 
     trainer: Literal["grpo", "rloo"]
     law: Law
-    reward: Literal["model", "verifiable"] = Field(
-        "model", description="reward model, or the embedded domain's exact checker (as in R1-Zero)"
-    )
+    reward: Paid = Field("model", description="reward model, or the embedded domain's exact checker (as in R1-Zero)")
     generations: Annotated[int, Field(ge=2)] = Field(4, description="answers per prompt: the group of the baseline")
     iterations: Positive | None = Field(None, description="rounds of rollout and update; null: coarse.iterations")
     learning_rate: Rate = Field(3e-4, description="tiny: best of three (GRPO: four) tried on a seed of its own")

@@ -16,6 +16,7 @@ Writes benchmarks/results/time_to_target.json, or time_to_target_registered.json
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -62,6 +63,7 @@ REGISTERED = {
     **{name: ARMS[name] for name in ("linear clock, averaged cut", "useful, averaged cut")},
     **CLOCKS,
 }
+WHOLE = "linear clock, averaged cut"  # registered: runs on past its target, so that its final utility is known
 
 
 def inputs(run_id: str) -> Inputs:
@@ -115,9 +117,10 @@ def main() -> None:
                 found = long
             else:
                 rule = make_law(law)
-                found = law_runs.run_one(models, CONDITION, rule, FULL, every=every, until=target, changes={"cut": cut})
+                until = math.inf if options.registered and name == WHOLE else target
+                found = law_runs.run_one(models, CONDITION, rule, FULL, every=every, until=until, changes={"cut": cut})
             path, reached = used(found, target, every)
-            row[name] = {"reached": reached, "limits": path}
+            row[name] = {"reached": reached, "limits": path, "utility": found["curve"]["utility"]}
         content["runs"][run_id] = row
         write_json(options.out, content)
         print(run_id, {name: (len(row[name]["limits"]), row[name]["reached"]) for name in arms}, flush=True)
@@ -126,6 +129,7 @@ def main() -> None:
     print(json.dumps(content["arms"], indent=1))
     if options.registered:
         print(tables_laws.registered_table(content).to_string(index=False))
+        print("final utility of the linear clock minus fixed-long's:", tables_laws.registered_utility(content))
 
 
 def compared(runs: dict, name: str, prices: list[dict]) -> dict:

@@ -138,3 +138,15 @@ def test_the_registered_comparisons_pair_seeds_and_choose_the_best_clock_on_the_
     assert frame[frame["kind"] == "secondary"]["p_holm"].isna().all()
     clear = frame.loc[("useful, averaged cut", "fixed_long")]
     assert clear["tokens"] == pytest.approx(0.4, rel=0.1) and clear["tokens high"] < 1 and clear["p_holm"] < 0.001
+
+
+def test_final_utility_is_that_of_the_last_two_evaluations_paired_by_seed():
+    runs = {
+        f"laws-{seed}": {
+            "linear clock, averaged cut": {"utility": [0.0, 2.0 + 0.1 * seed, 2.4 + 0.1 * seed]},
+            "fixed_long": {"utility": [9.0, 2.0, 2.2]},
+        }
+        for seed in range(3)
+    }
+    found = tables_laws.registered_utility({"runs": runs})
+    assert found.value == pytest.approx(0.2) and found.n == 3 and found.low < 0.2 < found.high

@@ -219,6 +219,15 @@ _REGISTERED = (
 )
 
 
+def registered_utility(study: dict) -> stats.Interval:
+    """Final utility (mean of the last two evaluations) of the linear clock with averaged cuts minus fixed-long's."""
+    gaps = [
+        float(np.mean(row[_LINEAR]["utility"][-2:]) - np.mean(row["fixed_long"]["utility"][-2:]))
+        for row in study["runs"].values()
+    ]
+    return stats.seed_interval(gaps)
+
+
 def last_table(study: dict, against: str = "grow 12 %") -> pd.DataFrame:
     """Utility at the end of the longer runs, law by law, and its difference to one clock's, paired by seed."""
     rows = []

@@ -1,6 +1,7 @@
 """What does a merge carry over that supervised tuning forecloses? Riddles over seeds, as registered.
 
     python benchmarks/riddles.py run --seeds 201 202        # 00 to 07 with all rivals; continues what stopped
+    python benchmarks/riddles.py choose --seeds 201 202     # then: 06 once more, the coefficient without labels
     python benchmarks/riddles.py gather --seeds 201 202     # benchmarks/results/riddles.json, and the tables
 
 Seeds, arms, endpoint and what will be said: `benchmarks/preregistered/riddles.md`.
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from c2f_utils.errors import C2FError
 from c2f_utils.files import read_json, root, write_json
-from c2f_utils.report import riddle_study, tables_rivals
+from c2f_utils.report import carried, riddle_study, tables_rivals
 from c2f_utils.runs import provenance
 from c2f_utils.runs.stage import run_folder
 from c2f_utils.settings.config import TRAINED_CONTROLS
@@ -29,13 +30,20 @@ def run_id(seed: int) -> str:
     return f"riddles-{seed}"
 
 
-def run(seeds: list[int]) -> int:
-    """Every seed by itself, as `c2f run` does it; the first exit code that is not 0, or 0."""
-    settings = ["data.domain=riddles", f"merge.controls={json.dumps(CONTROLS)}"]
-    settings = [word for setting in settings for word in ("-p", setting)]
-    stages = [f"{number:02}" for number in range(8)]
+def choice_id(seed: int) -> str:
+    return f"{run_id(seed)}-choice"
+
+
+def run(seeds: list[int], choose: bool = False) -> int:
+    """Every seed by itself, as `c2f run` does it, or 06 alone with all rules of choice; the first exit code that is
+    not 0, or 0."""
+    changes = {"data.domain": "riddles", "merge.controls": [] if choose else CONTROLS}
+    changes |= {"merge.sections": ["label_free"], "merge.other_operators": []} if choose else {}
+    settings = [word for key, value in changes.items() for word in ("-p", f"{key}={json.dumps(value)}")]
+    stages = ["06"] if choose else [f"{number:02}" for number in range(8)]
     for seed in seeds:
-        command = ["run", *stages, "--profile", "tiny", "--seed", str(seed), "--run-id", run_id(seed), *settings]
+        name = choice_id(seed) if choose else run_id(seed)
+        command = ["run", *stages, "--profile", "tiny", "--seed", str(seed), "--run-id", name, *settings]
         if code := subprocess.run([sys.executable, "-m", "c2f_utils", *command], cwd=root()).returncode:
             return code
     return 0
@@ -51,11 +59,18 @@ def gather(seeds: list[int], out: Path) -> None:
         results = read_json(place / "results.json")
         rows = tables_rivals.rivals_table(place)
         costs = dict(zip(results["models"], rows[list(COSTS)].astype(object).to_dict("records"), strict=True))
+        merging = read_json(place.parent / "06_residue_merging" / "results.json")
+        choice = run_folder(choice_id(seed)) / "06_residue_merging" / "results.json"
         found[str(seed)] = {
             "gate": results["gate"],
+            "coefficient": merging["chosen"]["coefficient"],
+            "best_recipe": merging["best_recipe"]["name"],
+            "carried": carried.carried_table(merging).to_dict("records"),
+            **({"label_free": read_json(choice)["label_free"]} if choice.exists() else {}),
             "models": {
                 name: {
                     "label": model["label"],
+                    "role": model["role"],
                     "all": model[riddle_study.DECODING],
                     **results["by_kind"][name][riddle_study.DECODING],
                     "cost": {key: None if value != value else value for key, value in costs[name].items()},
@@ -66,18 +81,18 @@ def gather(seeds: list[int], out: Path) -> None:
         }
     origin = {"code": provenance.code_version(root()), "machine": provenance.machine()}
     write_json(out, {"seeds": found, **origin})
-    for table in (riddle_study.gate_table, riddle_study.registered_table, riddle_study.arms_table):
+    for table in riddle_study.TABLES:
         print(table({"seeds": found}).to_string(index=False), end="\n\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("run", "gather"))
+    parser.add_argument("what", choices=("run", "choose", "gather"))
     parser.add_argument("--seeds", type=int, nargs="+", required=True)
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
-    if options.what == "run":
-        sys.exit(run(options.seeds))
+    if options.what != "gather":
+        sys.exit(run(options.seeds, options.what == "choose"))
     gather(options.seeds, options.out)
 
 

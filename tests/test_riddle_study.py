@@ -8,25 +8,39 @@ import riddles as benchmark
 from scipy import stats as library
 
 from c2f_utils import stats
-from c2f_utils.report import riddle_study
+from c2f_utils.report import carried, riddle_study
+from c2f_utils.report.figures_forest import seed_forest
 from c2f_utils.settings.load import load_settings
 
 ARMS = ("fine", "coarse", "instruct_forced", *riddle_study.RIVALS)
 
 
-def model(accuracy: float) -> dict:
+def model(label: str, accuracy: float) -> dict:
     kind = {"accuracy_last": accuracy, "accuracy_first": accuracy}
     whole = kind | {"utility": 3.0, "mean_tokens": 40.0, "eos_rate": 1.0}
-    return {"label": "x", "all": whole, "story": kind, "riddle": kind, "cost": {"rl_tokens": 5, "seconds": None}}
+    return {
+        "label": label,
+        "role": "control",
+        "all": whole,
+        "story": kind,
+        "riddle": kind,
+        "cost": {"rl_tokens": 5, "seconds": None},
+    }
 
 
 def study(**accuracies: list[float]) -> dict:
     seeds = {}
     for number in range(8):
-        models = {name: model(accuracies.get(name, [0.3 + 0.01 * (k % 3) for k in range(8)])[number]) for name in ARMS}
+        models = {
+            name: model(name, accuracies.get(name, [0.3 + 0.01 * (k % 3) for k in range(8)])[number]) for name in ARMS
+        }
         seeds[str(201 + number)] = {
             "gate": [{"name": "x", "value": 0.5, "bound": 0.8, "passed": True}],
             "models": models,
+            "carried": [
+                {"problems": kind} | dict.fromkeys(carried.CHANGES, 0.1 * number + (kind == "riddle"))
+                for kind in riddle_study.KINDS
+            ],
         }
     return {"seeds": seeds}
 
@@ -60,7 +74,30 @@ def test_the_setting_decides_only_where_enough_seeds_pass_the_gate():
 def test_arms_are_ordered_by_riddles_and_unknown_costs_stay_unknown():
     frame = riddle_study.arms_table(study(coarse=[0.9] * 8))
     assert frame["accuracy_last, riddle"].is_monotonic_decreasing and frame["rl_tokens"][0] == 5
-    assert frame["seconds"].isna().all() and frame["fine minus it"][0] < 0
+    assert frame["seconds"].isna().all() and frame["model"][0] == "coarse"
+
+
+def test_every_difference_has_its_interval_in_table_and_figure():
+    fine = [0.60, 0.62, 0.58, 0.61, 0.60, 0.63, 0.59, 0.60]
+    found = study(fine=fine, coarse=[x + 0.2 for x in fine])
+    frame = riddle_study.differences_table(found).set_index("fine minus")
+    assert frame.index[0] == "coarse" and "fine" not in frame.index and len(frame) == len(ARMS) - 1
+    assert frame.loc["coarse", "accuracy_last, riddle"].startswith("-0.20 (-0.20")
+    gaps = stats.seed_interval([a - (0.3 + 0.01 * (k % 3)) for k, a in enumerate(fine)])
+    shown = f"{gaps.value:+.2f} ({gaps.low:+.2f}, {gaps.high:+.2f})"
+    assert frame.loc["distilled", "accuracy_last, riddle"] == shown
+    data = seed_forest(*riddle_study.as_runs(found), metrics=riddle_study.PANELS).data
+    assert {*data["metric"]} == {*riddle_study.PANELS}
+    row = data[(data["b"] == "distilled") & (data["metric"] == "accuracy_last, riddle")].iloc[0]
+    assert row["difference"] == pytest.approx(gaps.value) and row["low"] == pytest.approx(gaps.low)
+
+
+def test_what_the_residue_carries_is_averaged_by_kind_over_seeds():
+    frame = riddle_study.carried_over_seeds(study()).set_index(["problems", "change"])
+    for change in carried.CHANGES:
+        mine, wanted = frame.loc[("riddle", change)], stats.seed_interval([1 + 0.1 * k for k in range(8)])
+        assert (mine["mean"], mine["low"], mine["high"]) == pytest.approx(wanted[:3])
+    assert frame.loc[("story", "added by RL"), "mean"] == pytest.approx(0.35)
 
 
 def test_what_is_run_is_what_was_registered():

@@ -48,13 +48,15 @@ def forest(source: object, decoding: str | None = None) -> Figure:
 
 
 @styled
-def seed_forest(runs: Sequence[dict], names: Sequence[str], decoding: str = "sampled_t1") -> Figure:
+def seed_forest(
+    runs: Sequence[dict], names: Sequence[str], decoding: str = "sampled_t1", metrics: Sequence[str] = _CHECKED
+) -> Figure:
     """Fine minus every other model over several runs: the mean of the runs' differences with its 95 % t-interval, and
-    every run as a small dot."""
+    every run as a small dot; one panel for each of `metrics` that the runs have (else the reward's)."""
     tables = [{row["model"]: row for row in model_rows(results, decoding)} for results in runs]
     shared = [row for row in tables[0].values() if row["model"] != "fine" and all(row["model"] in t for t in tables)]
     rows = []
-    for metric in (*_CHECKED, "reward"):
+    for metric in dict.fromkeys((*metrics, "reward")):
         key = "mean_tokens" if metric == "tokens" else metric
         mine = []
         for other in shared:
@@ -66,7 +68,7 @@ def seed_forest(runs: Sequence[dict], names: Sequence[str], decoding: str = "sam
                             | {"low": found.low, "high": found.high, "p": stats.t_test(each)})  # fmt: skip
         _mark(mine)
         rows += mine
-    fig = _forest(rows, shared, f"Fine minus ..., {len(runs)} runs, {DECODINGS.get(decoding, decoding)}", None)
+    fig = _forest(rows, shared, f"Fine minus ..., {len(runs)} runs, {DECODINGS.get(decoding, decoding)}", None, metrics)
     fig.caption = "runs " + ", ".join(names)
     return fig
 
@@ -76,9 +78,11 @@ def _mark(rows: list[dict]) -> None:
         row["clear"] = p <= 0.05
 
 
-def _forest(rows: list[dict], models: list[dict], title: str, place: object) -> Figure:
-    metrics = [m for m in _CHECKED if any(row["metric"] == m for row in rows)]
-    if "accuracy_last" not in metrics:
+def _forest(
+    rows: list[dict], models: list[dict], title: str, place: object, wanted: Sequence[str] = _CHECKED
+) -> Figure:
+    metrics = [m for m in wanted if any(row["metric"] == m for row in rows)]
+    if not any(metric.startswith("accuracy_last") for metric in metrics):
         metrics = [m for m in _REWARDED if any(row["metric"] == m for row in rows)]
     others = [model for model in models if model["model"] != "fine" and any(r["b"] == model["model"] for r in rows)]
     fig, axes = new_figure(1, max(1, len(metrics)), DOUBLE, 1.15 + 0.2 * max(3, len(others)), title, place, sharey=True)
@@ -112,7 +116,8 @@ def _panel(ax: Axes, rows: list[dict], others: list[dict], metric: str) -> None:
         ax.plot([row["difference"]], [y], marker, color=colour, markerfacecolor=face, markersize=5, zorder=3)
     reach = 1.08 * max(max(abs(row["low"]), abs(row["high"])) for row in rows) or 1.0  # nothing differs in a dry run
     ax.set_xlim(-reach, reach)
-    ax.set_title(_WORDS[metric].replace(", ", ",\n").replace(" (", "\n("), fontsize=7.5)
+    name, _, kind = metric.partition(", ")
+    ax.set_title(", ".join(filter(None, (_WORDS[name], kind))).replace(", ", ",\n").replace(" (", "\n("), fontsize=7.5)
     ax.set_xlabel("← fine is less" if metric in _FEWER else "fine is better →", fontsize=7, color=MUTED)
     ax.tick_params(axis="x", labelsize=7)
     ax.locator_params(axis="x", nbins=4, steps=[1, 2, 5, 10])

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import pandas as pd
 
 from c2f_utils import stats
+from c2f_utils.report import carried
 from c2f_utils.report.gate import NEW
 
 DECODING = "sampled_t1"
@@ -24,7 +25,9 @@ REGISTERED = (
     ("does the merge carry it over?", "fine", _FORCED, "accuracy_last"),
     *(("is it worth its place?", "fine", rival, "accuracy_last") for rival in RIVALS),
 )
+KINDS = ("story", NEW)
 _SHOWN = ("accuracy_last", "accuracy_first")
+PANELS = (*(f"accuracy_last, {kind}" for kind in KINDS), "utility", "tokens")
 _OVER_ALL = ("utility", "mean_tokens", "eos_rate")
 _COSTS = ("rl_tokens", "sft_tokens", "seconds")
 
@@ -68,26 +71,65 @@ def registered_table(study: Mapping, passing_only: bool = False) -> pd.DataFrame
     return pd.DataFrame(rows)
 
 
-def arms_table(study: Mapping) -> pd.DataFrame:
-    """One row per model that every seed has, best on riddles first: means over seeds, fine minus it on riddles with
-    its t-interval, and what it costs."""
-    seeds = list(study["seeds"].values())
-    shared = [name for name in seeds[0]["models"] if all(name in found["models"] for found in seeds)]
-    kinds = [kind for kind in seeds[0]["models"][shared[0]] if kind not in ("label", "all", "cost")]
+def as_runs(study: Mapping) -> tuple[list[dict], list[str]]:
+    """The seeds as results of 07 whose accuracies are named by kind, and the seeds' names: for `figures.seed_forest`
+    with `PANELS`."""
+    runs = []
+    for found in study["seeds"].values():
+        models = {}
+        for name, row in found["models"].items():
+            by_kind = {f"{metric}, {kind}": row[kind][metric] for kind in KINDS for metric in _SHOWN}
+            models[name] = {"label": row["label"], "role": row["role"], DECODING: row["all"] | by_kind}
+        runs.append({"models": models})
+    return runs, [f"seed {seed}" for seed in study["seeds"]]
+
+
+def carried_over_seeds(study: Mapping) -> pd.DataFrame:
+    """What RL added, what instruction tuning lost and what the merge brings back, kind by kind: mean of the changes of
+    `carried.carried_table` over seeds with t-intervals."""
+    each = pd.concat([pd.DataFrame(found["carried"]) for found in study["seeds"].values()])
     rows = []
-    for name in shared:
+    for kind, mine in each.groupby("problems", sort=False):
+        for change in carried.CHANGES:
+            found = stats.seed_interval(mine[change].tolist())
+            rows.append({"problems": kind, "change": change, "mean": found.value, "low": found.low, "high": found.high})
+    return pd.DataFrame(rows)
+
+
+def arms_table(study: Mapping) -> pd.DataFrame:
+    """One row per model that every seed has, best on riddles first: means over seeds, and what it costs."""
+    seeds = list(study["seeds"].values())
+    rows = []
+    for name in _shared(study):
         mine = [found["models"][name] for found in seeds]
         row = {"model": mine[0]["label"]}
-        row |= {f"{metric}, {kind}": _mean(each[kind][metric] for each in mine) for kind in kinds for metric in _SHOWN}
+        row |= {f"{metric}, {kind}": _mean(each[kind][metric] for each in mine) for kind in KINDS for metric in _SHOWN}
         row |= {metric: _mean(each["all"][metric] for each in mine) for metric in _OVER_ALL}
-        row |= {key: _mean(each["cost"].get(key) for each in mine) for key in _COSTS}
-        gaps = [
-            _value(study, seed, "fine", "accuracy_last") - _value(study, seed, name, "accuracy_last")
-            for seed in study["seeds"]
-        ]
-        found = stats.seed_interval(gaps)
-        rows.append(row | {"fine minus it": found.value, "low": found.low, "high": found.high})
+        rows.append(row | {key: _mean(each["cost"].get(key) for each in mine) for key in _COSTS})
     return pd.DataFrame(rows).sort_values(f"accuracy_last, {NEW}", ascending=False, ignore_index=True)
+
+
+def differences_table(study: Mapping) -> pd.DataFrame:
+    """Fine minus every other model, in the order of `arms_table`: mean over seeds with its t-interval, uncorrected."""
+    runs, _ = as_runs(study)
+    rows = []
+    for name in _shared(study):
+        row = {"fine minus": runs[0]["models"][name]["label"]}
+        for metric in (*PANELS[:-1], *_OVER_ALL[1:]):
+            pairs = [[run["models"][model][DECODING][metric] for model in ("fine", name)] for run in runs]
+            found = stats.seed_interval([a - b for a, b in pairs])
+            bounds = "" if found.low is None else f" ({found.low:+.2f}, {found.high:+.2f})"
+            row[metric] = f"{found.value:+.2f}{bounds}"
+        rows.append(row)
+    frame = pd.DataFrame(rows).set_index("fine minus")
+    others = [model for model in arms_table(study)["model"] if model != runs[0]["models"]["fine"]["label"]]
+    return frame.loc[others].reset_index()
+
+
+def _shared(study: Mapping) -> list[str]:
+    """Models that every seed has."""
+    first, *others = (found["models"] for found in study["seeds"].values())
+    return [name for name in first if all(name in models for models in others)]
 
 
 def _value(study: Mapping, seed: str, model: str, metric: str) -> float:
@@ -101,3 +143,6 @@ def _mean(values) -> float:
 
 def _bounds(found: stats.Interval, p: float) -> dict[str, float | None]:
     return {"difference": found.value, "low": found.low, "high": found.high, "p": p, "seeds": found.n}
+
+
+TABLES = (gate_table, registered_table, arms_table, differences_table, carried_over_seeds)

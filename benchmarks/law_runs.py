@@ -3,7 +3,8 @@
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from time import process_time
 from types import MappingProxyType
 
@@ -15,10 +16,11 @@ from c2f_utils.domain import stories
 from c2f_utils.domain.problems import check, response
 from c2f_utils.domain.samples import Sample, make_prompts
 from c2f_utils.measure import answers
-from c2f_utils.models import pretrain
+from c2f_utils.models import pretrain, rewards
 from c2f_utils.models.rewards import RewardModel
-from c2f_utils.report.law_study import BUDGET, EVALUATED, EVALUATION_LIMIT, MARKS, UTILITY_PRICE, Condition
-from c2f_utils.stages import coarse_rlhf
+from c2f_utils.report.law_study import BUDGET, EVALUATED, EVALUATION_LIMIT, MARKS, UTILITY_PRICE, WITNESSES, Condition
+from c2f_utils.settings.laws import Law
+from c2f_utils.stages import coarse_rlhf, data
 from c2f_utils.stages.inputs import TRAIN_PROMPTS, Inputs
 
 CHECK_WORTH = 0.4  # what `Verdict.utility` gives for a check section
@@ -78,6 +80,58 @@ class FirstAnswer:
         return FirstAnswer(float(raw.mean()), float(raw.std()))
 
 
+@dataclass
+class Noisy:
+    """A reward whose prefixes carry noise of deviation `noise`, all but the whole answer, by which it is paid."""
+
+    reward: FirstAnswer
+    noise: float
+    draws: torch.Generator
+
+    def prefix_scores(self, samples: Sequence[Sample]) -> list[Tensor]:
+        """Per sample the reward after each answer token, [len(ids)]."""
+        found = []
+        for row in self.reward.prefix_scores(samples):
+            noise = self.noise * torch.randn(len(row), generator=self.draws)
+            noise[-1] = 0.0
+            found.append(row + noise)
+        return found
+
+    def __call__(self, samples: Sequence[Sample]) -> Tensor:
+        return self.reward(samples)
+
+
+@dataclass
+class Deaf(limits.Useful):
+    """`useful` that does not hear one of its witnesses."""
+
+    to: str = ""
+
+    def update(self, signals: limits.Signals) -> int:
+        return super().update(replace(signals, **WITNESSES[self.to](self.limit)))
+
+
+def deaf(law: Law, to: str) -> Deaf:
+    """The law of these settings without the witness `to`."""
+    return Deaf(law.start, law.maximum, to=to)
+
+
+@cache
+def learned_first_answer(inputs: Inputs) -> RewardModel:
+    """A reward model of the run's base, trained as 02 trains it on as many pairs, ranked by `FirstAnswer` under the
+    same label noise; not yet normalised."""
+    settings = inputs.settings
+    rng, noise = random.Random(f"first-answer-{settings.seed}"), settings.reward.label_noise
+    ranked = []
+    for pair in data.embedded_pairs(settings, inputs.base(), inputs.tokenizer, settings.reward.pairs, settings.seed):
+        prompt = make_prompts([pair.problem])[0]
+        both = [Sample(prompt, ids, "limit", len(ids)) for ids in (pair.first, pair.second)]
+        first, second = (float(worth) + rng.gauss(0.0, noise) for worth in FirstAnswer()(both))
+        ranked.append(pair.tokens if first >= second else pair.tokens[::-1])
+    model = rewards.train(inputs.base_source, ranked, inputs.tokenizer, settings, order=settings.seed)
+    return RewardModel(model, inputs.tokenizer.pad_token_id)
+
+
 def base_that_ends(inputs: Inputs, condition: Condition, tokens: int = 200_000) -> nn.Module:
     """The run's base after `tokens` more tokens of pretraining, at a quarter of its learning rates, on answers of the
     same mixed quality that all stop at their result, or that all work every step and then stop."""
@@ -131,7 +185,10 @@ def run_one(
     if condition.length_bonus or condition.quality != 1.0:
         reward = Paid(inputs.reward, condition.length_bonus, condition.quality)
     if condition.known:
-        reward = FirstAnswer().normalised_on(inputs.answers(inputs.base(), problems, limit=limit))
+        judge = learned_first_answer(inputs) if condition.learned else FirstAnswer()
+        reward = judge.normalised_on(inputs.answers(inputs.base(), problems, limit=limit))
+    if condition.noise:
+        reward = Noisy(reward, condition.noise, torch.Generator().manual_seed(seed))
     fixed = {"token_price": condition.token_price, "iterations": 10**6}
     config = settings.coarse.model_copy(update=fixed | dict(changes))
     prompts = make_prompts(stories.problems("train", TRAIN_PROMPTS, seed, condition.operations))

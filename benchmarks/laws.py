@@ -3,6 +3,7 @@
     python benchmarks/laws.py run --seeds 101 102 --share 1/2     # one lane; start `--share 2/2` beside it
     python benchmarks/laws.py gather --seeds 101 102              # benchmarks/results/laws.json from what has finished
     python benchmarks/laws.py run --rivals --seeds 111 112        # what others do about length
+    python benchmarks/laws.py run --witnesses --seeds 111 112     # `useful` under noise, a learned reward, or half deaf
 
 A seed covers base, reward model and reinforcement learning; missing bases are trained first (`c2f run 00 01 02`; with
 several lanes, make them before). In the conditions of the regret study run the clocks of the grid, `grow 12 %` and
@@ -55,6 +56,8 @@ def jobs(conditions: list[str], only: list[str]) -> list[tuple[str, str, law_stu
     """(condition, name of the arm, law and changes, rollout tokens), in the order in which they are run."""
     found = []
     for name in conditions:
+        if name in law_study.NOISY | law_study.LEARNED:
+            continue
         maximum = law_study.ALL[name].maximum
         clocks, free, laws = law_study.grid(maximum), law_study.agnostic(maximum), law_study.laws(maximum)
         if name in law_study.HACKED or name in law_study.KNOWN:
@@ -81,12 +84,21 @@ def rivals(conditions: list[str], only: list[str]) -> list[tuple[str, str, law_s
     ]
 
 
+def witnesses(conditions: list[str], only: list[str]) -> list[tuple[str, str, law_study.Arm, int]]:
+    """The same for `useful` and what it listens to."""
+    return [
+        (name, arm, made, law_study.BUDGET)
+        for name in conditions
+        for arm, made in law_study.witnesses(name).items()
+        if not only or arm in only
+    ]
+
+
+KINDS = {"study": jobs, "rivals": rivals, "witnesses": witnesses}  # by the folder that holds their runs
+
+
 def path_of(seed: int, condition: str, law: str, folder: str = "study") -> Path:
     return run_folder(run_id(seed)) / folder / f"{condition}--{law}.json".replace(" ", "_").replace("%", "percent")
-
-
-def folder(options: argparse.Namespace) -> str:
-    return "rivals" if options.rivals else "study"
 
 
 def study(options: argparse.Namespace) -> None:
@@ -96,14 +108,13 @@ def study(options: argparse.Namespace) -> None:
     lane, lanes = map(int, options.share.split("/"))
     for seed in options.seeds:
         models, starts = None, {}
-        those = rivals if options.rivals else jobs
-        for number, (condition, name, arm, budget) in enumerate(those(options.conditions, options.laws)):
-            file = path_of(seed, condition, name, folder(options))
+        for number, (condition, name, arm, budget) in enumerate(KINDS[options.kind](options.conditions, options.laws)):
+            file = path_of(seed, condition, name, options.kind)
             if number % lanes != lane - 1 or file.exists():
                 continue
             models = models or inputs(seed)
             start = starts.get(condition)
-            law, where = make_law(arm.law), law_study.ALL[condition]
+            law, where = law_runs.deaf(arm.law, arm.deaf) if arm.deaf else make_law(arm.law), law_study.ALL[condition]
             found = law_runs.run_one(models, where, law, budget, start=start, changes=arm.changes)
             starts[condition] = {key: values[0] for key, values in found["curve"].items()}
             write_json(file, {"condition": condition, "law": name, "seed": seed, "budget": budget} | found)
@@ -116,7 +127,7 @@ def gather(options: argparse.Namespace) -> None:
 
     runs: dict = {}
     for seed in options.seeds:
-        for file in sorted((run_folder(run_id(seed)) / folder(options)).glob("*.json")):
+        for file in sorted((run_folder(run_id(seed)) / options.kind).glob("*.json")):
             row = read_json(file)
             by_law = runs.setdefault(row["condition"], {}).setdefault(row["law"], {})
             curve = {key: row["curve"][key] for key in KEPT if key in row["curve"]}
@@ -140,11 +151,16 @@ def main() -> None:
     parser.add_argument("--laws", nargs="+", default=[], help="names of clocks and laws; default all")
     parser.add_argument("--share", default="1/1", help="which part of the runs this process does, e.g. 1/2")
     parser.add_argument(
-        "--rivals", action="store_true", help="what others do about length, in place of laws and clocks"
-    )
-    parser.add_argument("--out", type=Path, help="default: results/laws.json, or results/law_rivals.json")
+        "--rivals", dest="kind", action="store_const", const="rivals", default="study",
+        help="what others do about length, in place of laws and clocks",
+    )  # fmt: skip
+    parser.add_argument(
+        "--witnesses", dest="kind", action="store_const", const="witnesses",
+        help="`useful` under noise and a learned reward, and without each of its witnesses",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, help="default: results/laws.json, law_rivals.json or law_witnesses.json")
     options = parser.parse_args()
-    options.out = options.out or RESULTS / ("law_rivals.json" if options.rivals else "laws.json")
+    options.out = options.out or RESULTS / {"study": "laws.json"}.get(options.kind, f"law_{options.kind}.json")
     {"run": study, "gather": gather}[options.what](options)
 
 

@@ -3,6 +3,7 @@
 import math
 
 import law_runs
+import laws as benchmark
 import pytest
 import torch
 from tiny_models import TOKENIZER, PrefixReward, causal
@@ -203,3 +204,84 @@ def test_a_base_that_writes_long_answers_and_ends_them_has_read_whole_analyses_a
         question, answer = text.split("?")
         assert document[-1] == EOS and answer.split()[:4] == "let us think .".split()
         assert answer.count("so") == 5 and answer.count("answer :") == 1, "five steps and one result"
+
+
+def test_noise_is_in_what_a_law_sees_and_not_in_what_is_paid():
+    class Flat:
+        def prefix_scores(self, samples):
+            return [torch.full((n,), 2.0) for n in samples]
+
+        def __call__(self, samples):
+            return torch.full((len(samples),), 2.0)
+
+    lengths = [400] * 50
+    noisy = law_runs.Noisy(Flat(), 0.5, torch.Generator().manual_seed(0))
+    rows = torch.stack(noisy.prefix_scores(lengths))
+    assert (rows[:, -1] == 2.0).all() and noisy(lengths).tolist() == [2.0] * 50
+    assert rows[:, :-1].std().item() == pytest.approx(0.5, rel=0.02)
+    assert rows.mean().item() == pytest.approx(2.0, abs=0.02)
+    again = law_runs.Noisy(Flat(), 0.5, torch.Generator().manual_seed(0))
+    assert torch.equal(torch.stack(again.prefix_scores(lengths)), rows)
+
+
+@pytest.mark.parametrize(
+    ("to", "field", "low", "high", "others"),
+    [
+        ("repetition", "tail_repetition", 0.0, 0.9, {"tail_return": 1.0, "useful_length": 30.0}),
+        ("tail return", "tail_return", 0.0, 1.0, {"tail_repetition": 0.0, "useful_length": 30.0}),
+        ("useful length", "useful_length", 10.0, 80.0, {"tail_return": 0.0, "tail_repetition": 0.9}),
+    ],
+)
+def test_a_deaf_law_goes_its_way_whatever_the_witness_says_and_a_whole_one_does_not(to, field, low, high, others):
+    began = {"truncated_share": 1.0, "tail_return": 1.0, "tail_repetition": 0.3, "useful_length": 100.0}
+    settings = law_study.laws(288)["useful"]
+
+    def path(law: limits.Law, said: float) -> list[int]:
+        heard = [began] * 12 + [{"truncated_share": 1.0, field: said} | others] * 12
+        return [law.update(limits.Signals(iteration=i, **each)) for i, each in enumerate(heard)]
+
+    assert path(law_runs.deaf(settings, to), low) == path(law_runs.deaf(settings, to), high)
+    assert path(make_law(settings), low) != path(make_law(settings), high)
+
+
+def test_a_learned_reward_is_fitted_to_the_checkers_order_up_to_the_first_result(monkeypatch):
+    class Toy:
+        settings = load_settings(
+            "smoke", overrides={"reward.pairs": 60, "reward.label_noise": 0.0, "reward.base_share": 0.0}
+        )
+        tokenizer, base_source = TOKENIZER, "nowhere"
+
+        def base(self):
+            return causal()
+
+    fitted = []
+
+    def fit(source, pairs, *_, **__):
+        fitted.extend(pairs)
+        return scored()
+
+    monkeypatch.setattr(law_runs.rewards, "train", fit)
+    toy = Toy()
+    assert law_runs.learned_first_answer(toy) is law_runs.learned_first_answer(toy), "trained once for a seed"
+    problems = {
+        tuple(p.problem.prompt_ids): make_prompts([p.problem])[0]
+        for p in law_runs.data.embedded_pairs(toy.settings, causal(), TOKENIZER, 60, toy.settings.seed)
+    }
+    gaps = []
+    for chosen, rejected in fitted:
+        size = chosen.index(stories.IDS["?"]) + 1
+        prompt = problems[tuple(chosen[:size])]
+        worth = law_runs.FirstAnswer()([Sample(prompt, ids[size:], "limit", 99) for ids in (chosen, rejected)])
+        gaps.append(float(worth[0] - worth[1]))
+    assert len(gaps) == 60 and min(gaps) >= 0 and max(gaps) > 1
+
+
+def test_the_conditions_of_the_witnesses_are_left_to_their_own_study():
+    assert not law_study.witnesses("l_max 96")
+    for name in law_study.NOISY | law_study.LEARNED:
+        assert not benchmark.jobs([name], []) and not benchmark.rivals([name], [])
+        assert law_study.ALL[name].right_length in (42, 62)
+    arms = [(condition, arm) for condition, arm, *_ in benchmark.witnesses(list(law_study.ALL), [])]
+    assert len(arms) == len(set(arms)) == 4 * 3 + 1 * 4 + 5 * 2
+    paths = {benchmark.path_of(1, *arm, "witnesses") for arm in arms}
+    assert len(paths) == len(arms)

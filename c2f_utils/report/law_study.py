@@ -9,7 +9,7 @@ is the paper's.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -38,6 +38,8 @@ class Condition:
     known: bool = False  # reward: the checker up to the first result, instead of a reward model
     terminates: bool = False  # the base has also read answers that all stop at their result
     complete: bool = False  # and all of them work every step, so that they are long
+    noise: float = 0.0  # deviation of what is added to every prefix that a law sees, in the reward's; pay has none
+    learned: bool = False  # known: the reward is a model trained on pairs that this checker ranked
 
     @property
     def right_length(self) -> int | None:
@@ -70,7 +72,14 @@ KNOWN = {
     "known length 42": Condition(288, operations=(3, 3), known=True),
     "known length 62": Condition(288, operations=(5, 5), known=True),
 }
-ALL = CONDITIONS | UNLEARNING | HACKED | KNOWN
+# The same where prefixes are noisy, and where reward and law read a model of the checker in its place.
+NOISY = {
+    f"{name}, noise {noise}": replace(condition, noise=noise)
+    for noise in (0.5, 1.0)
+    for name, condition in KNOWN.items()
+}
+LEARNED = {f"{name}, learned": replace(condition, learned=True) for name, condition in KNOWN.items()}
+ALL = CONDITIONS | UNLEARNING | HACKED | KNOWN | NOISY | LEARNED
 
 
 def grid(maximum: int) -> dict[str, Law]:
@@ -111,10 +120,11 @@ def averaged(maximum: int) -> dict[str, Law]:
 
 
 class Arm(NamedTuple):
-    """A law and what it changes in `coarse` beside it."""
+    """A law, what it changes in `coarse` beside it, and the witness that it is kept from hearing."""
 
     law: Law
     changes: dict[str, object] = {}
+    deaf: str = ""
 
 
 def rivals(maximum: int) -> dict[str, Arm]:
@@ -138,6 +148,29 @@ def rivals(maximum: int) -> dict[str, Arm]:
         "shrinking clock": Arm(shrinking),
         "clip-higher": Arm(grow, {"clip_high": 0.28}),
     }
+
+
+# What `useful` hears instead of each of its witnesses (given the limit) where that one is kept from it: what says
+# nothing against growing.
+WITNESSES = {
+    "tail return": lambda limit: {"tail_return": 1.0},
+    "repetition": lambda limit: {"tail_repetition": 0.0},
+    "useful length": lambda limit: {"useful_length": float(limit)},
+}
+
+
+def witnesses(condition: str) -> dict[str, Arm]:
+    """`useful` whole and with one witness less, where the right length is known or there is none; under noise whole
+    alone, under a learned reward beside growth of 12 %. Empty for other conditions."""
+    maximum = ALL[condition].maximum
+    useful, grow = laws(maximum)["useful"], agnostic(maximum)["grow 12 %"]
+    whole = {"useful": Arm(useful)}
+    if condition in NOISY:
+        return whole
+    without = {f"useful without {name}": Arm(useful, deaf=name) for name in WITNESSES}
+    if condition in LEARNED:
+        return whole | without | {"grow 12 %": Arm(grow)}
+    return whole | without if condition in KNOWN or condition in HACKED else {}
 
 
 # --- measures on finished runs: {condition: {law: {seed: run}}} -----------------------------------------------------

@@ -259,7 +259,7 @@ def averaging_table(study: dict) -> pd.DataFrame:
 def ends_table(study: dict, laws: Sequence[str] = ()) -> pd.DataFrame:
     """Last limits where the reward pays for length alone, and where the right length is known; one row per law."""
     rows = []
-    for name in (*law_study.HACKED, *law_study.KNOWN):
+    for name in law_study.HACKED | law_study.KNOWN | law_study.NOISY | law_study.LEARNED:
         for law, by_seed in study["runs"].get(name, {}).items():
             if laws and law not in laws:
                 continue

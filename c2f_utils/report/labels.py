@@ -9,9 +9,10 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 
-# Where a label may stand: 24 directions at 8 distances (points) from its point, flattened to [192].
+# Where a label may stand: 24 directions at 10 distances (points) from its point, flattened to [240].
 _ANGLES, _REACHES = (
-    grid.ravel() for grid in np.meshgrid(np.arange(24) * math.pi / 12, (1.0, 5.0, 11.0, 18.0, 27.0, 38.0, 52.0, 70.0))
+    grid.ravel()
+    for grid in np.meshgrid(np.arange(24) * math.pi / 12, (1.0, 5.0, 11.0, 18.0, 27.0, 38.0, 52.0, 70.0, 95.0, 125.0))
 )
 _DIRECTIONS = np.column_stack([np.cos(_ANGLES), np.sin(_ANGLES)])
 
@@ -53,7 +54,7 @@ def point_labels(
     """Name points directly, beside them where there is room, else further off with a thin line; no two names overlap,
     and none stands nearer to another point than to its own unless a line leads to its own.
 
-    The layout is settled first and kept. Each label takes the cheapest of 24 directions x 8 distances; a few rounds let
+    The layout is settled first and kept. Each label takes the cheapest of 24 directions x 10 distances; a few rounds let
     early ones make way for late ones. `owners` says for each obstacle which point it belongs to (None: to none, it is
     only not to be covered). Returns the annotations.
     """
@@ -92,7 +93,7 @@ def point_labels(
 
 
 class _Places:
-    """Where one label may stand: 192 places, and what each costs whatever the other labels do."""
+    """Where one label may stand: 240 places, and what each costs whatever the other labels do."""
 
     def __init__(
         self, point: np.ndarray, extent: np.ndarray, covered: np.ndarray, others: np.ndarray, frame: np.ndarray
@@ -150,4 +151,4 @@ def _outside_or_covering(boxes: np.ndarray, points: np.ndarray, frame: np.ndarra
     """Cost [n] of rectangles for leaving the frame and for covering points."""
     outside = np.maximum(0, frame[:2] - boxes[:, :2]).sum(axis=1) + np.maximum(0, boxes[:, 2:] - frame[2:]).sum(axis=1)
     inside = (points[None] > boxes[:, None, :2] - 2.5) & (points[None] < boxes[:, None, 2:] + 2.5)
-    return 30 * outside + 150 * inside.all(axis=2).sum(axis=1)
+    return 30 * outside + 2000 * (outside > 2) + 150 * inside.all(axis=2).sum(axis=1)

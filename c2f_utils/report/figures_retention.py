@@ -161,6 +161,7 @@ _CURVES = {
 
 
 def _curves(ax: Axes, results: dict, models: dict, what: str) -> None:
+    ends = []
     for name, model in models.items():
         rows, colour = model["rows"], ROLE_COLOURS.get(name, INK)
         x = column(rows, "k") * (model["mean_tokens"] if what == "majority" else 1)
@@ -168,13 +169,13 @@ def _curves(ax: Axes, results: dict, models: dict, what: str) -> None:
         ax.fill_between(x, column(found, "low"), column(found, "high"), color=colour, alpha=0.12, linewidth=0)
         marker = ROLE_MARKERS.get(name, "o")
         size = 7 if marker == "*" else 3.5
-        ax.plot(x, column(found, "value"), color=colour, marker=marker, markersize=size, label=label(results, name))
+        ax.plot(x, column(found, "value"), color=colour, marker=marker, markersize=size)
+        ends.append((x[-1], found[-1]["value"], label(results, name), colour))
     ax.set_xscale("log", base=10 if what == "majority" else 2)
     ax.minorticks_off()
     if what == "majority":
         ax.xaxis.set_major_formatter("{x:g}")
-    if what == "worked":
-        ax.legend(loc="lower right")  # curves rise to the left of it
+        end_labels(ax, ends)  # beside the last panel there is room
 
 
 def _guesses(ax: Axes, found: dict) -> None:

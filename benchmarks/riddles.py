@@ -61,7 +61,10 @@ def gather(seeds: list[int], out: Path) -> None:
         costs = dict(zip(results["models"], rows[list(COSTS)].astype(object).to_dict("records"), strict=True))
         merging = read_json(place.parent / "06_residue_merging" / "results.json")
         choice = run_folder(choice_id(seed)) / "06_residue_merging" / "results.json"
+        made_by = read_json(place / "provenance.json")["sessions"][-1]
         found[str(seed)] = {
+            "commit": made_by["code"]["commit"],
+            "started": made_by["started"],
             "gate": results["gate"],
             "coefficient": merging["chosen"]["coefficient"],
             "best_recipe": merging["best_recipe"]["name"],
@@ -79,7 +82,7 @@ def gather(seeds: list[int], out: Path) -> None:
                 if riddle_study.DECODING in model
             },
         }
-    origin = {"code": provenance.code_version(root()), "machine": provenance.machine()}
+    origin = {"gathered by": provenance.code_version(root()), "machine": provenance.machine()}
     write_json(out, {"seeds": found, **origin})
     for table in riddle_study.TABLES:
         print(table({"seeds": found}).to_string(index=False), end="\n\n")

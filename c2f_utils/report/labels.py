@@ -54,9 +54,9 @@ def point_labels(
     """Name points directly, beside them where there is room, else further off with a thin line; no two names overlap,
     and none stands nearer to another point than to its own unless a line leads to its own.
 
-    The layout is settled first and kept. Each label takes the cheapest of 24 directions x 10 distances; a few rounds let
-    early ones make way for late ones. `owners` says for each obstacle which point it belongs to (None: to none, it is
-    only not to be covered). Returns the annotations.
+    The layout is settled first and kept. Each label takes the cheapest of 24 directions x 10 distances; a few rounds
+    let early ones make way for late ones. `owners` says for each obstacle which point it belongs to (None: to none, it
+    is only not to be covered). Returns the annotations.
     """
     fig = ax.figure
     fig.draw_without_rendering()

@@ -2,6 +2,7 @@
 
     python benchmarks/riddles.py run --seeds 201 202        # 00 to 07 with all rivals; continues what stopped
     python benchmarks/riddles.py choose --seeds 201 202     # then: 06 once more, the coefficient without labels
+    python benchmarks/riddles.py complete --seeds 201 202   # of older runs: the fine actor with a forced beginning
     python benchmarks/riddles.py gather --seeds 201 202     # benchmarks/results/riddles.json, and the tables
 
 Seeds, arms, endpoint and what will be said: `benchmarks/preregistered/riddles.md`.
@@ -11,19 +12,30 @@ import argparse
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
+import pandas as pd
+
+from c2f_utils.domain.samples import analysed_prompts
 from c2f_utils.errors import C2FError
 from c2f_utils.files import read_json, root, write_json
+from c2f_utils.measure import answers
+from c2f_utils.models import loading
+from c2f_utils.models.generated import generator
 from c2f_utils.report import carried, riddle_study, tables_rivals
 from c2f_utils.runs import provenance
+from c2f_utils.runs.run import Run
 from c2f_utils.runs.stage import run_folder
 from c2f_utils.settings.config import TRAINED_CONTROLS
+from c2f_utils.settings.load import load_settings
+from c2f_utils.stages.evaluation import LABELS
+from c2f_utils.stages.inputs import Inputs
 
 RESULTS = Path(__file__).parent / "results" / "riddles.json"
 MERGES = ("interpolation", "coarse_interpolation", "random_residue", "fixed_long_residue", "distilled_merge")
 CONTROLS = [*MERGES, *TRAINED_CONTROLS]
-COSTS = ("rl_tokens", "sft_tokens", "seconds")
+FORCED = "fine_forced"  # registered; runs made before 07 had it are completed by `complete`
 
 
 def run_id(seed: int) -> str:
@@ -49,54 +61,85 @@ def run(seeds: list[int], choose: bool = False) -> int:
     return 0
 
 
-def gather(seeds: list[int], out: Path) -> None:
-    """Keep what the registered comparisons read of every finished seed; raises C2FError for one that is not."""
-    found = {}
+def complete(seeds: list[int]) -> None:
+    """Have the fine actor of every seed answer 07's problems with a forced beginning, as 07 itself does by now."""
     for seed in seeds:
-        place = run_folder(run_id(seed)) / "07_evaluation"
-        if not (place / "results.json").exists():
-            raise C2FError(f"{place} has no results: run `python benchmarks/riddles.py run --seeds {seed}` first")
-        results = read_json(place / "results.json")
-        rows = tables_rivals.rivals_table(place)
-        costs = dict(zip(results["models"], rows[list(COSTS)].astype(object).to_dict("records"), strict=True))
-        merging = read_json(place.parent / "06_residue_merging" / "results.json")
-        choice = run_folder(choice_id(seed)) / "06_residue_merging" / "results.json"
-        made_by = read_json(place / "provenance.json")["sessions"][-1]
-        found[str(seed)] = {
-            "commit": made_by["code"]["commit"],
-            "started": made_by["started"],
-            "gate": results["gate"],
-            "coefficient": merging["chosen"]["coefficient"],
-            "best_recipe": merging["best_recipe"]["name"],
-            "carried": carried.carried_table(merging).to_dict("records"),
-            **({"label_free": read_json(choice)["label_free"]} if choice.exists() else {}),
-            "models": {
-                name: {
-                    "label": model["label"],
-                    "role": model["role"],
-                    "all": model[riddle_study.DECODING],
-                    **results["by_kind"][name][riddle_study.DECODING],
-                    "cost": {key: None if value != value else value for key, value in costs[name].items()},
-                }
-                for name, model in results["models"].items()
-                if riddle_study.DECODING in model
-            },
-        }
-    origin = {"gathered by": provenance.code_version(root()), "machine": provenance.machine()}
-    write_json(out, {"seeds": found, **origin})
+        settings = load_settings("tiny", seed, run_id(seed), {"data.domain": "riddles", "merge.controls": CONTROLS})
+        run = Run(settings)
+        run.here = run.stage("07_evaluation")
+        inputs = Inputs(run)
+        model = loading.load_causal(run.parent("06_residue_merging").model(), settings.models)
+        prompts = analysed_prompts([p.problem for p in inputs.prompts("test")])
+        row = {"label": LABELS[FORCED], "role": "control"}
+        for decoding in settings.evaluation.decodings:
+            samples = inputs.answers(model, prompts, decoding, form=inputs.instruct_forms[0])
+            row[decoding] = {"all": answers.measure(samples), **answers.by_kind(samples)}
+        write_json(run_folder(run_id(seed)) / f"{FORCED}.json", row | {"code": provenance.code_version(root())})
+
+
+def gather(seeds: list[int], out: Path) -> None:
+    """Keep what the comparisons read of every finished seed; raises C2FError for one that is not."""
+    found = {str(seed): gathered(seed) for seed in seeds}
+    study = {"seeds": found, "gathered by": provenance.code_version(root()), "machine": provenance.machine()}
+    write_json(out, study)
+    held = sum(riddle_study.passed(study).values())
+    print(f"{held} of {len(found)} seeds pass the gate; a claim may be made: {riddle_study.decides(study)}")
+    print(f"the best constant guess gets {riddle_study.floor(study):.2f} of the riddles right", end="\n\n")
     for table in riddle_study.TABLES:
-        print(table({"seeds": found}).to_string(index=False), end="\n\n")
+        print(table.__name__, table(study).to_string(index=False), sep="\n", end="\n\n")
+    print(
+        "passing seeds alone", riddle_study.registered_table(study, passing_only=True).to_string(index=False), sep="\n"
+    )
+
+
+def gathered(seed: int) -> dict:
+    """What is kept of one seed."""
+    place = run_folder(run_id(seed)) / "07_evaluation"
+    if not (place / "results.json").exists():
+        raise C2FError(f"{place} has no results: run `python benchmarks/riddles.py run --seeds {seed}` first")
+    results = read_json(place / "results.json")
+    rows = tables_rivals.rivals_table(place)
+    costs = dict(zip(results["models"], rows[list(riddle_study.COSTS)].astype(object).to_dict("records"), strict=True))
+    merging = read_json(place.parent / "06_residue_merging" / "results.json")
+    made_by = read_json(place / "provenance.json")["sessions"][-1]
+    models = {
+        name: {
+            "label": model["label"],
+            "role": model["role"],
+            **{way: {"all": model[way], **kinds} for way, kinds in results["by_kind"][name].items()},
+            "cost": {key: None if pd.isna(value) else value for key, value in costs[name].items()},
+        }
+        for name, model in results["models"].items()
+    }
+    late, choice = place.parent / f"{FORCED}.json", run_folder(choice_id(seed)) / "06_residue_merging" / "results.json"
+    if FORCED not in models and late.exists():
+        models[FORCED] = read_json(late) | {"cost": models["fine"]["cost"], "late": True}
+    asked = generator(load_settings("tiny", seed, overrides={"data.domain": "riddles"}).data).problems(
+        "test", 256, seed
+    )
+    right = Counter(problem.answer for problem in asked if problem.kind == riddle_study.NEW)
+    return {
+        "commit": made_by["code"]["commit"], "started": made_by["started"], "gate": results["gate"],
+        "floor": max(right.values()) / right.total(), "coefficient": merging["chosen"]["coefficient"],
+        "best_recipe": merging["best_recipe"]["name"], "carried": carried.carried_table(merging).to_dict("records"),
+        **({"label_free": read_json(choice)["label_free"]} if choice.exists() else {}),
+        "models": models,
+    }  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("run", "choose", "gather"))
+    parser.add_argument("what", choices=("run", "choose", "complete", "gather"))
     parser.add_argument("--seeds", type=int, nargs="+", required=True)
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
-    if options.what != "gather":
-        sys.exit(run(options.seeds, options.what == "choose"))
-    gather(options.seeds, options.out)
+    match options.what:
+        case "gather":
+            gather(options.seeds, options.out)
+        case "complete":
+            complete(options.seeds)
+        case what:
+            sys.exit(run(options.seeds, what == "choose"))
 
 
 if __name__ == "__main__":

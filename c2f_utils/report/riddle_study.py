@@ -1,7 +1,8 @@
 """The riddles over seeds: the gate, the comparisons that were registered, and every arm with what it costs.
 
 Seeds, arms, endpoint and what will be said: `benchmarks/preregistered/riddles.md`. Data: what `benchmarks/riddles.py`
-gathered, by seed the `gate` and for every model its metrics on `all` problems, by kind, and its `cost`.
+gathered, by seed the `gate`, the `floor` (what the best constant guess gets of the riddles), and for every model by
+decoding its metrics on `all` problems and by kind, and its `cost`.
 """
 
 import math
@@ -14,22 +15,30 @@ from c2f_utils.report import carried
 from c2f_utils.report.gate import NEW
 
 DECODING = "sampled_t1"
-LEAST_PASSED = 0.75  # of the seeds: fewer, and the setting decides nothing
+SEEDS, LEAST_PASSED = 8, 6  # as registered: fewer that pass the gate, and the setting decides nothing
 _FORCED = "instruct_forced"
 RIVALS = (
     "ppo_instruct_tokens", "coarse_interpolation", "distilled", "shortest_correct", "filtered_sft", "parallel_average",
 )  # fmt: skip
 # Question, first model, second model, metric.
 REGISTERED = (
+    *(("is it worth its place?", "fine", rival, "accuracy_last") for rival in RIVALS),
     ("does RL on the base add it?", "coarse", _FORCED, "accuracy_first"),
     ("does the merge carry it over?", "fine", _FORCED, "accuracy_last"),
-    *(("is it worth its place?", "fine", rival, "accuracy_last") for rival in RIVALS),
+)
+# What the registered ones leave open, asked after the first seeds were seen: no claim is made from them.
+FURTHER = (
+    ("did RL from instruct only need more tokens?", "coarse", "ppo_instruct_tokens", "accuracy_first"),
+    ("does RL add to what forcing finds in the base?", "coarse", "base_forced", "accuracy_first"),
+    ("does the merge hold it, and not the habit?", "fine_forced", _FORCED, "accuracy_last"),
+    ("is it the recipe?", "best_recipe", _FORCED, "accuracy_last"),
+    ("is it the recipe?", "best_recipe", "shortest_correct", "accuracy_last"),
 )
 KINDS = ("story", NEW)
 _SHOWN = ("accuracy_last", "accuracy_first")
 PANELS = (*(f"accuracy_last, {kind}" for kind in KINDS), "utility", "tokens")
 _OVER_ALL = ("utility", "mean_tokens", "eos_rate")
-_COSTS = ("rl_tokens", "sft_tokens", "seconds")
+COSTS = ("rl_tokens", "sft_tokens", "search_tokens", "seconds")
 
 
 def passed(study: Mapping) -> dict[str, bool]:
@@ -38,9 +47,9 @@ def passed(study: Mapping) -> dict[str, bool]:
 
 
 def decides(study: Mapping) -> bool:
-    """Whether enough seeds pass the gate for a claim."""
+    """Whether all seeds are there and enough of them pass the gate for a claim."""
     held = passed(study)
-    return bool(held) and sum(held.values()) >= LEAST_PASSED * len(held)
+    return len(held) == SEEDS and sum(held.values()) >= LEAST_PASSED
 
 
 def gate_table(study: Mapping) -> pd.DataFrame:
@@ -53,22 +62,46 @@ def gate_table(study: Mapping) -> pd.DataFrame:
     )
 
 
-def registered_table(study: Mapping, passing_only: bool = False) -> pd.DataFrame:
-    """The registered comparisons on riddles: mean difference over seeds with its t-interval and Holm's p over all of
-    them, and the verdict; with `passing_only` of the seeds that pass the gate."""
+def registered_table(study: Mapping, passing_only: bool = False, decoding: str = DECODING) -> pd.DataFrame:
+    """The registered comparisons on riddles, the merge against its rivals first and of these the losses: mean
+    difference over seeds with its t-interval and Holm's p over all of them, on how many seeds the first is higher,
+    and the verdict; with `passing_only` of the seeds that pass the gate. `p_flip` is uncorrected, by sign flips: it
+    assumes no shape."""
     held = passed(study)
     seeds = [seed for seed in study["seeds"] if held[seed] or not passing_only]
-    rows = []
-    for question, first, second, metric in REGISTERED:
-        gaps = [_value(study, seed, first, metric) - _value(study, seed, second, metric) for seed in seeds]
-        found = stats.seed_interval(gaps)
-        p = stats.t_test(gaps) if len(gaps) > 1 else math.nan
-        rows.append({"question": question, "model": first, "minus": second, "metric": metric} | _bounds(found, p))
+    rows = [_compared(study, seeds, comparison, decoding) for comparison in REGISTERED]
     for row, p in zip(rows, stats.holm([row["p"] for row in rows]), strict=True):
         row["p_holm"] = p
         apart = p <= 0.05 and row["low"] is not None and row["low"] * row["high"] > 0
         row["verdict"] = ("higher" if row["difference"] > 0 else "lower") if apart else "cannot be told apart"
-    return pd.DataFrame(rows)
+    rivals = len(RIVALS)
+    return pd.DataFrame(sorted(rows[:rivals], key=lambda row: row["difference"]) + rows[rivals:])
+
+
+def greedy_table(study: Mapping) -> pd.DataFrame:
+    """The same comparisons under greedy decoding, which were not registered."""
+    return registered_table(study, decoding="greedy")
+
+
+def further_table(study: Mapping) -> pd.DataFrame:
+    """What was asked only after the first seeds were seen, without a verdict."""
+    models = set.intersection(*(set(found["models"]) for found in study["seeds"].values()))
+    asked = [row for row in FURTHER if {row[1], row[2]} <= models]
+    return pd.DataFrame([_compared(study, list(study["seeds"]), comparison, DECODING) for comparison in asked])
+
+
+def _compared(study: Mapping, seeds: list[str], comparison: tuple[str, str, str, str], decoding: str) -> dict:
+    question, first, second, metric = comparison
+    pairs = [[_value(study, seed, name, metric, decoding) for name in (first, second)] for seed in seeds]
+    gaps = [a - b for a, b in pairs]
+    found = stats.seed_interval(gaps)
+    several = len(gaps) > 1
+    return {
+        "question": question, "model": first, "minus": second, "metric": metric,
+        "difference": found.value, "low": found.low, "high": found.high,
+        "higher on": f"{sum(gap > 0 for gap in gaps)} of {len(gaps)}",
+        "p": stats.t_test(gaps) if several else math.nan, "p_flip": stats.sign_flip(gaps) if several else math.nan,
+    }  # fmt: skip
 
 
 def as_runs(study: Mapping) -> tuple[list[dict], list[str]]:
@@ -78,15 +111,16 @@ def as_runs(study: Mapping) -> tuple[list[dict], list[str]]:
     for found in study["seeds"].values():
         models = {}
         for name, row in found["models"].items():
-            by_kind = {f"{metric}, {kind}": row[kind][metric] for kind in KINDS for metric in _SHOWN}
-            models[name] = {"label": row["label"], "role": row["role"], DECODING: row["all"] | by_kind}
+            seen = row[DECODING]
+            by_kind = {f"{metric}, {kind}": seen[kind][metric] for kind in KINDS for metric in _SHOWN}
+            models[name] = {"label": row["label"], "role": row["role"], DECODING: seen["all"] | by_kind}
         runs.append({"models": models})
     return runs, [f"seed {seed}" for seed in study["seeds"]]
 
 
 def carried_over_seeds(study: Mapping) -> pd.DataFrame:
-    """What RL added, what instruction tuning lost and what the merge brings back, kind by kind: mean of the changes of
-    `carried.carried_table` over seeds with t-intervals."""
+    """What RL added, what instruction tuning changed and what the merge brings back, kind by kind: mean of the changes
+    of `carried.carried_table` over seeds with t-intervals."""
     each = pd.concat([pd.DataFrame(found["carried"]) for found in study["seeds"].values()])
     rows = []
     for kind, mine in each.groupby("problems", sort=False):
@@ -97,16 +131,24 @@ def carried_over_seeds(study: Mapping) -> pd.DataFrame:
 
 
 def arms_table(study: Mapping) -> pd.DataFrame:
-    """One row per model that every seed has, best on riddles first: means over seeds, and what it costs."""
+    """One row per model that every seed has, best on riddles first: means over seeds, and what it costs. Right steps
+    tell who analyses riddles; the best constant guess gets `floor` of them right."""
     seeds = list(study["seeds"].values())
     rows = []
     for name in _shared(study):
         mine = [found["models"][name] for found in seeds]
         row = {"model": mine[0]["label"]}
-        row |= {f"{metric}, {kind}": _mean(each[kind][metric] for each in mine) for kind in KINDS for metric in _SHOWN}
-        row |= {metric: _mean(each["all"][metric] for each in mine) for metric in _OVER_ALL}
-        rows.append(row | {key: _mean(each["cost"].get(key) for each in mine) for key in _COSTS})
+        for kind in KINDS:
+            row |= {f"{metric}, {kind}": _mean(each[DECODING][kind][metric] for each in mine) for metric in _SHOWN}
+        row[f"right steps, {NEW}"] = _mean(each[DECODING][NEW]["correct_steps"] for each in mine)
+        row |= {metric: _mean(each[DECODING]["all"][metric] for each in mine) for metric in _OVER_ALL}
+        rows.append(row | {key: _mean(each["cost"].get(key) for each in mine) for key in COSTS})
     return pd.DataFrame(rows).sort_values(f"accuracy_last, {NEW}", ascending=False, ignore_index=True)
+
+
+def floor(study: Mapping) -> float:
+    """Share of riddles that the best constant guess gets right, mean over seeds."""
+    return _mean(found["floor"] for found in study["seeds"].values())
 
 
 def differences_table(study: Mapping) -> pd.DataFrame:
@@ -132,8 +174,8 @@ def _shared(study: Mapping) -> list[str]:
     return [name for name in first if all(name in models for models in others)]
 
 
-def _value(study: Mapping, seed: str, model: str, metric: str) -> float:
-    return study["seeds"][seed]["models"][model][NEW][metric]
+def _value(study: Mapping, seed: str, model: str, metric: str, decoding: str) -> float:
+    return study["seeds"][seed]["models"][model][decoding][NEW][metric]
 
 
 def _mean(values) -> float:
@@ -141,8 +183,6 @@ def _mean(values) -> float:
     return sum(known) / len(known) if known else math.nan
 
 
-def _bounds(found: stats.Interval, p: float) -> dict[str, float | None]:
-    return {"difference": found.value, "low": found.low, "high": found.high, "p": p, "seeds": found.n}
-
-
-TABLES = (gate_table, registered_table, arms_table, differences_table, carried_over_seeds)
+TABLES = (
+    gate_table, registered_table, greedy_table, further_table, arms_table, differences_table, carried_over_seeds,
+)  # fmt: skip

@@ -17,11 +17,12 @@ STAGE = "07_evaluation"
 CAPTION = (
     "The merge beside its rivals: worth, cost and paired differences. Tokens and seconds are of all training beyond "
     "base and reward model; RL tokens are those generated in training, SFT tokens those trained on, prompts "
-    "included; seconds are of this machine, and RL counts without evaluations."
+    "included; search tokens are those of answers to labelled validation problems by which a coefficient was chosen; "
+    "seconds are of this machine, and RL counts without evaluations."
 )
 _SHOWN = ("accuracy_last", "utility", "mean_tokens", "eos_rate")
 _PAIRED = ("accuracy_last", "utility")
-_COST = ("rl_tokens", "sft_tokens", "iterations", "seconds")
+_COST = ("rl_tokens", "sft_tokens", "search_tokens", "iterations", "seconds")
 _ADDED = ("rl_tokens", "sft_tokens", "seconds")
 _BOTH = ("coarse", "instruct")
 # What must be trained before a model can be made; a control that is not named here needs both.
@@ -30,16 +31,19 @@ _FIRST = {
     "interpolation": ("instruct",), "ppo_instruct": ("instruct",), "ppo_instruct_tokens": ("instruct",),
     "parallel_average": (), "fixed_long_residue": ("fixed_long", "instruct"),
 }  # fmt: skip
+_CHOSEN_WITH_FINE = ("fine", "fine_forced", "one_coefficient", "random_residue")
 # Timers of 06 beside those of the control's own name: what two controls share counts for each.
 _TIMERS = {
-    "fine": ("sweep",), "one_coefficient": ("sweep",), "random_residue": ("sweep",), "best_recipe": ("sweep", "sweeps"),
+    **dict.fromkeys(_CHOSEN_WITH_FINE, ("sweep",)),
+    "best_recipe": ("sweep", "sweeps"),
     "distilled_merge": ("distilled",), "shortest_correct": ("coarse_answers",), "filtered_sft": ("coarse_answers",),
 }  # fmt: skip
 
 
 def rivals_table(source: object) -> pd.DataFrame:
     """One row per model of stage 07 under its first decoding: metrics (per kind of problem where 07 has them), tokens
-    generated in RL and trained on in SFT, iterations, seconds, and fine minus it with 95 % intervals over prompts.
+    generated in RL, trained on in SFT and answered in search of a coefficient, iterations, seconds, and fine minus it
+    with 95 % intervals over prompts.
 
     Costs are read from the stages beside 07's folder; from plain data they are unknown.
     """
@@ -62,7 +66,7 @@ def rivals_table(source: object) -> pd.DataFrame:
     differences = [key for metric in _PAIRED for key in _differences(metric)]
     columns = ["model", _SHOWN[0], *kinds, *_SHOWN[1:], *_COST, *differences]
     frame = pd.DataFrame([{name: row.get(name) for name in columns} for row in rows], columns=columns)
-    return frame.astype(dict.fromkeys(("rl_tokens", "sft_tokens", "iterations"), "Int64"))
+    return frame.astype(dict.fromkeys(("rl_tokens", "sft_tokens", "search_tokens", "iterations"), "Int64"))
 
 
 def _differences(metric: str) -> dict[str, str]:
@@ -79,7 +83,8 @@ def _cost(stages: dict[str, Path], name: str) -> dict[str, float | None]:
     if None in parts:
         return {}
     iterations = next((part["iterations"] for part in parts if part.get("iterations")), None)
-    return {key: round(sum(part.get(key, 0) for part in parts)) for key in _ADDED} | {"iterations": iterations}
+    added = {key: round(sum(part.get(key, 0) for part in parts)) for key in _ADDED}
+    return added | {"search_tokens": own.get("search_tokens", 0), "iterations": iterations}
 
 
 def _own(stages: dict[str, Path], name: str) -> dict[str, float] | None:
@@ -96,7 +101,8 @@ def _own(stages: dict[str, Path], name: str) -> dict[str, float] | None:
             return _trained(place, law="fixed_long", seed=_settings(place).get("seed", 0))
     if not (place := stages.get("06_residue_merging")):
         return None
-    said = (sources.read(place / "results.json").get("controls") or {}).get(name, {})
+    results = sources.read(place / "results.json")
+    said = (results.get("controls") or {}).get(name, {})
     timings = _timings(place)
     iterations = said.get("iterations") or (_trained(place, control=name) or {}).get("iterations")
     return {
@@ -104,7 +110,16 @@ def _own(stages: dict[str, Path], name: str) -> dict[str, float] | None:
         "sft_tokens": said.get("sft_tokens", 0),
         "seconds": sum(timings.get(timer, 0.0) for timer in (name, *_TIMERS.get(name, ()))),
         "iterations": iterations,
+        "search_tokens": _searched(results, name, said),
     }
+
+
+def _searched(results: dict, name: str, said: dict) -> int | None:
+    """Tokens of the answers by which a coefficient was chosen; None where results do not hold all of them."""
+    if name == "best_recipe":
+        return None
+    rows = results.get("sweep") if name in _CHOSEN_WITH_FINE else said.get("sweep")
+    return round(sum(row["mean_tokens"] * row["n"] for row in rows or []))
 
 
 def _trained(place: Path | None, **labels: object) -> dict[str, float] | None:

@@ -27,7 +27,7 @@ _HEADINGS = {
     "p_holm": "p (Holm)", "of_fixed_long": "of fixed-long's tokens", "agnostic": "reads no signal", "rep2": "rep-2",
     "rep3": "rep-3", "distinct1": "distinct-1", "self_bleu": "self-BLEU", "sentence_bleu": "sentence BLEU",
     "length_ratio": "length ratio", "detectable": "smallest detectable", "rl_tokens": "RL tokens",
-    "sft_tokens": "SFT tokens",
+    "sft_tokens": "SFT tokens", "search_tokens": "search tokens",
 }  # fmt: skip
 _AS_THEY_ARE = ("coefficient", "share", "level")
 _WHOLE = ("n", "seed", "seeds", "threads", "layer", "prefix", "k")

@@ -144,7 +144,7 @@ def _merging(settings: Settings, speeds: Speeds) -> Work:
 
 def _evaluation(settings: Settings, speeds: Speeds) -> Work:
     models = 4 + 1 + len(settings.merge.controls)  # the roles, a recipe, controls
-    forced = 2 * settings.embedded
+    forced = len(settings.forced_models)
     each = _answered(settings.data.test_prompts, settings.evaluation.max_tokens, speeds)
     total = each * ((models + forced) * len(settings.evaluation.decodings))
     if "embedded" in wanted(settings.tasks, settings.embedded):

@@ -249,6 +249,13 @@ class Settings(Section):
         """Whether answers can be checked exactly (the embedded domain)."""
         return self.data.source == "embedded"
 
+    @property
+    def forced_models(self) -> tuple[str, ...]:
+        """Models whose answers are also begun for them on the embedded domain; with kinds of problem the merge, too:
+        there it may hold an analysis and not the habit of using it."""
+        merge = ("fine",) if self.data.domain == "riddles" else ()
+        return ("instruct", "base", *merge) if self.embedded else ()
+
     @model_validator(mode="after")
     def _credit_has_a_law(self) -> "Settings":
         laws = {**self.schedules.laws, **self.schedules.study_laws}

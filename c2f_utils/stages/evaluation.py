@@ -39,6 +39,7 @@ LABELS = {
     "random_residue": "instruct + random residue",
     "instruct_forced": "instruct, analysis forced",
     "base_forced": "base, analysis forced",
+    "fine_forced": "fine actor, analysis forced",
     "ppo_instruct": "RLHF from instruct",
     "ppo_instruct_tokens": "RLHF from instruct, as many tokens",
     "parallel_average": "RL and SFT averaged step by step",
@@ -179,16 +180,18 @@ def _models(run: Run, inputs: Inputs, test: list[Prompt]) -> Iterator[tuple[str,
     for name in (recipe, *run.settings.merge.controls):
         trained_in = None if name in TRAINED_CONTROLS else form  # in the base's form, whatever it starts from
         yield name, loading.load_actor(merged.model(f"controls/{name}"), models), test, trained_in
-    if run.settings.embedded:
-        forced = analysed_prompts([p.problem for p in test])
-        yield "instruct_forced", inputs.instruct(), forced, form
-        yield "base_forced", inputs.base(), forced, None
+    begun = {
+        "instruct": (inputs.instruct, form), "base": (inputs.base, None),
+        "fine": (partial(loading.load_causal, merged.model(), models), form),
+    }  # fmt: skip
+    for name in run.settings.forced_models:
+        make_model, as_form = begun[name]
+        yield f"{name}_forced", make_model(), analysed_prompts([p.problem for p in test]), as_form
 
 
 def _count(settings: Settings, inputs: Inputs) -> int:
     """How many models `_models` gives."""
-    forced = 2 if settings.embedded else 0
-    return 3 + 2 * len(inputs.instruct_forms) + len(settings.merge.controls) + forced
+    return 3 + 2 * len(inputs.instruct_forms) + len(settings.merge.controls) + len(settings.forced_models)
 
 
 def _keep_disagreements(run: Run, rows: dict[str, list[dict]], single: dict) -> None:

@@ -21,7 +21,6 @@ from c2f_utils.stages import judge_of_run
 from c2f_utils.stages.inputs import Inputs, stopped_here
 from c2f_utils.stages.pieces import Pieces
 
-FORCED = ("instruct_forced", "base_forced")  # their answers are begun for them
 READS_TEXT = ("local", "openai")  # judges that can say what an answer does
 
 
@@ -41,7 +40,7 @@ class Wordlist:
         self.found: dict[str, list[dict]] = {}
 
     def add(self, name: str, model: nn.Module, form: Form) -> None:
-        if name in FORCED:
+        if name.endswith("_forced"):  # their answers are begun for them
             return
         self.found[name] = self.pieces([self.key, name], lambda: self._measured(model, form))
 
@@ -85,7 +84,7 @@ class Requests:
 
     def add(self, name: str, model: nn.Module, form: Form) -> None:
         """Have one model answer all requests, under the first decoding of the evaluation."""
-        if name in FORCED:
+        if name.endswith("_forced"):  # their answers are begun for them
             return
         tokenizer, base_form = self.inputs.tokenizer, self.settings.models.base_form
         texts = [judge_of_run.judged_text(self.inputs, question, []) for question in self.requests]

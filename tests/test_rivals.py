@@ -67,6 +67,10 @@ def test_the_table_adds_up_what_a_model_took_with_what_must_be_there_first(tmp_p
     assert cost.loc["short"].tolist() == [410, 5070, 4, 3 + 1 + 3 + 7]
     assert cost.loc["Coarse Actor"].tolist() == [200, 0, 2, 3]
     assert frame.loc["Fine Actor", "accuracy, riddles"] == 0.25
+    grid = json.loads((run / "06_residue_merging" / "results.json").read_text())["sweep"]
+    searched = frame["search_tokens"].astype(object)
+    assert searched["Fine Actor"] == round(sum(row["mean_tokens"] * row["n"] for row in grid)) > 0
+    assert searched["PPO on instruct"] == searched["short"] == 0
     paired = json.loads((run / "07_evaluation" / "results.json").read_text())["paired"]
     (mine,) = [
         row for row in paired

@@ -173,7 +173,7 @@ class Merging:
         return bench.kept(["parent", name, *(["forced"] if forced else [])], row)
 
     def _forced(self, form: dict[str, Form]) -> dict[str, dict]:
-        """Base and instruct with the beginning of an analysis forced: what tuning lost, apart from the will to use
+        """Base and instruct with the beginning of an analysis forced: what tuning changed, apart from the will to use
         it."""
         return {name: self._parent(name, form.get(name), forced=True) for name in ("base", "instruct")}
 

@@ -1,9 +1,9 @@
-"""What the residue carries, kind by kind: what RL added to the base, what instruction tuning changed, and what the merge
-brings back.
+"""What the residue carries, kind by kind: what RL added to the base, what instruction tuning changed, and what the
+merge brings back.
 
-A residue `coarse - base` holds what RL added; what the base knew and instruction tuning changed cancels in it. The
-interpolation of instruct and coarse actor keeps both, rambling included, and stands beside the merge. All figures are
-those of notebook 06 on validation problems, sampled at T = 1.
+A residue `coarse - base` holds what RL added; what the base knew cancels in it, also where instruction tuning lost it.
+The interpolation of instruct and coarse actor keeps both, rambling included, and stands beside the merge. All figures
+are those of notebook 06 on validation problems, sampled at T = 1.
 """
 
 from collections.abc import Mapping

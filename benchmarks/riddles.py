@@ -35,6 +35,8 @@ from c2f_utils.stages.inputs import Inputs
 RESULTS = Path(__file__).parent / "results" / "riddles.json"
 MERGES = ("interpolation", "coarse_interpolation", "random_residue", "fixed_long_residue", "distilled_merge")
 CONTROLS = [*MERGES, *TRAINED_CONTROLS]
+DECODINGS = (riddle_study.DECODING, "greedy")
+METRICS = ("accuracy_last", "accuracy_first", "correct_steps", "utility", "mean_tokens", "eos_rate", "rep4")
 FORCED = "fine_forced"  # registered; runs made before 07 had it are completed by `complete`
 
 
@@ -106,14 +108,16 @@ def gathered(seed: int) -> dict:
         name: {
             "label": model["label"],
             "role": model["role"],
-            **{way: {"all": model[way], **kinds} for way, kinds in results["by_kind"][name].items()},
+            **{way: _few({"all": model[way], **results["by_kind"][name][way]}) for way in DECODINGS},
             "cost": {key: None if pd.isna(value) else value for key, value in costs[name].items()},
         }
         for name, model in results["models"].items()
     }
     late, choice = place.parent / f"{FORCED}.json", run_folder(choice_id(seed)) / "06_residue_merging" / "results.json"
     if FORCED not in models and late.exists():
-        models[FORCED] = read_json(late) | {"cost": models["fine"]["cost"], "late": True}
+        row = read_json(late)
+        row |= {way: _few(row[way]) for way in DECODINGS} | {"cost": models["fine"]["cost"], "late": True}
+        models[FORCED] = {key: value for key, value in row.items() if key in (*models["fine"], "late")}
     asked = generator(load_settings("tiny", seed, overrides={"data.domain": "riddles"}).data).problems(
         "test", 256, seed
     )
@@ -125,6 +129,10 @@ def gathered(seed: int) -> dict:
         **({"label_free": read_json(choice)["label_free"]} if choice.exists() else {}),
         "models": models,
     }  # fmt: skip
+
+
+def _few(by_kind: dict[str, dict]) -> dict[str, dict]:
+    return {kind: {name: row[name] for name in METRICS} for kind, row in by_kind.items()}
 
 
 def main() -> None:

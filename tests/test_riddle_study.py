@@ -65,9 +65,11 @@ def test_differences_are_paired_by_seed_and_corrected_over_all_registered_compar
 
 
 def test_what_was_asked_later_has_no_verdict_and_only_arms_that_every_seed_has():
-    frame = riddle_study.further_table(study(coarse=[0.7] * 8, base_forced=[0.6] * 8)).set_index("minus")
-    assert {*frame.index} == {"ppo_instruct_tokens", "base_forced"} and "verdict" not in frame
-    assert frame.loc["base_forced", "difference"] == pytest.approx(0.1)
+    frame = riddle_study.further_table(study(coarse=[0.7] * 8, base_forced=[0.6] * 8)).set_index(["decoding", "minus"])
+    assert {*frame.index} == {
+        (way, b) for way in ("sampled_t1", "greedy") for b in ("ppo_instruct_tokens", "base_forced")
+    }
+    assert frame.loc[("sampled_t1", "base_forced"), "difference"] == pytest.approx(0.1) and "verdict" not in frame
 
 
 def test_the_setting_decides_only_where_enough_seeds_pass_the_gate():

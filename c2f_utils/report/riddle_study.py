@@ -84,10 +84,16 @@ def greedy_table(study: Mapping) -> pd.DataFrame:
 
 
 def further_table(study: Mapping) -> pd.DataFrame:
-    """What was asked only after the first seeds were seen, without a verdict."""
-    models = set.intersection(*(set(found["models"]) for found in study["seeds"].values()))
-    asked = [row for row in FURTHER if {row[1], row[2]} <= models]
-    return pd.DataFrame([_compared(study, list(study["seeds"]), comparison, DECODING) for comparison in asked])
+    """What was asked only after the first seeds were seen, under both decodings and without a verdict."""
+    known, seeds = _shared(study), list(study["seeds"])
+    return pd.DataFrame(
+        [
+            {"decoding": decoding} | _compared(study, seeds, comparison, decoding)
+            for decoding in (DECODING, "greedy")
+            for comparison in FURTHER
+            if {comparison[1], comparison[2]} <= {*known}
+        ]
+    )
 
 
 def _compared(study: Mapping, seeds: list[str], comparison: tuple[str, str, str, str], decoding: str) -> dict:

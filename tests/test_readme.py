@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from c2f_utils.report import riddle_study
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 STUDIES = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
@@ -25,6 +27,8 @@ MODELS = {  # as the result tables call them
     "random residue of equal norm": "random_residue",
     "base": "base",
 }
+RIDDLES = ((riddle_study.arms_table, "model"), (riddle_study.differences_table, "fine minus"))
+RIDDLE_NAMES = {"**fine actor (the merge)**": "fine actor"}
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +70,7 @@ def test_the_tree_has_every_wing_and_every_ground_file():
 
 
 def test_every_result_is_the_mean_over_the_committed_seeds(found):
-    table = rows(README, "|model|last answer right")
+    table = rows(STUDIES, "|model|last answer right")
     assert {MODELS[row[0]] for row in table} == set(found["models"]["11"]) - {"best_recipe"}
     for name, *cells, gap in table:
         for column, cell in zip(COLUMNS, cells, strict=True):
@@ -76,6 +80,21 @@ def test_every_result_is_the_mean_over_the_committed_seeds(found):
         if MODELS[name] != "fine":
             difference = found["fine_minus"][MODELS[name]]["accuracy_last"]
             assert gap == "{mean:+.2f} ({low:+.2f}, {high:+.2f})".format(**difference), name
+
+
+def test_every_figure_of_the_riddles_is_the_mean_over_the_committed_seeds():
+    study = json.loads((ROOT / "benchmarks/results/riddles.json").read_text(encoding="utf-8"))
+    frame, gaps = (table(study).set_index(key) for table, key in RIDDLES)
+    table = rows(README, "|model|riddles right")
+    assert len(table) == 9
+    for name, riddles, stories, tokens, generated, gap in table:
+        name = RIDDLE_NAMES.get(name, name)
+        row = frame.loc[name]
+        shown = [row["accuracy_last, riddle"], row["accuracy_last, story"]]
+        assert [riddles, stories] == [f"{value:.2f}" for value in shown], name
+        assert (tokens, generated) == (f"{row['mean_tokens']:.0f}", f"{row['rl_tokens']:,.0f}"), name
+        assert gap == ("" if name == "fine actor" else gaps.loc[name, "accuracy_last, riddle"]), name
+    assert f"constant guess gets {riddle_study.floor(study):.2f}" in README
 
 
 def test_the_table_seed_by_seed_is_the_committed_one(found):

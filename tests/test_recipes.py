@@ -13,6 +13,7 @@ from IPython.core.interactiveshell import InteractiveShell
 
 from c2f_utils.__main__ import main
 from c2f_utils.files import read_json
+from c2f_utils.stages.evaluation import LABELS
 
 pytestmark = pytest.mark.slow
 PAGE = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
@@ -65,7 +66,7 @@ def opened(outputs_of_all, monkeypatch):
 
 
 def test_no_recipe_takes_more_than_two_cells():
-    assert len(RECIPES) == 7 and all(1 <= len(blocks(recipe)) <= 2 for recipe in RECIPES)
+    assert len(RECIPES) == 8 and all(1 <= len(blocks(recipe)) <= 2 for recipe in RECIPES)
 
 
 @pytest.mark.parametrize("recipe", ["Change the law", "Write a law of your own"])
@@ -105,6 +106,20 @@ def test_a_prompt_is_followed(opened):
     notebook = opened("Follow one prompt through training")
     notebook.start()
     assert notebook.run(*blocks("Follow one prompt through training")).markup.count("iteration ") >= 2
+
+
+def test_pupils_of_the_coarse_actor_are_kept_and_set_beside_the_merge(opened, outputs_of_all):
+    recipe = "Let the Coarse Actor teach"
+    notebook = opened(recipe)
+    notebook.run_all(*blocks(recipe))
+    place = outputs_of_all / "taught" / "06_residue_merging"
+    said = read_json(place / "results.json")["controls"]
+    for name in ("shortest_correct", "distilled"):
+        assert (place / "controls" / name / "model.safetensors").exists() and said[name]["rollout_tokens"] > 0
+    beside = Notebook(notebook.shell, "Vote blind")
+    beside.run_all(*blocks(recipe))
+    table = beside.run("tables_rivals.rivals_table(run.here)").set_index("model")
+    assert {LABELS[name] for name in ("fine", "shortest_correct", "distilled")} <= {*table.index}
 
 
 def test_training_is_stopped_and_resumed(opened, outputs_of_all):

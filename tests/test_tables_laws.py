@@ -116,12 +116,13 @@ def test_the_end_of_longer_runs_is_compared_with_one_clock_where_both_ran():
 
 
 def test_the_registered_comparisons_pair_seeds_and_choose_the_best_clock_on_the_others():
-    arms = {kind: 1.0 for kind in ("fixed_long", "fixed_long, averaged cut")}
-    arms |= {"linear clock, averaged cut": 0.5, "useful, averaged cut": 0.4, "linear 9, averaged cut": 0.45}
+    shares = {kind: 1.0 for kind in ("fixed_long", "fixed_long, averaged cut")}
+    shares |= {"linear clock, averaged cut": 0.5, "useful, averaged cut": 0.4, "linear 9, averaged cut": 0.45}
+    arms = {arm: {"2 threads": {"seconds": [share * (k + 1) for k in range(5)]}} for arm, share in shares.items()}
     runs = {
         f"laws-{seed}": {
             arm: {"reached": seed < 4, "limits": [round(1000 * share * (1 + 0.01 * (seed * len(arm) % 7)))]}
-            for arm, share in arms.items()
+            for arm, share in shares.items()
         }
         for seed in range(5)
     }
@@ -136,6 +137,10 @@ def test_the_registered_comparisons_pair_seeds_and_choose_the_best_clock_on_the_
     primary = frame[frame["kind"] == "primary"]
     assert len(primary) == 3 and (primary["p_holm"] >= primary["p"]).all()
     assert frame[frame["kind"] == "secondary"]["p_holm"].isna().all()
+    seconds = ["seconds", "seconds low", "seconds high"]
+    assert frame.loc[("useful, averaged cut", "fixed_long"), seconds].tolist() == pytest.approx([0.4] * 3)
+    timed = math.exp((math.log(0.4 / 0.45) + 4 * math.log(0.4 / 0.5)) / 5)
+    assert best["seconds"] == pytest.approx(timed), "the clock that was chosen by tokens"
     clear = frame.loc[("useful, averaged cut", "fixed_long")]
     assert clear["tokens"] == pytest.approx(0.4, rel=0.1) and clear["tokens high"] < 1 and clear["p_holm"] < 0.001
 

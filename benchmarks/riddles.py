@@ -2,6 +2,7 @@
 
     python benchmarks/riddles.py run --seeds 201 202        # 00 to 07 with all rivals; continues what stopped
     python benchmarks/riddles.py choose --seeds 201 202     # then: 06 once more, the coefficient without labels
+    python benchmarks/riddles.py teach --seeds 201 202      # then: the base as a teacher, in the coarse actor's place
     python benchmarks/riddles.py complete --seeds 201 202   # of older runs: the fine actor with a forced beginning
     python benchmarks/riddles.py gather --seeds 201 202     # benchmarks/results/riddles.json, and the tables
 
@@ -34,7 +35,8 @@ from c2f_utils.stages.inputs import Inputs
 
 RESULTS = Path(__file__).parent / "results" / "riddles.json"
 MERGES = ("interpolation", "coarse_interpolation", "random_residue", "fixed_long_residue", "distilled_merge")
-CONTROLS = [*MERGES, *TRAINED_CONTROLS]
+TEACHER = "base_correct"  # asked after all seeds were seen: in runs of its own, `teach`
+CONTROLS = [*MERGES, *(name for name in TRAINED_CONTROLS if name != TEACHER)]
 DECODINGS = (riddle_study.DECODING, "greedy")
 METRICS = ("accuracy_last", "accuracy_first", "correct_steps", "utility", "mean_tokens", "eos_rate", "rep4")
 FORCED = "fine_forced"  # registered; runs made before 07 had it are completed by `complete`
@@ -48,15 +50,26 @@ def choice_id(seed: int) -> str:
     return f"{run_id(seed)}-choice"
 
 
-def run(seeds: list[int], choose: bool = False) -> int:
-    """Every seed by itself, as `c2f run` does it, or 06 alone with all rules of choice; the first exit code that is
-    not 0, or 0."""
-    changes = {"data.domain": "riddles", "merge.controls": [] if choose else CONTROLS}
-    changes |= {"merge.sections": ["label_free"], "merge.other_operators": []} if choose else {}
+def teach_id(seed: int) -> str:
+    return f"{run_id(seed)}-teach"
+
+
+LESS = {"merge.other_operators": []}
+WAYS = {  # name of a run, its stages, and what it changes
+    "run": (run_id, [f"{number:02}" for number in range(8)], {"merge.controls": CONTROLS}),
+    "choose": (choice_id, ["06"], {"merge.controls": [], "merge.sections": ["label_free"]} | LESS),
+    "teach": (teach_id, ["06", "07"], {"merge.controls": [TEACHER], "merge.sections": []} | LESS),
+}
+
+
+def run(seeds: list[int], what: str) -> int:
+    """Every seed by itself, as `c2f run` does it: 00 to 07, or what was asked later on its models; the first exit code
+    that is not 0, or 0."""
+    named, stages, changes = WAYS[what]
+    changes = {"data.domain": "riddles"} | changes
     settings = [word for key, value in changes.items() for word in ("-p", f"{key}={json.dumps(value)}")]
-    stages = ["06"] if choose else [f"{number:02}" for number in range(8)]
     for seed in seeds:
-        name = choice_id(seed) if choose else run_id(seed)
+        name = named(seed)
         command = ["run", *stages, "--profile", "tiny", "--seed", str(seed), "--run-id", name, *settings]
         if code := subprocess.run([sys.executable, "-m", "c2f_utils", *command], cwd=root()).returncode:
             return code
@@ -95,16 +108,38 @@ def gather(seeds: list[int], out: Path) -> None:
 
 
 def gathered(seed: int) -> dict:
-    """What is kept of one seed."""
+    """What is kept of one seed; raises C2FError where it has no results."""
     place = run_folder(run_id(seed)) / "07_evaluation"
     if not (place / "results.json").exists():
         raise C2FError(f"{place} has no results: run `python benchmarks/riddles.py run --seeds {seed}` first")
-    results = read_json(place / "results.json")
-    rows = tables_rivals.rivals_table(place)
-    costs = dict(zip(results["models"], rows[list(riddle_study.COSTS)].astype(object).to_dict("records"), strict=True))
-    merging = read_json(place.parent / "06_residue_merging" / "results.json")
+    models, merging = measured(place), read_json(place.parent / "06_residue_merging" / "results.json")
     made_by = read_json(place / "provenance.json")["sessions"][-1]
-    models = {
+    late, choice = place.parent / f"{FORCED}.json", run_folder(choice_id(seed)) / "06_residue_merging" / "results.json"
+    if FORCED not in models and late.exists():
+        row = read_json(late)
+        row |= {way: _few(row[way]) for way in DECODINGS} | {"cost": models["fine"]["cost"], "late": True}
+        models[FORCED] = {key: value for key, value in row.items() if key in (*models["fine"], "late")}
+    taught = run_folder(teach_id(seed)) / "07_evaluation"
+    if (taught / "results.json").exists():
+        models[TEACHER] = measured(taught)[TEACHER] | {"late": True}
+    settings = load_settings("tiny", seed, overrides={"data.domain": "riddles"})
+    asked = generator(settings.data).problems("test", settings.data.test_prompts, seed)
+    right = Counter(problem.answer for problem in asked if problem.kind == riddle_study.NEW)
+    return {
+        "commit": made_by["code"]["commit"], "started": made_by["started"],
+        "gate": read_json(place / "results.json")["gate"],
+        "floor": max(right.values()) / right.total(), "coefficient": merging["chosen"]["coefficient"],
+        "best_recipe": merging["best_recipe"]["name"], "carried": carried.carried_table(merging).to_dict("records"),
+        **({"label_free": read_json(choice)["label_free"]} if choice.exists() else {}),
+        "models": models,
+    }  # fmt: skip
+
+
+def measured(place: Path) -> dict[str, dict]:
+    """Every model of a stage 07 as it is kept: label, role, metrics by decoding and kind, and what it cost."""
+    results, rows = read_json(place / "results.json"), tables_rivals.rivals_table(place)
+    costs = dict(zip(results["models"], rows[list(riddle_study.COSTS)].astype(object).to_dict("records"), strict=True))
+    return {
         name: {
             "label": model["label"],
             "role": model["role"],
@@ -113,22 +148,6 @@ def gathered(seed: int) -> dict:
         }
         for name, model in results["models"].items()
     }
-    late, choice = place.parent / f"{FORCED}.json", run_folder(choice_id(seed)) / "06_residue_merging" / "results.json"
-    if FORCED not in models and late.exists():
-        row = read_json(late)
-        row |= {way: _few(row[way]) for way in DECODINGS} | {"cost": models["fine"]["cost"], "late": True}
-        models[FORCED] = {key: value for key, value in row.items() if key in (*models["fine"], "late")}
-    asked = generator(load_settings("tiny", seed, overrides={"data.domain": "riddles"}).data).problems(
-        "test", 256, seed
-    )
-    right = Counter(problem.answer for problem in asked if problem.kind == riddle_study.NEW)
-    return {
-        "commit": made_by["code"]["commit"], "started": made_by["started"], "gate": results["gate"],
-        "floor": max(right.values()) / right.total(), "coefficient": merging["chosen"]["coefficient"],
-        "best_recipe": merging["best_recipe"]["name"], "carried": carried.carried_table(merging).to_dict("records"),
-        **({"label_free": read_json(choice)["label_free"]} if choice.exists() else {}),
-        "models": models,
-    }  # fmt: skip
 
 
 def _few(by_kind: dict[str, dict]) -> dict[str, dict]:
@@ -137,7 +156,7 @@ def _few(by_kind: dict[str, dict]) -> dict[str, dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("run", "choose", "complete", "gather"))
+    parser.add_argument("what", choices=(*WAYS, "complete", "gather"))
     parser.add_argument("--seeds", type=int, nargs="+", required=True)
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -147,7 +166,7 @@ def main() -> None:
         case "complete":
             complete(options.seeds)
         case what:
-            sys.exit(run(options.seeds, what == "choose"))
+            sys.exit(run(options.seeds, what))
 
 
 if __name__ == "__main__":

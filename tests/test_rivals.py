@@ -25,11 +25,12 @@ SPEEDS = work.Speeds(generated=100.0, read=1000.0, prompt_tokens=30.0, pair_toke
 BEFORE = ("01_base_model", "02_reward_model", "03_coarse_rlhf", "04_length_schedules", "05_instruction_model")
 RIVALS = (
     "ppo_instruct_tokens", "parallel_average", "distilled", "distilled_merge", "shortest_correct", "filtered_sft",
+    "base_correct",
 )  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    "name", ["parallel_average", "distilled", "distilled_merge", "shortest_correct", "filtered_sft"]
+    "name", ["parallel_average", "distilled", "distilled_merge", "shortest_correct", "filtered_sft", "base_correct"]
 )
 def test_rivals_that_need_answers_to_check_are_refused_on_other_data(name, tmp_path):
     hub = {"models.base": "b", "models.instruct": "i", "data.source": "preferences", "data.preferences": "o/p"}
@@ -163,6 +164,7 @@ def test_all_rivals_are_made_kept_through_a_kill_and_a_stop_and_evaluated(smoke_
             found[name]["rollout_tokens"] >= coarse["rollout_tokens"]
             and "equal generated tokens" in found[name]["note"]
         )
+    assert found["base_correct"]["rollout_tokens"] >= 2 * coarse["rollout_tokens"]
     once = [row["rollout_tokens"] for row in logged if row["control"] == "ppo_instruct_tokens"]
     assert once[-2] < coarse["rollout_tokens"] <= once[-1] == found["ppo_instruct_tokens"]["rollout_tokens"]
     assert found["parallel_average"]["sft_tokens"] > 0 == found["distilled"]["sft_tokens"]

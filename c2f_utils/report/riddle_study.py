@@ -26,11 +26,13 @@ REGISTERED = (
     ("does RL on the base add it?", "coarse", _FORCED, "accuracy_first"),
     ("does the merge carry it over?", "fine", _FORCED, "accuracy_last"),
 )
-# What the registered ones leave open, asked after the first seeds were seen: no claim is made from them.
+# What the registered ones leave open, asked after seeds were seen (the teacher after all eight): no claim is made from
+# them.
 FURTHER = (
     ("did RL from instruct only need more tokens?", "coarse", "ppo_instruct_tokens", "accuracy_first"),
     ("does RL add to what forcing finds in the base?", "coarse", "base_forced", "accuracy_first"),
     ("does the merge hold it, and not the habit?", "fine_forced", _FORCED, "accuracy_last"),
+    ("was RL needed for the teacher?", "base_correct", "shortest_correct", "accuracy_last"),
     ("is it the recipe?", "best_recipe", _FORCED, "accuracy_last"),
     ("is it the recipe?", "best_recipe", "shortest_correct", "accuracy_last"),
 )

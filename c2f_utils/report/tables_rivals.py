@@ -29,7 +29,7 @@ _BOTH = ("coarse", "instruct")
 _FIRST = {
     "base": (), "base_forced": (), "instruct": (), "coarse": (), "instruct_forced": ("instruct",),
     "interpolation": ("instruct",), "ppo_instruct": ("instruct",), "ppo_instruct_tokens": ("instruct",),
-    "parallel_average": (), "fixed_long_residue": ("fixed_long", "instruct"),
+    "base_correct": ("instruct",), "parallel_average": (), "fixed_long_residue": ("fixed_long", "instruct"),
 }  # fmt: skip
 _CHOSEN_WITH_FINE = ("fine", "fine_forced", "one_coefficient", "random_residue")
 # Timers of 06 beside those of the control's own name: what two controls share counts for each.
@@ -37,6 +37,7 @@ _TIMERS = {
     **dict.fromkeys(_CHOSEN_WITH_FINE, ("sweep",)),
     "best_recipe": ("sweep", "sweeps"),
     "distilled_merge": ("distilled",), "shortest_correct": ("coarse_answers",), "filtered_sft": ("coarse_answers",),
+    "base_correct": ("base_answers",),
 }  # fmt: skip
 
 

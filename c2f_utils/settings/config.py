@@ -43,9 +43,12 @@ _DECIDES = {
 # Controls that go on training, in the form in which the base is prompted; the others are merges.
 TRAINED_CONTROLS = (
     "ppo_instruct", "ppo_instruct_tokens", "parallel_average", "distilled", "shortest_correct", "filtered_sft",
+    "base_correct",
 )  # fmt: skip
 # Of all controls those that need problems with known answers, or the embedded domain's instructions.
-_EMBEDDED_CONTROLS = ("parallel_average", "distilled", "distilled_merge", "shortest_correct", "filtered_sft")
+_EMBEDDED_CONTROLS = (
+    "parallel_average", "distilled", "distilled_merge", "shortest_correct", "filtered_sft", "base_correct",
+)  # fmt: skip
 
 PAIR_ANSWER_TOKENS = 144  # embedded domain: longest answer of a preference pair
 
@@ -201,7 +204,7 @@ class Merge(Section):
         Literal[
             "interpolation", "coarse_interpolation", "random_residue", "fixed_long_residue", "ppo_instruct",
             "ppo_instruct_tokens", "parallel_average", "distilled", "distilled_merge", "shortest_correct",
-            "filtered_sft",
+            "filtered_sft", "base_correct",
         ]
     ] = Field(
         ["interpolation", "random_residue", "ppo_instruct", "fixed_long_residue"],

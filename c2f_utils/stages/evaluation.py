@@ -47,6 +47,7 @@ LABELS = {
     "distilled_merge": "merge into the distilled",
     "shortest_correct": "SFT on shortest right coarse answers",
     "filtered_sft": "SFT on right coarse answers",
+    "base_correct": "SFT on shortest right forced-base answers",
     "fixed_long_residue": "residue of fixed-long",
     "best_recipe": "best recipe of all tried",
     "one_coefficient": "one coefficient for all",

@@ -15,7 +15,7 @@ from c2f_utils.coarse.distil import Distillation
 from c2f_utils.coarse.parallel import ParallelUpdates
 from c2f_utils.coarse.trainer import CoarseTrainer
 from c2f_utils.domain import stated
-from c2f_utils.domain.samples import Prompt
+from c2f_utils.domain.samples import Prompt, analysed_prompts
 from c2f_utils.errors import Stopped
 from c2f_utils.models import instruct, loading
 from c2f_utils.notebook.interrupt import stopping
@@ -102,18 +102,22 @@ def distilled_merge(run: Run, bench: Bench) -> tuple[nn.Module, dict]:
 
 def shortest_correct(run: Run, bench: Bench) -> tuple[nn.Module, dict]:
     """SFT of the instruction model on the shortest right one of each prompt's coarse answers."""
-    found = _coarse_answers(run, bench)
-    short = [(prompt, stated.shortest_right(prompt.problem, answers)) for prompt, answers in found]
-    chosen = [(list(prompt.ids), answer) for prompt, answer in short if answer]
-    what = (
-        f"the shortest right one of {ANSWERS} coarse answers to each of {len(found)} training prompts, up to its answer"
-    )
-    return _fine_tuned(run, bench, "shortest_correct", chosen, what, found)
+    found = _answers(run, bench, "coarse")
+    what = f"the shortest right one of {ANSWERS} coarse answers"
+    return _fine_tuned(run, bench, "shortest_correct", _shortest(found), f"{what} {_asked(found)}", found)
+
+
+def base_correct(run: Run, bench: Bench) -> tuple[nn.Module, dict]:
+    """The same with the base for a teacher, whose analysis is begun for it: was RL needed to teach? As many tokens as
+    the Coarse Actor's training and its answers."""
+    found = _answers(run, bench, "base")
+    what = f"the shortest right one of {ANSWERS} answers of the base with a forced beginning"
+    return _fine_tuned(run, bench, "base_correct", _shortest(found), f"{what} {_asked(found)}", found)
 
 
 def filtered_sft(run: Run, bench: Bench) -> tuple[nn.Module, dict]:
     """SFT of the instruction model on all coarse answers that are right, as they are up to the last stated answer."""
-    found = _coarse_answers(run, bench)
+    found = _answers(run, bench, "coarse")
     chosen = [
         (list(prompt.ids), answer)
         for prompt, answers in found
@@ -131,6 +135,7 @@ MAKERS = {
     "distilled_merge": distilled_merge,
     "shortest_correct": shortest_correct,
     "filtered_sft": filtered_sft,
+    "base_correct": base_correct,
 }
 
 
@@ -185,16 +190,31 @@ def _student(run: Run, bench: Bench) -> CoarseTrainer:
     return process
 
 
-def _coarse_answers(run: Run, bench: Bench) -> list[tuple[Prompt, list[list[int]]]]:
-    """Training prompts with the Coarse Actor's answers to them, until it has generated as many tokens as in 03."""
+def _shortest(found: list[tuple[Prompt, list[list[int]]]]) -> list[instruct.Example]:
+    """Question and shortest right answer, its forced beginning included, of every prompt that has one."""
+    whole = ((p, [[*p.forced, *ids] for ids in answers]) for p, answers in found)
+    short = ((p, stated.shortest_right(p.problem, answers)) for p, answers in whole)
+    return [(list(p.ids[: len(p.ids) - len(p.forced)]), answer) for p, answer in short if answer]
+
+
+def _asked(found: list) -> str:
+    return f"to each of {len(found)} training prompts, up to its answer"
+
+
+def _answers(run: Run, bench: Bench, teacher: str) -> list[tuple[Prompt, list[list[int]]]]:
+    """Training prompts with a teacher's answers to them: the Coarse Actor's until it has generated as many tokens as in
+    03, the base's, begun for it, until twice as many, as it took no training."""
     config, inputs, seed = run.settings.coarse, bench.inputs, run.settings.seed
     goal, limit = _coarse(run)["rollout_tokens"], make_law(config.law).largest
     prompts, each = inputs.prompts("train"), _each(config)
+    model = inputs.coarse
+    if teacher == "base":
+        prompts, model, goal = analysed_prompts([p.problem for p in prompts]), inputs.base, 2 * goal
 
     @cache
     def sampler():
         bench.make_room()
-        return inputs.sampler(inputs.coarse(), config, max(len(p.ids) for p in prompts) + limit)
+        return inputs.sampler(model(), config, max(len(p.ids) for p in prompts) + limit)
 
     def answers(asked: list[Prompt], number: int) -> list[list[int]]:
         repeated = [p for p in asked for _ in range(ANSWERS)]
@@ -202,11 +222,11 @@ def _coarse_answers(run: Run, bench: Bench) -> list[tuple[Prompt, list[list[int]
         return [s.ids for s in drawn]
 
     found, tokens, number = [], 0, 0
-    progress = Progress("coarse answers", "token")
-    with run.here.timer("coarse_answers"), stopping(run.here):
+    progress = Progress(f"{teacher} answers", "token")
+    with run.here.timer(f"{teacher}_answers"), stopping(run.here):
         while tokens < goal:
             asked = [prompts[(number * each + k) % len(prompts)] for k in range(each)]
-            drawn = bench.pieces(["coarse answers", number], partial(answers, asked, number))
+            drawn = bench.pieces([f"{teacher} answers", number], partial(answers, asked, number))
             found += [(p, drawn[k * ANSWERS : (k + 1) * ANSWERS]) for k, p in enumerate(asked)]
             tokens, number = tokens + sum(map(len, drawn)), number + 1
             progress(min(tokens, goal), goal)
@@ -245,5 +265,6 @@ def _fine_tuned(
         "iterations": len(found) // _each(config),
         "examples": len(examples),
         "passes": passes,
-        "note": f"SFT of the instruction model on {what}; equal generated tokens: sampled until as many as in 03",
+        "note": f"SFT of the instruction model on {what}; equal generated tokens: sampled until as many as "
+        + ("in 03 and for the coarse answers" if name == "base_correct" else "in 03"),
     }

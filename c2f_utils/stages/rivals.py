@@ -27,6 +27,7 @@ from c2f_utils.stages import coarse_rlhf
 from c2f_utils.stages.bench import Bench, state_of
 
 PACE = 2.0  # a mean of two steps is half of each: twice the learning rates of 03 and 05 keep either side's pace
+AS_MANY = "equal generated tokens: sampled until as many"
 ANSWERS = 8  # of the Coarse Actor to each prompt, of which the shortest right one is learnt from
 
 
@@ -103,16 +104,17 @@ def distilled_merge(run: Run, bench: Bench) -> tuple[nn.Module, dict]:
 def shortest_correct(run: Run, bench: Bench) -> tuple[nn.Module, dict]:
     """SFT of the instruction model on the shortest right one of each prompt's coarse answers."""
     found = _answers(run, bench, "coarse")
-    what = f"the shortest right one of {ANSWERS} coarse answers"
-    return _fine_tuned(run, bench, "shortest_correct", _shortest(found), f"{what} {_asked(found)}", found)
+    what = f"the shortest right one of {ANSWERS} coarse answers {_asked(found)}; {AS_MANY} as in 03"
+    return _fine_tuned(run, bench, "shortest_correct", _shortest(found), what, found)
 
 
 def base_correct(run: Run, bench: Bench) -> tuple[nn.Module, dict]:
     """The same with the base for a teacher, whose analysis is begun for it: was RL needed to teach? As many tokens as
     the Coarse Actor's training and its answers."""
     found = _answers(run, bench, "base")
-    what = f"the shortest right one of {ANSWERS} answers of the base with a forced beginning"
-    return _fine_tuned(run, bench, "base_correct", _shortest(found), f"{what} {_asked(found)}", found)
+    what = f"the shortest right one of {ANSWERS} answers of the base with a forced beginning {_asked(found)}"
+    what += f"; {AS_MANY} as in 03 and for the coarse answers"
+    return _fine_tuned(run, bench, "base_correct", _shortest(found), what, found)
 
 
 def filtered_sft(run: Run, bench: Bench) -> tuple[nn.Module, dict]:
@@ -124,6 +126,7 @@ def filtered_sft(run: Run, bench: Bench) -> tuple[nn.Module, dict]:
         for answer in stated.right_to_the_last(prompt.problem, answers)
     ]
     what = f"those of {ANSWERS * len(found)} coarse answers that are right, as they are up to their last stated answer"
+    what += f"; {AS_MANY} as in 03"
     return _fine_tuned(run, bench, "filtered_sft", chosen, what, found)
 
 
@@ -265,6 +268,5 @@ def _fine_tuned(
         "iterations": len(found) // _each(config),
         "examples": len(examples),
         "passes": passes,
-        "note": f"SFT of the instruction model on {what}; equal generated tokens: sampled until as many as "
-        + ("in 03 and for the coarse answers" if name == "base_correct" else "in 03"),
+        "note": f"SFT of the instruction model on {what}",
     }

@@ -3,7 +3,7 @@
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from time import process_time
 from types import MappingProxyType
@@ -19,7 +19,7 @@ from c2f_utils.measure import answers
 from c2f_utils.models import pretrain, rewards
 from c2f_utils.models.rewards import RewardModel
 from c2f_utils.report.law_study import BUDGET, EVALUATED, EVALUATION_LIMIT, MARKS, UTILITY_PRICE, WITNESSES, Condition
-from c2f_utils.settings.laws import Law
+from c2f_utils.settings.laws import Law, make_law
 from c2f_utils.stages import coarse_rlhf, data
 from c2f_utils.stages.inputs import TRAIN_PROMPTS, Inputs
 
@@ -113,7 +113,8 @@ class Deaf(limits.Useful):
 
 def deaf(law: Law, to: str) -> Deaf:
     """The law of these settings without the witness `to`."""
-    return Deaf(law.start, law.maximum, to=to)
+    whole = make_law(law)
+    return Deaf(**{field.name: getattr(whole, field.name) for field in fields(whole) if field.init}, to=to)
 
 
 @cache

@@ -100,12 +100,13 @@ def further_table(study: Mapping) -> pd.DataFrame:
 
 def _compared(study: Mapping, seeds: list[str], comparison: tuple[str, str, str, str], decoding: str) -> dict:
     question, first, second, metric = comparison
+    labels = {name: row["label"] for name, row in study["seeds"][seeds[0]]["models"].items()}
     pairs = [[_value(study, seed, name, metric, decoding) for name in (first, second)] for seed in seeds]
     gaps = [a - b for a, b in pairs]
     found = stats.seed_interval(gaps)
     several = len(gaps) > 1
     return {
-        "question": question, "model": first, "minus": second, "metric": metric,
+        "question": question, "model": labels[first], "minus": labels[second], "metric": metric,
         "difference": found.value, "low": found.low, "high": found.high,
         "higher on": f"{sum(gap > 0 for gap in gaps)} of {len(gaps)}",
         "p": stats.t_test(gaps) if several else math.nan, "p_flip": stats.sign_flip(gaps) if several else math.nan,
@@ -168,8 +169,7 @@ def differences_table(study: Mapping) -> pd.DataFrame:
         for metric in (*PANELS[:-1], *_OVER_ALL[1:]):
             pairs = [[run["models"][model][DECODING][metric] for model in ("fine", name)] for run in runs]
             found = stats.seed_interval([a - b for a, b in pairs])
-            bounds = "" if found.low is None else f" ({found.low:+.2f}, {found.high:+.2f})"
-            row[metric] = f"{found.value:+.2f}{bounds}"
+            row |= {metric: found.value, f"{metric} low": found.low, f"{metric} high": found.high}
         rows.append(row)
     frame = pd.DataFrame(rows).set_index("fine minus")
     others = [model for model in arms_table(study)["model"] if model != runs[0]["models"]["fine"]["label"]]

@@ -10,7 +10,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.utils import _foreach_utils
+from torch.utils import _device, _foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -44,6 +44,7 @@ class OtherDevice(TorchDispatchMode):
     """Inside: `meta` is a device with values. Random numbers are those of the CPU."""
 
     def __enter__(self):
+        _device._device_constructors()  # remembered from its first call on, which must not see what is patched here
         supported = [*_foreach_utils._get_fused_kernels_supported_devices(), DEVICE.type]
         self._patches = [
             mock.patch.object(torch, "Generator", _Generator),
@@ -80,8 +81,10 @@ _made = torch.tensor
 
 
 def _tensor(data, *, device=None, **options) -> Tensor:
+    if device is None:  # the context decides: by this the library finds out where it is building
+        return _made(data, **options)
     # Made on `meta` directly it would have no values, and no dispatch would see it.
-    return _made(data, device="cpu", **options).to(device or "cpu")
+    return _made(data, device="cpu", **options).to(device)
 
 
 def _run(func, args: tuple, kwargs: dict):

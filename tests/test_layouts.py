@@ -280,6 +280,16 @@ def test_a_model_that_is_no_trunk_and_head_is_refused_by_name():
         ActorCritic(model, Critic(32))
 
 
+def test_a_model_that_gives_no_finite_numbers_is_refused_before_anything_is_made_of_it():
+    model = causal()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3] = torch.nan
+    with pytest.raises(C2FError, match="logits that are no finite numbers.*weights are damaged.*float32"):
+        heads.Head(model)
+    with pytest.raises(C2FError, match="self-check failed"):
+        check.agree(model, KVDecoder(model, layouts.Numbers()), layouts.prompts())
+
+
 def test_proxy_tuning_with_itself_is_the_model_also_beyond_a_sliding_window():
     windowed = causal()
     windowed.config.sliding_window = 8

@@ -46,6 +46,19 @@ def test_it_refuses_what_a_gpu_refuses_and_passes_what_it_passes():
         assert (there + here.to(DEVICE)).tolist() == [7.0, 2.0, 2.0] and there.device == DEVICE
 
 
+def test_the_library_fills_what_no_file_holds(tmp_path):
+    """It asks for the device of its context by making a tensor, and leaves buffers as they are where that is wrong."""
+    causal().save_pretrained(tmp_path)
+    torch.use_deterministic_algorithms(True)  # what is not filled is NaN, not what happens to stand there
+    try:
+        with OtherDevice():
+            assert torch.empty(3).isnan().all()
+            model = loading.load_causal(tmp_path, load_settings("smoke").models)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(buffer.isfinite().all() for buffer in model.buffers())
+
+
 def test_pretraining_happens_on_the_chosen_device(monkeypatch):
     settings, found = load_settings("smoke", overrides={"pretrain.tokens": 6000}), []
     for place in PLACES:

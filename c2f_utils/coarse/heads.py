@@ -33,8 +33,8 @@ def last_states(trunk: nn.Module, batch: Batch) -> Tensor:
 class Head:
     """How the last states of one causal model become log-probabilities; `model` of every call is it or a copy of it.
 
-    Raises C2FError for a model whose logits are no function of its trunk's last states, and for adapters on a head that
-    shares its weights with the embedding.
+    Raises C2FError for a model whose logits are not finite or no function of its trunk's last states, and for adapters
+    on a head that shares its weights with the embedding.
     """
 
     def __init__(self, model: nn.Module):
@@ -60,6 +60,11 @@ class Head:
         found = trunk_of(causal)(input_ids=ids, use_cache=False)
         self.kind, states = type(found), found.last_hidden_state[0]
         own = causal(input_ids=ids, use_cache=False).logits[0]
+        if not own.isfinite().all():
+            raise C2FError(
+                f"{type(causal).__name__} answers with logits that are no finite numbers: its weights are damaged, or "
+                f"too large for {own.dtype}; check the files of the model, or set models.dtype to 'float32'"
+            )
         if not _equal(self._logits(causal, states), own):
             raise ValueError("its logits are no function of its trunk's last states")
         if type(head) is not nn.Linear or head.bias is not None:

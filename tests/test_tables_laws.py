@@ -48,10 +48,44 @@ def test_savings_are_given_for_both_families_of_clocks_and_both_units():
     assert set(frame["n"]) == {2} and (frame["ratio"] > 0).all()
 
 
-@pytest.mark.parametrize("content", [study(), {"runs": {}}], ids=["study", "nothing yet"])
+def arms() -> dict:
+    """Two conditions; in the second `masked` ran on one seed more and `late` not at all."""
+
+    def made(gain: float, seeds: str) -> dict:
+        found = {seed: run(gain + 0.1 * int(seed) * (gain > 1)) for seed in seeds}
+        for each in found.values():
+            each["curve"] |= {"mean_tokens": [30.0] * 5, "eos_rate": [0.5] * 5}
+        return found
+
+    first = {"grow 12 %": made(1.0, "123"), "masked": made(0.5, "123"), "late": made(1.2, "123")}
+    return {"runs": {"l_max 96": first, "l_max 144": {"grow 12 %": made(1.0, "123"), "masked": made(0.1, "1234")}}}
+
+
+def test_arms_are_compared_on_the_seeds_and_conditions_that_both_have():
+    whole = 1 - 20_000 / law_study.BUDGET / 2  # of a gain that is reached linearly over the first 20,000 tokens
+    frame = tables_laws.arms_table(arms()).set_index(["condition", "arm"])
+    assert frame.loc[("l_max 144", "masked"), "n"] == 3
+    assert frame.loc[("l_max 96", "late"), "difference"] == pytest.approx(0.4 * whole)
+    assert frame.loc[("l_max 96", "late"), "last utility"] == pytest.approx(1.4)
+    overall = tables_laws.arms_overall(arms()).set_index("arm")
+    assert list(overall.index) == ["late", "masked"]
+    assert overall.loc["masked", "difference"] == pytest.approx(-0.7 * whole)
+    assert overall.loc["masked", "worst"] == pytest.approx(-0.9 * whole)
+    assert overall.loc["masked", "where"] == "l_max 144"
+    assert list(overall["conditions"]) == [1, 2] and list(overall["seeds"]) == [3, 3]
+    assert list(overall["higher"]) == [1, 0] and list(overall["lower"]) == [0, 2]
+    assert list(overall["p_holm"]) == pytest.approx([overall["p"]["late"], 0.0], abs=1e-9)
+    assert overall.loc["late", "p"] == pytest.approx(0.0202, abs=1e-4)  # t = 6.93 of two degrees
+
+
+@pytest.mark.parametrize("content", [study(), arms(), {"runs": {}}], ids=["study", "arms", "nothing yet"])
 def test_the_figures_draw_what_there_is(content):
-    for figure in (figures.regret_map(content), figures.limit_paths(content, ("useful", "logistic"))):
+    drawn = [figures.regret_map(content), figures.limit_paths(content, ("useful", "logistic"))]
+    drawn.append(figures.arms_map(content))
+    for figure in drawn:
         figure.draw_without_rendering()
+    if content == arms():
+        assert len(drawn[-1].axes[0].patches) == 5  # framed: each of the three cells, and both means
     assert len(figures.regret_map(content).data) == len(tables_laws.regret_table(content))
 
 

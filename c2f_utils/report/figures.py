@@ -9,7 +9,7 @@ look, saving), `results` (reading) and `labels` (names beside lines and points).
 """
 
 from c2f_utils.report.figures_forest import forest, seed_forest
-from c2f_utils.report.figures_laws import limit_paths, regret_map
+from c2f_utils.report.figures_laws import arms_map, limit_paths, regret_map
 from c2f_utils.report.figures_merge import (
     coefficient_sweep,
     layer_sweep,

@@ -3,13 +3,15 @@
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from c2f_utils.report import law_study
 from c2f_utils.report.labels import end_labels
 from c2f_utils.report.style import DOUBLE, INK, MUTED, ROLE_COLOURS, law_colour, new_figure, note, say, styled
-from c2f_utils.report.tables_laws import clocks_of, regret_table, worst_table
+from c2f_utils.report.tables_laws import arms_overall, arms_table, clocks_of, regret_table, worst_table
 
 MOST_REGRET = 40  # percent: more is as dark
+MOST_GAP = 1.0  # utility: more, either way, is as dark
 
 
 @styled
@@ -50,6 +52,45 @@ def regret_map(study: dict) -> Figure:
         f"regret of mean utility, % of the best clock's gain (black and grey clocks); {seeds}\n"
         "green: a law; orange: with averaged cuts; grey: clocks blind to l_max"
     )
+    return fig
+
+
+@styled
+def arms_map(study: dict, against: str = "grow 12 %") -> Figure:
+    """Mean utility of each arm minus that of `against`, arms down, conditions across; the last column is the mean.
+
+    Framed: the 95 % interval over seeds excludes 0, uncorrected.
+    """
+    frame, overall = arms_table(study, against), arms_overall(study, against)
+    fig, axes = new_figure(1, 1, DOUBLE, 1.1 + 0.24 * max(4, len(overall)), f"Mean utility minus {against}", None)
+    fig.data, ax = frame, axes[0, 0]
+    if overall.empty:
+        say(ax, "no two complete seeds in this study yet")
+        return fig
+    arms, conditions = list(overall["arm"]), list(dict.fromkeys(frame["condition"]))
+    values, low, high = (
+        np.column_stack([
+            frame.pivot(index="arm", columns="condition", values=part).reindex(arms)[conditions].to_numpy(),
+            overall[part].to_numpy(),
+        ])
+        for part in ("difference", "low", "high")
+    )  # fmt: skip
+    shown = ax.imshow(np.clip(values, -MOST_GAP, MOST_GAP), cmap="PuOr", aspect="auto", vmin=-1.6, vmax=1.6)
+    ax.grid(False)
+    scale = fig.colorbar(shown, ax=ax, shrink=0.7, aspect=18, pad=0.02, boundaries=np.linspace(-MOST_GAP, MOST_GAP, 41))
+    scale.set_ticks([-MOST_GAP, 0, MOST_GAP], labels=[f"{-MOST_GAP:g} or less", "0", f"{MOST_GAP:g} or more"])
+    scale.outline.set_linewidth(0)
+    for (row, place), value in np.ndenumerate(values):
+        words, colour = (f"{value:+.2f}", INK) if np.isfinite(value) else ("not run", "#b5b5b5")
+        ax.text(place, row, words, ha="center", va="center", fontsize=7, color=colour)
+        if low[row, place] > 0 or high[row, place] < 0:
+            corner = (place - 0.47, row - 0.44)
+            ax.add_patch(Rectangle(corner, 0.94, 0.88, fill=False, edgecolor=INK, linewidth=0.9))
+    ax.axvline(len(conditions) - 0.5, color="white", linewidth=4)
+    ax.set_xticks(range(len(conditions) + 1), [*conditions, "mean"], rotation=30, ha="right")
+    ax.set_yticks(range(len(arms)), arms)
+    seeds = "-".join(map(str, sorted({int(overall["seeds"].min()), int(overall["seeds"].max())})))
+    ax.set_xlabel(f"framed: the 95 % interval over {seeds} seeds excludes 0 (uncorrected)")
     return fig
 
 

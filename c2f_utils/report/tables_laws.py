@@ -281,3 +281,54 @@ def ends_table(study: dict, laws: Sequence[str] = ()) -> pd.DataFrame:
                 "right length": right, "furthest off": off,
             })  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def arms_table(study: dict, against: str = "grow 12 %") -> pd.DataFrame:
+    """One row per condition and arm: its mean utility over the budget minus that of `against`, paired by seed, with its
+    t-interval, and how its runs end (means of the last evaluation; the last limit in tokens)."""
+    rows = []
+    for condition, arms in study["runs"].items():
+        for arm, by_seed in arms.items():
+            if against not in arms or not arms[against].keys() & by_seed.keys():
+                continue
+            row = {"condition": condition, "arm": arm, "mean utility": _mean(by_seed, law_study.mean_utility)}
+            if arm != against:
+                row |= law_study.differences(by_seed, arms[against], law_study.mean_utility)
+            ends = {"utility": law_study.last_utility, "limit": lambda run: run["limits"][-1]}
+            for key in ("mean_tokens", "eos_rate"):  # which an earlier study did not keep
+                ends[key] = lambda run, key=key: run["curve"].get(key, [float("nan")])[-1]
+            rows.append(row | {f"last {name}": _mean(by_seed, of) for name, of in ends.items()})
+    return pd.DataFrame(rows)
+
+
+def arms_overall(study: dict, against: str = "grow 12 %") -> pd.DataFrame:
+    """One row per arm: its difference in mean utility to `against`, first averaged over conditions within a seed, with
+    its t-interval over seeds, p of a t-test and Holm's over the arms; best arm first.
+
+    `higher` and `lower` count the conditions whose own interval, uncorrected, excludes 0. Seeds and conditions are
+    those that both arms have.
+    """
+    frame, rows = arms_table(study, against), []
+    for arm in dict.fromkeys(name for arms in study["runs"].values() for name in arms):
+        pairs = [(arms[arm], arms[against]) for arms in study["runs"].values() if {arm, against} <= arms.keys()]
+        seeds = sorted(set.intersection(*({*a} & {*b} for a, b in pairs)), key=int) if pairs else []
+        if arm == against or len(seeds) < 2:
+            continue
+        gaps = [
+            float(np.mean([law_study.mean_utility(a[s]) - law_study.mean_utility(b[s]) for a, b in pairs]))
+            for s in seeds
+        ]
+        found, mine = stats.seed_interval(gaps), frame[frame["arm"] == arm]
+        worst = mine.loc[mine["difference"].idxmin()]
+        rows.append({
+            "arm": arm, "difference": found.value, "low": found.low, "high": found.high, "p": stats.t_test(gaps),
+            "seeds": found.n, "conditions": len(pairs), "higher": int((mine["low"] > 0).sum()),
+            "lower": int((mine["high"] < 0).sum()), "worst": worst["difference"], "where": worst["condition"],
+        })  # fmt: skip
+    for row, p in zip(rows, stats.holm([row["p"] for row in rows]), strict=True):
+        row["p_holm"] = p
+    return pd.DataFrame(sorted(rows, key=lambda row: -row["difference"]))
+
+
+def _mean(by_seed: dict[str, dict], measure) -> float:
+    return float(np.mean([measure(run) for run in by_seed.values()]))

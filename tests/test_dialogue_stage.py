@@ -24,13 +24,13 @@ OWN = ["one turn", "two turns"]
 
 @pytest.fixture
 def asked(smoke_run, tmp_path, monkeypatch):
-    """A function that has three models of the finished run answer dialogues in a run of its own."""
+    """A function that has two models of the finished run answer dialogues in a run of its own."""
     begun = evaluation_beside(smoke_run, tmp_path, monkeypatch)
 
     def ask(**overrides) -> Dialogues:
         run, inputs = begun({f"judge.{key}": value for key, value in overrides.items()})
         part = Dialogues(run, inputs)
-        for name, model in (("base", inputs.base()), ("fine", inputs.instruct()), ("fine_forced", None)):
+        for name, model in (("base", inputs.base()), ("fine", inputs.instruct())):
             part.add(name, model, "raw")
         return part
 
@@ -45,7 +45,7 @@ def test_models_answer_two_turns_offline_and_everything_is_in_fastchats_files(as
     assert [len(q.turns) for q in questions] == [1, 1, 2, 2]
     name, answers = read_answers(folder / "model_answer" / "fine.jsonl", questions, empty=True)
     assert name == "fine" and {place: len(said) for place, said in answers.items()} == {1: 1, 2: 1, 3: 2, 4: 2}
-    assert set(part.said) == {"base", "fine"}, "answers begun for a model are no dialogue"
+    assert set(part.said) == {"base", "fine"}
     rows = read_jsonl(folder / "verdict_rows.jsonl")
     assert len(rows) == 2 * 6 and all(row["ok"] and 0 <= row["p_a"] <= 1 for row in rows)
     judged = read_pair_judgements(folder / "model_judgment" / "heuristic_pair_base.jsonl", questions)

@@ -186,6 +186,7 @@ def test_the_evaluation_says_what_is_kept_and_what_can_be_found(smoke_run):
     kept = found["retention"]
     assert set(kept["kinds"]) == {"corpus", "chosen", "own"} and set(kept["models"]) == {*PARENTS, *CONTROLS} - forced
     assert all(kind["documents"] == 6 for kind in kept["kinds"].values())
+    assert not forced & {row["model"] for row in found["tasks"]["rows"]}
     for name, model in kept["models"].items():
         assert model["perplexity"]["corpus"]["value"] > 1
         assert (model["forward_kl"]["value"] == 0) == (name == "instruct")

@@ -209,10 +209,19 @@ def test_what_the_residue_carries_is_read_from_06_by_kind():
     table = carried.carried_table(merging).set_index("problems").round(3)
     assert table.loc["riddle", [*carried.CHANGES]].tolist() == [0.5, -0.05, 0.1, 0.4]
     assert table.loc["story", [*carried.CHANGES]].tolist() == [0.4, 0.4, 0.4, 0.1]
-    assert "riddle: RL added +0.500" in carried.in_words(merging)
+    assert "no intervals recorded; riddle: RL added +0.500, with forced" in carried.in_words(merging)
     operators = [{"operator": "residue", **row(0, 0)}, {"operator": "lerp", **row(0.5, 0.7)}]
     same = carried.carried_table(merging | {"controls": {}, "operators": operators}).set_index("problems").round(3)
     assert same.equals(table)
+    marks = {"base": "0001", "coarse": "0111", "instruct": "0011"}  # of the riddles alone: 1 in 4, 3 in 4, 2 in 4
+    for name, first_right in marks.items():
+        mine = merging["parents"][name]["by_kind"]["riddle"]
+        mine |= {"first_right": first_right, "accuracy_first": first_right.count("1") / 4}
+    frame = carried.changes_table(merging).set_index(["problems", "change"])
+    added = frame.loc[("riddle", "added by RL")]
+    assert [added[key] for key in ("accuracy", "its accuracy", "difference")] == [0.75, 0.25, 0.5]
+    assert 0 <= added["low"] < 0.5 < added["high"] <= 1, "paired: no resample is below 0"
+    assert frame["low"].notna().sum() == 1, "no interval where either model's answers are missing"
     alone = {key: merging[key] for key in ("parents", "chosen", "sweep")}
     for each in (*alone["parents"].values(), *alone["sweep"]):
         del each["by_kind"]
@@ -235,6 +244,10 @@ def test_all_notebooks_run_on_riddles_and_the_gate_stands_before_what_they_say(t
             assert mean == pytest.approx(whole["mean_tokens"], abs=1e-5)
     assert {*evaluated["by_kind"]} == {*evaluated["models"]} and {*merging["forced"]} == {"base", "instruct"}
     assert carried.carried_table(merging)["problems"].tolist() == ["riddle", "story"]
+    changes = carried.changes_table(merging)
+    assert {*changes["change"]} == {*carried.CHANGES} - {"by interpolation"} and len(changes) == 6  # no such merge here
+    assert (changes["low"] <= changes["difference"]).all() and (changes["difference"] <= changes["high"]).all()
+    assert "95 % intervals" in carried.in_words(merging)
     assert {*results(run, "01")["by_kind"]["riddle"]} >= {"forced_accuracy", "eos_rate"}
     assert {"accuracy_first_story", "accuracy_first_riddle"} <= {*results(run, "03")["curve"][-1]}
     assert {"riddle", "story"} == {*results(run, "05")["by_kind"]} == {*results(run, "03")["by_kind"]}

@@ -108,7 +108,7 @@ def part(smoke_run, tmp_path, monkeypatch):
         given = {"safety.requests": str(tmp_path / "requests.txt"), "safety.prompts": 2} | overrides
         run, inputs = begun(given)
         found = Requests(run, inputs)
-        for name, model in (("instruct", inputs.instruct()), ("coarse", inputs.coarse()), ("base_forced", None)):
+        for name, model in (("instruct", inputs.instruct()), ("coarse", inputs.coarse())):
             found.add(name, model, "raw")
         return found
 

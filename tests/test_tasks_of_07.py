@@ -78,11 +78,11 @@ def test_its_problems_are_asked_nowhere_else_in_07(outputs):
     assert not {row["question"] for row in rows} & {" ".join(problem.words) for problem in others}
 
 
-def test_forced_beginnings_are_no_model_of_their_own_and_forms_are_columns(outputs, asked):
+def test_forms_are_columns(outputs, asked):
     tokenizer = stories.make_tokenizer()
     tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }} {% endfor %}answer :"
     here = part(outputs, tokenizer)
-    for name, form in (("fine", "raw"), ("fine_template", "template"), ("base", "raw"), ("base_forced", "raw")):
+    for name, form in (("fine", "raw"), ("fine_template", "template"), ("base", "raw")):
         here.add(name, causal(), form)
     found = here.results()
     assert {(row["model"], row["template"]) for row in found["rows"]} == {

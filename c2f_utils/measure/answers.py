@@ -46,6 +46,11 @@ def measure(samples: Sequence[Sample], reward: RewardFunction | None = None) -> 
     return {k: None if v is None else round(v, 6) for k, v in row.items()} | {"n": count}
 
 
+def first_right(samples: Sequence[Sample]) -> str:
+    """Whether the first answer to each problem is right, in their order: "1" or "0" each, for paired intervals."""
+    return "".join(str(int(check(s.prompt.problem, s.answer).first_right)) for s in samples)
+
+
 def by_kind(samples: Sequence[Sample], rewards: Tensor | None = None) -> dict[str, dict]:
     """The metrics of `measure` for every kind of problem, given each sample's reward; {} where there is one kind."""
     kinds: dict[str, list[int]] = {}

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 
 import pandas as pd
 
+from c2f_utils import stats
+
 METRIC = "accuracy_first"  # rambling on spoils last answers, and is not the question here
 BASE, INSTRUCT, COARSE, FINE, BETWEEN = "base", "instruct", "coarse", "fine", "lerp to coarse"
 FORCED = ", forced"
@@ -25,16 +27,38 @@ CHANGES = {
 def carried_table(results: Mapping) -> pd.DataFrame:
     """One row per kind of problem (one for all where they are of one kind): first-answer accuracy of each model and the
     changes between them; missing where 06 did not answer."""
-    measured = {name: row for name, row in _measured(results).items() if row}
-    kinds = sorted({kind for row in measured.values() for kind in row.get("by_kind") or {}}) or ["all"]
     rows = []
-    for kind in kinds:
-        values = {name: (row.get("by_kind") or {}).get(kind, row).get(METRIC) for name, row in measured.items()}
-        row = {"problems": kind, **{name: values.get(name) for name in COLUMNS}}
+    for kind, models in _by_kind(results).items():
+        row = {"problems": kind, **{name: models.get(name, {}).get(METRIC) for name in COLUMNS}}
         for change, (a, b) in CHANGES.items():
             row[change] = None if None in (row[a], row[b]) else row[a] - row[b]
         rows.append(row)
     return pd.DataFrame(rows, columns=["problems", *COLUMNS, *CHANGES]).dropna(axis=1, how="all")
+
+
+def changes_table(results: Mapping) -> pd.DataFrame:
+    """One row per kind of problem and change: first-answer accuracy of both models, their difference and its 95 %
+    interval over problems (paired bootstrap), which is missing where 06 did not keep the single answers."""
+    rows = []
+    for kind, models in _by_kind(results).items():
+        for change, (a, b) in CHANGES.items():
+            if not {a, b} <= models.keys() or None in (models[a].get(METRIC), models[b].get(METRIC)):
+                continue
+            row = {"problems": kind, "change": change, "of": a, "accuracy": models[a][METRIC], "minus": b}
+            row |= {"its accuracy": models[b][METRIC], "difference": models[a][METRIC] - models[b][METRIC]}
+            single = [[int(mark) for mark in models[name].get("first_right") or ""] for name in (a, b)]
+            if single[0] and len(single[0]) == len(single[1]):
+                found = stats.paired_bootstrap(*single, resamples=2000)
+                row |= {"low": found.low, "high": found.high}
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _by_kind(results: Mapping) -> dict[str, dict[str, dict]]:
+    """What 06 measured of each model, by kind of problem and model."""
+    measured = {name: row for name, row in _measured(results).items() if row}
+    kinds = sorted({kind for row in measured.values() for kind in row.get("by_kind") or {}}) or ["all"]
+    return {k: {name: (row.get("by_kind") or {}).get(k, row) for name, row in measured.items()} for k in kinds}
 
 
 def _measured(results: Mapping) -> dict[str, dict | None]:
@@ -54,18 +78,23 @@ def _at(sweep: list[dict] | None, coefficient: float | None) -> dict | None:
 
 
 def in_words(results: Mapping) -> str:
-    """What RL added and how much of it the merge brings back, in one sentence without a verdict: no intervals are
-    recorded."""
-    frame = carried_table(results)
-    if not {"added by RL", "brought back by the merge"} <= {*frame.columns}:
+    """What RL added and how much of it the merge brings back, with intervals over problems where they are recorded."""
+    frame = changes_table(results)
+    if frame.empty or not {"added by RL", "brought back by the merge"} <= {*frame["change"]}:
         return "What the residue carries was not measured: a checker is needed."
+    known = "low" in frame and frame["low"].notna().all()
     parts = []
-    for row in frame.to_dict("records"):
-        said = f"{row['problems']}: RL added {row['added by RL']:+.3f}"
-        if row.get("SFT, where forced") is not None:
-            said += f", with forced analysis instruct minus base {row['SFT, where forced']:+.3f}"
-        said += f", the merge gives instruct {row['brought back by the merge']:+.3f}"
-        if row.get("by interpolation") is not None:
-            said += f", interpolation with coarse {row['by interpolation']:+.3f}"
-        parts.append(said)
-    return f"First-answer accuracy, no intervals recorded; {'; '.join(parts)}."
+    for kind, mine in frame.groupby("problems", sort=False):
+        said = []
+        for row in mine.to_dict("records"):
+            interval = f" ({row['low']:+.2f} to {row['high']:+.2f})" if known else ""
+            said.append(f"{_SAID[row['change']]} {row['difference']:+.3f}{interval}")
+        parts.append(f"{kind}: {', '.join(said)}")
+    recorded = "95 % intervals over problems" if known else "no intervals recorded"
+    return f"First-answer accuracy, {recorded}; {'; '.join(parts)}."
+
+
+_SAID = {
+    "added by RL": "RL added", "SFT, where forced": "with forced analysis instruct minus base",
+    "brought back by the merge": "the merge gives instruct", "by interpolation": "interpolation with coarse",
+}  # fmt: skip

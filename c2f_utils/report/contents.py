@@ -108,7 +108,7 @@ def tables_of(name: str, found: dict, place: Path | None = None) -> Made:
                     lambda: against.shares_with_intervals(tables.operator_table(found)),
                     "Merge operators.",
                 ),
-                ("carried", lambda: carried.carried_table(found), "What the residue carries (first answers)."),
+                ("carried", lambda: carried.changes_table(found), "What the residue carries (first answers)."),
                 ("label_free", lambda: tables_label_free.label_free_table(found), "The coefficient without labels."),
                 ("label_free_by", lambda: tables_label_free.quantities_table(found), "What these rules choose by."),
             ]

@@ -134,7 +134,12 @@ class Bench:
         scores = self.scores(samples)
         row = answers.measure(samples, self.inputs.reward) | {"score": round(sum(scores) / len(scores), 6)}
         if kinds := answers.by_kind(samples):
-            row["by_kind"] = kinds
+            row["by_kind"] = {
+                kind: mine | {"first_right": answers.first_right([s for s in samples if s.prompt.problem.kind == kind])}
+                for kind, mine in kinds.items()
+            }
+        if self.settings.embedded:
+            row["first_right"] = answers.first_right(samples)
         if self._reference is not None and comparable:
             found = stats.paired_bootstrap(scores, self._reference, resamples=2000, seed=self.settings.seed)
             row |= {"difference": round(found.difference, 6), "low": round(found.low, 6), "high": round(found.high, 6)}

@@ -94,9 +94,9 @@ class Dialogues:
         write_text(run.here.path(self.key, "question.jsonl"), text)
 
     def add(self, name: str, model: nn.Module, form: Form) -> None:
-        """Have one model answer; one whose answers are begun for it is left out, as dialogues begin with a question."""
+        """Have one model answer, if it is to be judged."""
         against = self.settings.judge.against
-        if name.endswith("_forced") or (against and name not in (FINE, *against)):
+        if against and name not in (FINE, *against):
             return
         limit = self.settings.judge.max_tokens or self.settings.evaluation.max_tokens
 

@@ -52,12 +52,16 @@ LABELS = {
     "best_recipe": "best recipe of all tried",
     "one_coefficient": "one coefficient for all",
 }
+FORCED = "_forced"  # ends the name of a model whose answers are begun for it; `Settings.forced_models` says which
 DISAGREEMENTS = 5  # prompts on which fine is far worse than instruct, and as many on which it is far better
 PAIRED = ("accuracy_last", "accuracy_first", "utility", "tokens", "rep4", "reward")
 
 
 class Part(Protocol):
-    """A further look at every model while it is loaded; what it finds stands in results.json under `key`."""
+    """A further look at every model while it is loaded; what it finds stands in results.json under `key`.
+
+    Models whose answers are begun for them are no models of their own, and are not shown to it.
+    """
 
     key: str
 
@@ -120,7 +124,8 @@ def make(run: Run) -> dict:
                 if decoding == settings.evaluation.decodings[0]:
                     prefixes[name], profiles[name] = seen["prefixes"], seen["profile"]
                     apart |= {name: seen["all_rows"]} if name in MAIN else {}
-            for part in further:
+            # A model whose answers are begun for it is one that every part has seen already.
+            for part in further if not name.endswith(FORCED) else ():
                 part.add(name, model, form or settings.models.base_form)
             del model  # before the next one is loaded
             progress.step()
@@ -187,7 +192,7 @@ def _models(run: Run, inputs: Inputs, test: list[Prompt]) -> Iterator[tuple[str,
     }  # fmt: skip
     for name in run.settings.forced_models:
         make_model, as_form = begun[name]
-        yield f"{name}_forced", make_model(), analysed_prompts([p.problem for p in test]), as_form
+        yield name + FORCED, make_model(), analysed_prompts([p.problem for p in test]), as_form
 
 
 def _count(settings: Settings, inputs: Inputs) -> int:

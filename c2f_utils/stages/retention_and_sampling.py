@@ -56,7 +56,7 @@ class Retention:
         self.found: dict[str, dict[str, Scored]] = {}
 
     def add(self, name: str, model: nn.Module, form: Form) -> None:
-        if not name.endswith("_forced") and name not in (f"instruct_{form}", f"fine_{form}"):
+        if name not in (f"instruct_{form}", f"fine_{form}"):
             kept = self.pieces([self.key, name, self.read], lambda: {k: list(v) for k, v in self._score(model).items()})
             self.found[name] = {kind: Scored(*map(np.array, columns)) for kind, columns in kept.items()}
 

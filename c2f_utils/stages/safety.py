@@ -40,8 +40,6 @@ class Wordlist:
         self.found: dict[str, list[dict]] = {}
 
     def add(self, name: str, model: nn.Module, form: Form) -> None:
-        if name.endswith("_forced"):  # their answers are begun for them
-            return
         self.found[name] = self.pieces([self.key, name], lambda: self._measured(model, form))
 
     def _measured(self, model: nn.Module, form: Form) -> list[dict]:
@@ -84,8 +82,6 @@ class Requests:
 
     def add(self, name: str, model: nn.Module, form: Form) -> None:
         """Have one model answer all requests, under the first decoding of the evaluation."""
-        if name.endswith("_forced"):  # their answers are begun for them
-            return
         tokenizer, base_form = self.inputs.tokenizer, self.settings.models.base_form
         texts = [judge_of_run.judged_text(self.inputs, question, []) for question in self.requests]
         asked = [Prompt(tuple(forms.prompt_ids(text, base_form, tokenizer)), text) for text in texts]

@@ -83,8 +83,6 @@ class Tasks:
         template = form == "template"
         if self.config.template == ("raw" if template else "template"):
             return
-        if name.endswith("_forced"):  # a model that was looked at already, with a beginning that tasks do not have
-            return
         name, shown = name.removesuffix(f"_{form}"), "template" if template else "raw"
         tokenizer = self.inputs.instruct_tokenizer if template else self.inputs.tokenizer
         identity, lm = loading.digest(model), None

@@ -1,6 +1,8 @@
 """Fixtures shared by all rooms: a private outputs folder, and real data where the machine has it."""
 
+import fcntl
 import os
+import shutil
 
 # Before torch is imported anywhere: on a busy machine two threads can be ten times slower than one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -54,9 +56,20 @@ def offline(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def smoke_run(tmp_path_factory) -> Path:
-    """Folder of one finished run of all notebooks on `smoke`, seed 0; tests may read it, not change it."""
+    """Folder of one finished run of all notebooks on `smoke`, seed 0; tests may read it, not change it.
+
+    It is made once for all processes of the tests: whoever asks first makes it, the others wait.
+    """
     from finished_runs import finished
 
-    outputs = tmp_path_factory.mktemp("finished")
-    finished(outputs, "run", "all", "--profile", "smoke", "--run-id", "smoke")
+    mine = tmp_path_factory.getbasetemp()
+    outputs = (mine.parent if "PYTEST_XDIST_WORKER" in os.environ else mine) / "finished"
+    with open(outputs.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        made = outputs.with_suffix(".made")  # outside: tests list what lies in the folder
+        if not made.exists():
+            shutil.rmtree(outputs, ignore_errors=True)
+            outputs.mkdir()
+            finished(outputs, "run", "all", "--profile", "smoke", "--run-id", "smoke")
+            made.touch()
     return outputs / "smoke"

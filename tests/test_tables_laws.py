@@ -66,7 +66,8 @@ def test_arms_are_compared_on_the_seeds_and_conditions_that_both_have():
     frame = tables_laws.arms_table(arms()).set_index(["condition", "arm"])
     assert frame.loc[("l_max 144", "masked"), "n"] == 3
     assert frame.loc[("l_max 96", "late"), "difference"] == pytest.approx(0.4 * whole)
-    assert frame.loc[("l_max 96", "late"), "last utility"] == pytest.approx(1.4)
+    late = frame.loc[("l_max 96", "late")]
+    assert late["last utility"] == pytest.approx(1.4) and late["iterations"] == 1 and late["seconds"] == 22
     overall = tables_laws.arms_overall(arms()).set_index("arm")
     assert list(overall.index) == ["late", "masked"]
     assert overall.loc["masked", "difference"] == pytest.approx(-0.7 * whole)

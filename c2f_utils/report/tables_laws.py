@@ -285,7 +285,8 @@ def ends_table(study: dict, laws: Sequence[str] = ()) -> pd.DataFrame:
 
 def arms_table(study: dict, against: str = "grow 12 %") -> pd.DataFrame:
     """One row per condition and arm: its mean utility over the budget minus that of `against`, paired by seed, with its
-    t-interval, and how its runs end (means of the last evaluation; the last limit in tokens)."""
+    t-interval, how its runs end (means of the last evaluation; the last limit in tokens), and what the same tokens
+    took: iterations and processor seconds."""
     rows = []
     for condition, arms in study["runs"].items():
         for arm, by_seed in arms.items():
@@ -297,7 +298,9 @@ def arms_table(study: dict, against: str = "grow 12 %") -> pd.DataFrame:
             ends = {"utility": law_study.last_utility, "limit": lambda run: run["limits"][-1]}
             for key in ("mean_tokens", "eos_rate"):  # which an earlier study did not keep
                 ends[key] = lambda run, key=key: run["curve"].get(key, [float("nan")])[-1]
-            rows.append(row | {f"last {name}": _mean(by_seed, of) for name, of in ends.items()})
+            row |= {f"last {name}": _mean(by_seed, of) for name, of in ends.items()}
+            row["iterations"] = _mean(by_seed, lambda run: len(run["limits"]) - 1)
+            rows.append(row | {"seconds": _mean(by_seed, lambda run: run["curve"]["seconds"][-1])})
     return pd.DataFrame(rows)
 
 

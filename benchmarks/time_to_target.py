@@ -3,6 +3,7 @@ length as our fixed-long needs.
 
     python benchmarks/time_to_target.py laws-51 laws-52 laws-53
     python benchmarks/time_to_target.py laws-301 laws-302 --registered     # as preregistered/time_to_target.md says
+    python benchmarks/time_to_target.py laws-301 laws-302 --registered --count      # tokens that were generated
 
 Takes finished bases and reward models (`c2f run 00 01 02`), trains fixed-long and the laws on each with evaluations
 after every second iteration (registered: after every one), and asks how many iterations each needs until two
@@ -11,6 +12,8 @@ benchmarks/results/coarse_speed.json holds seconds per iteration at several limi
 beside them at full length, measured in one run; between those limits cost is linear. So it does not matter what else
 runs meanwhile, and an iteration whose answers end early counts as if they were cut. TRL is not trained to the target:
 that its iterations teach as much as ours is assumed. A law that misses the target counts its whole run, and is counted.
+Tokens are sums of limits, as if every answer were cut, which charges long limits more than they generate: `--count`
+makes the runs again up to their target, without evaluations on the way, and adds what was generated.
 Writes benchmarks/results/time_to_target.json, or time_to_target_registered.json.
 """
 
@@ -63,6 +66,7 @@ REGISTERED = {
     **{name: ARMS[name] for name in ("linear clock, averaged cut", "useful, averaged cut")},
     **CLOCKS,
 }
+COUNTED = ("fixed_long", "linear clock, averaged cut", "useful, averaged cut", "fixed_long, averaged cut")
 WHOLE = "linear clock, averaged cut"  # registered: runs on past its target, so that its final utility is known
 
 
@@ -80,6 +84,22 @@ def used(run: dict, target: float, every: int) -> tuple[list[int], bool]:
     return (path[: every * pairs[0]], True) if pairs else (path, False)
 
 
+def generated(models: Inputs, row: dict, arm: str) -> int:
+    """Tokens that an arm of the registered study generated until it reached its target (or in all, where it missed);
+    raises C2FError unless the run, made again, ends with the utility that is recorded."""
+    count, (law, cut) = len(row[arm]["limits"]), REGISTERED[arm]
+    start = {"tokens": 0, "utility": row[arm]["utility"][0]}
+    again = law_runs.run_one(
+        models, CONDITION, make_law(law), FULL, start=start, every=count, until=-math.inf, changes={"cut": cut}
+    )
+    if again["curve"]["utility"][-1] != row[arm]["utility"][count]:
+        raise C2FError(
+            f"{arm} made again has utility {again['curve']['utility'][-1]} after {count} iterations, recorded is "
+            f"{row[arm]['utility'][count]}; count on the machine and with the versions of the study"
+        )
+    return again["curve"]["tokens"][-1]
+
+
 def priced(path: list[int], by_limit: dict[str, float]) -> float:
     """Seconds of iterations under these limits, linear between the limits that were timed."""
     return round(float(np.interp(path, [int(k) for k in by_limit], list(by_limit.values())).sum()), 2)
@@ -91,12 +111,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", help="run ids, one per seed")
     parser.add_argument("--registered", action="store_true", help="arms and evaluations as they were registered")
+    parser.add_argument("--count", action="store_true", help="add to finished runs what they generated")
     parser.add_argument("--out", type=Path, help="runs in it are kept; default: results/time_to_target*.json")
     parser.add_argument("--speed", type=Path, default=RESULTS / "coarse_speed.json", help="what an iteration takes")
     options = parser.parse_args()
     torch.set_num_threads(1)
     arms, every, name = (REGISTERED, 1, "_registered") if options.registered else (ARMS, 2, "")
     options.out = options.out or RESULTS / f"time_to_target{name}.json"
+    if options.count:
+        content = read_json(options.out)
+        for arm in COUNTED:  # an arm on every seed before the next
+            for run_id in options.runs:
+                row = content["runs"][run_id]
+                if "generated" not in row[arm]:
+                    row[arm]["generated"] = generated(inputs(run_id), row, arm)
+                    write_json(options.out, content)
+                    print(run_id, arm, row[arm]["generated"], PROMPTS * sum(row[arm]["limits"]), flush=True)
+        return
     prices = read_json(options.speed)["rows"]
     if any(part not in row for row in prices for part in ("ours_by_limit", "trl")):
         raise C2FError(
@@ -120,7 +151,8 @@ def main() -> None:
                 until = math.inf if options.registered and name == WHOLE else target
                 found = law_runs.run_one(models, CONDITION, rule, FULL, every=every, until=until, changes={"cut": cut})
             path, reached = used(found, target, every)
-            row[name] = {"reached": reached, "limits": path, "utility": found["curve"]["utility"]}
+            spent = found["curve"]["tokens"][len(path) // every if reached else -1]
+            row[name] = {"reached": reached, "limits": path, "utility": found["curve"]["utility"], "generated": spent}
         content["runs"][run_id] = row
         write_json(options.out, content)
         print(run_id, {name: (len(row[name]["limits"]), row[name]["reached"]) for name in arms}, flush=True)

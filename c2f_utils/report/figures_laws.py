@@ -67,7 +67,7 @@ def arms_map(study: dict, against: str = "grow 12 %") -> Figure:
     if overall.empty:
         say(ax, "no two complete seeds in this study yet")
         return fig
-    arms, conditions = list(overall["arm"]), list(dict.fromkeys(frame["condition"]))
+    arms, conditions = list(overall["arm"]), list(dict.fromkeys(frame.loc[frame["arm"] != against, "condition"]))
     values, low, high = (
         np.column_stack([
             frame.pivot(index="arm", columns="condition", values=part).reindex(arms)[conditions].to_numpy(),

@@ -48,6 +48,21 @@ def test_the_loss_counts_answer_tokens_only(base, monkeypatch):
     assert seen == set(examples) and count == len(examples)
 
 
+def test_beside_bfloat16_the_weights_that_are_trained_are_float32(base, monkeypatch):
+    import trl
+
+    trained = set()
+
+    class Spy(trl.SFTTrainer):
+        def compute_loss(self, model, *rest, **options):
+            trained.update(p.dtype for p in model.parameters())
+            return super().compute_loss(model, *rest, **options)
+
+    monkeypatch.setattr(trl, "SFTTrainer", Spy)
+    model, _ = instruct.train(base, TOKENIZER, settings(1000, **{"models.dtype": "bfloat16"}))
+    assert trained == {torch.float32} and {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
 def test_it_learns_to_end_its_answers(base):
     bare = {"instruct.learning_rate": 5e-3, "instruct.worked_share": 0.0}
     losses: list[dict] = []

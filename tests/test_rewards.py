@@ -56,10 +56,21 @@ def seen(monkeypatch):
 
         def compute_loss(self, model, inputs, *rest, **options):
             record["batches"].append({key: value.clone() for key, value in inputs.items()})
+            record["trained"] = {p.dtype for p in model.parameters() if p.requires_grad}
             return super().compute_loss(model, inputs, *rest, **options)
 
     monkeypatch.setattr(trl, "RewardTrainer", Spy)
     return record
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 4, "alpha": 8}], ids=["all weights", "adapters"])
+def test_beside_bfloat16_what_is_trained_is_float32(base, seen, lora):
+    """bfloat16 weights would swallow steps at usual learning rates, and the library's trainer keeps no masters."""
+    rows: list[dict] = []
+    half = settings(**{"models.dtype": "bfloat16", "models.lora": lora, "reward.learning_rate": 1e-5})
+    model = rewards.train(base, pairs(16), TOKENIZER, half, 0, rows.append)
+    assert seen["trained"] == {torch.float32} and seen["args"].bf16
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16} and rows
 
 
 def test_the_trainer_gets_token_ids_and_neither_cuts_nor_ends_them(base, seen):

@@ -8,6 +8,7 @@ third worked ones: the model must know that worked answers end, or the merge is 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from c2f_utils.models.generated import generator
@@ -69,10 +70,10 @@ def fine_tune(
             "labels": [[-100] * len(prompt) + answer for prompt, answer in examples],
         }
     )
-    model = load_causal(source, settings.models)
+    model = load_causal(source, settings.models.model_copy(update={"dtype": "float32"}))  # no masters: see `arguments`
     steps = passes * -(-len(examples) // per_step)
     options = SFTConfig(
-        **arguments(steps, settings.seed, device(settings.models).type == "cpu", folder or "."),
+        **arguments(steps, settings.seed, device(settings.models).type == "cpu", folder or ".", settings.models.dtype),
         per_device_train_batch_size=per_step,
         learning_rate=settings.instruct.learning_rate,
         activation_checkpointing=False,
@@ -81,4 +82,4 @@ def fine_tune(
         trainer = SFTTrainer(model=model, args=options, train_dataset=dataset, processing_class=tokenizer)
         disable_dropout(trainer.model)
         course.run(trainer, what, log, folder, **watch)
-    return trainer.model.eval()
+    return trainer.model.to(getattr(torch, settings.models.dtype)).eval()

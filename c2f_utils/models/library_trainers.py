@@ -30,11 +30,13 @@ def quiet() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
-def arguments(steps: int, order: int, cpu: bool, folder: str | Path = ".") -> dict[str, object]:
+def arguments(steps: int, order: int, cpu: bool, folder: str | Path = ".", dtype: str = "float32") -> dict[str, object]:
     """What both library trainers are told: `steps` optimiser steps at a linear rate, data in the order of seed `order`,
     at most two checkpoints in `folder`.
 
-    Nothing is cut, reported or drawn, or saved unless a callback asks for it; the loss is logged about 50 times.
+    Nothing is cut, reported or drawn, or saved unless a callback asks for it; the loss is logged about 50 times. Under
+    `dtype` bfloat16 products are in that type beside weights that must be float32: these trainers keep no masters, and
+    bfloat16 weights would swallow most of their steps.
     """
     return {
         "output_dir": str(folder),
@@ -49,7 +51,7 @@ def arguments(steps: int, order: int, cpu: bool, folder: str | Path = ".") -> di
         "report_to": [],
         "logging_steps": max(1, steps // 50),
         "disable_tqdm": True,
-        "bf16": False,
+        "bf16": dtype == "bfloat16",
         "use_cpu": cpu,
         "dataloader_pin_memory": False,
     }

@@ -78,22 +78,24 @@ class RewardModel:
 
 
 def new_reward_model(source: str | Path, settings: Settings, seed: int) -> nn.Module:
-    """The base model's trunk with a small scalar head (standard deviation 1/sqrt(d + 1)), dropout off."""
+    """The base model's trunk with a small scalar head (standard deviation 1/sqrt(d + 1)), dropout off.
+
+    What will be trained is float32 whatever `models.dtype` is: all of it, or the head beside adapters.
+    """
     check_folder(str(source), "models.base")
     torch.manual_seed(seed)
-    model = _scorer(source, settings, num_labels=1)
+    model = _scorer(source, settings.models.dtype if settings.models.lora else "float32", num_labels=1)
+    model.score.float()
     nn.init.normal_(model.score.weight, std=(model.score.weight.shape[1] + 1) ** -0.5)
     disable_dropout(model)
     return model.to(device(settings.models))
 
 
-def _scorer(source: str | Path, settings: Settings, **options: object) -> nn.Module:
+def _scorer(source: str | Path, dtype: str, **options: object) -> nn.Module:
     from transformers import AutoModelForSequenceClassification
 
-    dtype = getattr(torch, settings.models.dtype)
-    return pretrained(
-        AutoModelForSequenceClassification, source, "reward model", dtype=dtype, use_safetensors=True, **options
-    )
+    options |= {"dtype": getattr(torch, dtype), "use_safetensors": True}
+    return pretrained(AutoModelForSequenceClassification, source, "reward model", **options)
 
 
 def refuse_without_scores(config) -> None:
@@ -113,7 +115,7 @@ def load_reward_model(
 ) -> RewardModel:
     """A finished reward model; raises C2FError when the folder is no single-output model."""
     check_folder(str(source), "models.reward")
-    model = _scorer(source, settings)
+    model = _scorer(source, settings.models.dtype)
     if model.config.num_labels != 1 or not hasattr(model, "score"):
         raise C2FError(
             f"reward model {source} has {model.config.num_labels} outputs; expected one score per sequence "
@@ -158,7 +160,7 @@ def train(
     dataset = Dataset.from_dict({"chosen_ids": [c for c, _ in pairs], "rejected_ids": [r for _, r in pairs]})
     steps = config.max_steps or -(-len(pairs) * config.epochs // config.pairs_per_step)
     options = RewardConfig(
-        **arguments(steps, order, device(settings.models).type == "cpu", folder or "."),
+        **arguments(steps, order, device(settings.models).type == "cpu", folder or ".", settings.models.dtype),
         per_device_train_batch_size=config.pairs_per_step,
         learning_rate=config.learning_rate,
         activation_checkpointing=settings.models.gradient_checkpointing,
@@ -167,7 +169,8 @@ def train(
         trainer = RewardTrainer(model=model, args=options, train_dataset=dataset, processing_class=tokenizer)
         course.run(trainer, "reward model", log, folder, **watch)
     trained = trainer.model
-    return (trained.merge_and_unload() if hasattr(trained, "merge_and_unload") else trained).eval()
+    whole = trained.merge_and_unload() if hasattr(trained, "merge_and_unload") else trained
+    return whole.to(getattr(torch, settings.models.dtype)).eval()
 
 
 def average(models: Sequence[nn.Module]) -> nn.Module:

@@ -315,6 +315,8 @@ def refused_baseline(entry: CriticFree, settings: Settings) -> list[str]:
         found.append(f"coarse.cut = {coarse.cut!r} asks the critic what would follow; choose 'score' or 'penalty'")
     if coarse.cut in ("average", "mask"):
         found.append(f"coarse.cut = {coarse.cut!r} is known to our trainer only; choose 'score' or 'penalty'")
+    if settings.models.dtype == "bfloat16" and settings.models.lora is None:  # they keep no float32 masters
+        found.append("models.dtype = 'bfloat16' without models.lora: their steps would vanish; set one or the other")
     if coarse.overlong or coarse.length_budget:
         found.append("coarse.overlong and coarse.length_budget are known to our trainer only; set both to 0")
     if coarse.processes > 1:

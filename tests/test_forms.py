@@ -45,6 +45,15 @@ def test_a_transcript_becomes_turns_and_the_open_one_is_left_out():
     assert forms.messages(TRANSCRIPT + " Bye")[-1] == {"role": "assistant", "content": "Bye"}
 
 
+def test_what_stands_before_the_first_header_is_not_lost():
+    asked = [{"role": "user", "content": "hi"}]
+    assert forms.messages("You are a pirate.\n\nHuman: hi\n\nAssistant:") == [
+        {"role": "system", "content": "You are a pirate."}, *asked
+    ]  # fmt: skip
+    said = [{"role": "assistant", "content": "yes"}, {"role": "user", "content": "more"}]
+    assert forms.messages("Human: hi\n\nAssistant: yes\n\nHuman: more\n\nAssistant:") == asked + said
+
+
 def test_a_prompt_is_the_transcript_or_the_template_filled_in(words):
     for form in ("raw", "human_assistant"):
         assert words.decode(forms.prompt_ids(TRANSCRIPT, form, words)) == TRANSCRIPT

@@ -7,9 +7,11 @@ from tiny_models import TOKENIZER, causal
 from c2f_utils.domain import stories
 from c2f_utils.domain.problems import EOS
 from c2f_utils.domain.samples import make_prompts
+from c2f_utils.errors import C2FError
 from c2f_utils.measure import answers
 from c2f_utils.models import instruct, loading
 from c2f_utils.settings.load import load_settings
+from c2f_utils.stages import instruction_model
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +63,19 @@ def test_beside_bfloat16_the_weights_that_are_trained_are_float32(base, monkeypa
     monkeypatch.setattr(trl, "SFTTrainer", Spy)
     model, _ = instruct.train(base, TOKENIZER, settings(1000, **{"models.dtype": "bfloat16"}))
     assert trained == {torch.float32} and {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def test_a_model_of_another_family_in_the_same_shape_is_refused():
+    ours, tuned, stranger = causal(0), causal(0), causal(1)
+    with torch.no_grad():
+        for weight in tuned.parameters():
+            weight += 0.1 * weight.abs().mean() * torch.randn_like(weight)
+    assert instruction_model._refuse_strangers(ours, tuned, "tuned") > 0.95
+    with pytest.raises(C2FError, match="'stranger' has the base model's shape and other weights.*cosine.* expected"):
+        instruction_model._refuse_strangers(ours, stranger, "stranger")
+    del stranger.lm_head
+    with pytest.raises(C2FError, match="not of the base model's shape: 1 tensors differ, the first is lm_head.weight"):
+        instruction_model._refuse_strangers(ours, stranger, "stranger")
 
 
 def test_it_learns_to_end_its_answers(base):

@@ -153,6 +153,14 @@ def test_a_saved_adapter_loads_as_the_adapted_model(base, tmp_path):
         assert not torch.allclose(loaded(ids).logits, causal()(ids).logits, atol=1e-2)
 
 
+def test_targets_of_adapters_that_the_model_lacks_are_refused_and_what_it_has_is_said():
+    """PEFT itself raises only where none matches, and would leave out the rest of fused projections or experts."""
+    wanted = Lora(rank=2, alpha=4, targets=["o_proj", "qkv_proj", "gate_up_proj"])
+    with pytest.raises(C2FError, match="names qkv_proj, gate_up_proj, which MistralForCausalLM.*gate_proj, k_proj"):
+        loading.add_lora(causal(), wanted)
+    loading.add_lora(causal(), Lora(rank=2, alpha=4, targets=["model.layers.0.mlp.up_proj", "o_proj"]))
+
+
 def test_a_full_model_loads_as_an_actor_too(base):
     assert torch.equal(loading.load_actor(base, CPU).lm_head.weight, causal().lm_head.weight)
 

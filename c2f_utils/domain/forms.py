@@ -20,11 +20,18 @@ IN_WORDS = {"raw": "transcript", "human_assistant": "transcript", "template": "c
 
 def messages(transcript: str) -> list[dict[str, str]]:
     """The turns of a transcript as {"role", "content"}; an empty last turn of the assistant is the question's end and
-    left out."""
-    parts = re.split(f"({re.escape(HUMAN)}|{re.escape(ASSISTANT)})", transcript)
+    left out.
+
+    What stands before the first header is the system's turn; a transcript may also begin with the first human header
+    without its line breaks.
+    """
+    if transcript.startswith(HUMAN.lstrip()):
+        transcript = HUMAN + transcript.removeprefix(HUMAN.lstrip())
+    before, *parts = re.split(f"({re.escape(HUMAN)}|{re.escape(ASSISTANT)})", transcript)
     roles = {HUMAN: "user", ASSISTANT: "assistant"}
-    turns = [
-        {"role": roles[header], "content": said.strip()} for header, said in zip(parts[1::2], parts[2::2], strict=True)
+    turns = [{"role": "system", "content": before.strip()}] if before.strip() else []
+    turns += [
+        {"role": roles[header], "content": said.strip()} for header, said in zip(parts[::2], parts[1::2], strict=True)
     ]
     return turns[:-1] if turns and turns[-1] == {"role": "assistant", "content": ""} else turns
 

@@ -117,9 +117,18 @@ def add_lora(
     model: nn.Module, lora: Lora, task: str = "CAUSAL_LM", also: list[str] | None = None, alike: bool = False
 ) -> nn.Module:
     """Wrap a model with fresh adapters, float32 or (`alike`) of the model's type; `also` names modules that are
-    trained in full."""
+    trained in full. Raises C2FError for targets that the model does not have: PEFT would leave them out, and with
+    them, where projections are fused or experts are one tensor, most of the model."""
     from peft import LoraConfig, get_peft_model
 
+    modules = dict(model.named_modules())
+    ends = {name.rpartition(".")[2] for name in modules}
+    if missing := [target for target in lora.targets if target not in modules and target not in ends]:
+        linear = sorted({n.rpartition(".")[2] for n, m in modules.items() if isinstance(m, nn.Linear)})
+        raise C2FError(
+            f"models.lora.targets names {', '.join(missing)}, which {type(model).__name__} does not have; its linear "
+            f"layers are {', '.join(linear)}: set models.lora.targets to those that are to be adapted"
+        )
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,

@@ -1,6 +1,9 @@
 """05: what instruction model do we merge into?"""
 
 import shutil
+import statistics
+
+from torch.nn import functional
 
 from c2f_utils.errors import C2FError
 from c2f_utils.measure import answers
@@ -9,6 +12,10 @@ from c2f_utils.models.loading import save_model
 from c2f_utils.notebook.progress import Progress
 from c2f_utils.runs.run import Run
 from c2f_utils.stages.inputs import CHECKPOINTS, Inputs, keep_samples, stopped_here
+
+# Least median cosine between the matrices of an instruction model and of its base: fine-tuning leaves it near 1, and
+# models of equal shape that were pretrained apart are near 0.
+LIKE = 0.5
 
 
 def make(run: Run) -> dict:
@@ -19,7 +26,7 @@ def make(run: Run) -> dict:
         return here.results()
     inputs = Inputs(run)
     losses: list[dict] = []
-    examples = 0
+    examples, likeness = 0, None
     if settings.embedded:
         with here.timer("training"), stopped_here(here):
             model, examples = instruct.train(
@@ -31,7 +38,7 @@ def make(run: Run) -> dict:
     else:
         _ = inputs.instruct_forms  # a missing template is refused before anything is loaded
         model = inputs.instruct()
-        _refuse_other_shape(inputs.base(), model, settings.models.instruct)
+        likeness = _refuse_strangers(inputs.base(), model, settings.models.instruct)
     with here.timer("evaluation"):
         samples = inputs.answers(model, inputs.prompts("validation"), form=settings.models.instruct_form)
         behaviour, kinds = answers.measure(samples), answers.by_kind(samples)
@@ -41,13 +48,16 @@ def make(run: Run) -> dict:
         "examples": examples,
         "loss": losses,
         "behaviour": behaviour,
+        **({"likeness": round(likeness, 4)} if likeness is not None else {}),  # cosine to the base's weights
         **({"by_kind": kinds} if kinds else {}),
     }
     here.save_results(results)
     return results
 
 
-def _refuse_other_shape(base, instruct_model, source: str) -> None:
+def _refuse_strangers(base, instruct_model, source: str) -> float:
+    """Median cosine between the matrices of both models; raises C2FError for an instruction model of another shape, or
+    of another family in the same shape, whose residues would mean nothing to it."""
     ours, theirs = base.state_dict(), instruct_model.state_dict()
     wrong = sorted(
         n for n in ours.keys() | theirs.keys() if n not in ours or n not in theirs or ours[n].shape != theirs[n].shape
@@ -58,3 +68,16 @@ def _refuse_other_shape(base, instruct_model, source: str) -> None:
             f"first is {wrong[0]}; "
             "a residue merge needs an instruction model that was fine-tuned from the same base"
         )
+    cosines = [
+        functional.cosine_similarity(weight.flatten().float(), theirs[name].flatten().float(), dim=0).item()
+        for name, weight in ours.items()
+        if weight.dim() == 2 and weight.is_floating_point()
+    ]
+    likeness = statistics.median(cosines)
+    if likeness < LIKE:
+        raise C2FError(
+            f"models.instruct = {source!r} has the base model's shape and other weights: the median cosine between "
+            f"their matrices is {likeness:.2f}; expected above {LIKE:g}, as fine-tuning moves weights little: name the "
+            "base model that it was fine-tuned from"
+        )
+    return likeness

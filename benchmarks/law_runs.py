@@ -21,7 +21,7 @@ from c2f_utils.models.rewards import RewardModel
 from c2f_utils.report.law_study import BUDGET, EVALUATED, EVALUATION_LIMIT, MARKS, UTILITY_PRICE, WITNESSES, Condition
 from c2f_utils.settings.laws import Law, make_law
 from c2f_utils.stages import coarse_rlhf, data
-from c2f_utils.stages.inputs import TRAIN_PROMPTS, Inputs
+from c2f_utils.stages.inputs import Inputs
 
 CHECK_WORTH = 0.4  # what `Verdict.utility` gives for a check section
 
@@ -192,7 +192,7 @@ def run_one(
         reward = Noisy(reward, condition.noise, torch.Generator().manual_seed(seed))
     fixed = {"token_price": condition.token_price, "iterations": 10**6}
     config = settings.coarse.model_copy(update=fixed | dict(changes))
-    prompts = make_prompts(stories.problems("train", TRAIN_PROMPTS, seed, condition.operations))
+    prompts = make_prompts(stories.problems("train", settings.data.train_prompts, seed, condition.operations))
     base = base_that_ends(inputs, condition) if condition.terminates else None
     trainer = coarse_rlhf.trainer(
         inputs, law, None, start=base, reward=reward, config=config, prompts=prompts, evaluated=False

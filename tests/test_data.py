@@ -199,6 +199,9 @@ def test_overlong_prompts_are_left_out_and_if_all_are_that_is_an_error(hub):
     usual = data.prompts(settings(), "train", 200, tokenizer)
     short = data.prompts(settings(**{"data.max_prompt_tokens": 40}), "train", 200, tokenizer)
     assert 0 < len(short) < len(usual) and all(len(prompt.ids) <= 40 for prompt in short)
+    counts = data.prompt_counts(settings(**{"data.max_prompt_tokens": 40, "data.train_prompts": 200}), tokenizer)
+    assert counts["train"] == {"asked": 200, "there": len(short), "too_long": len(usual) - len(short)}
+    assert counts["validation"]["asked"] == 8 >= counts["validation"]["there"]
     with pytest.raises(C2FError, match="none of the .* train prompts .* data.max_prompt_tokens = 3 tokens; raise it"):
         data.prompts(settings(**{"data.max_prompt_tokens": 3}), "train", 5, tokenizer)
 

@@ -167,7 +167,7 @@ def test_a_toy_run_spends_its_budget_and_measures_on_the_way(monkeypatch):
 
     class Toy(Inputs):
         def __init__(self):
-            self.settings = load_settings("smoke")
+            self.settings = load_settings("smoke", overrides={"data.train_prompts": 16})
             self.run = type("Run", (), {"here": Stage})
 
         tokenizer = TOKENIZER
@@ -177,7 +177,6 @@ def test_a_toy_run_spends_its_budget_and_measures_on_the_way(monkeypatch):
             return causal()
 
     monkeypatch.setattr(law_runs, "EVALUATED", 4)
-    monkeypatch.setattr(law_runs, "TRAIN_PROMPTS", 16)
     law = make_law(Law(name="useful", start=8, maximum=32))
     found = law_runs.run_one(Toy(), law_study.Condition(32), law, budget=400, every=2)
     tokens = found["curve"]["tokens"]

@@ -118,6 +118,7 @@ class Data(Section):
         "small", description="words and numbers of embedded problems: 0 to 14, or 0 to 49 with many more words"
     )
     max_prompt_tokens: Positive = Field(64, description="longer prompts are left out and counted, tokens")
+    train_prompts: Items = Field(2000, description="prompts that RLHF draws from, again and again if it asks more")
     validation_prompts: Items = Field(256, description="problems for choices such as the merge coefficient")
     test_prompts: Items = Field(256, description="problems for reported figures; disjoint from all others")
 

@@ -17,7 +17,7 @@ from c2f_utils.rollout.sampler import Sampler
 from c2f_utils.runs import work
 from c2f_utils.runs.run import Run
 from c2f_utils.settings.config import STAGES
-from c2f_utils.stages import speed
+from c2f_utils.stages import data, speed
 from c2f_utils.stages.inputs import CHECKPOINTS, Inputs, keep_samples, stopped_here
 
 
@@ -38,6 +38,10 @@ def make(run: Run) -> dict:
         save_model(model, inputs.tokenizer, here.path("model"))
     else:
         model = inputs.base()
+        counts = data.prompt_counts(settings, inputs.tokenizer)
+        for split, row in counts.items():
+            left_out = f"; {row['too_long']:,} longer ones left out" if row["too_long"] else ""
+            print(f"{split} prompts: {row['there']:,} of {row['asked']:,} asked for{left_out}", flush=True)
     prompts = inputs.prompts("validation")
     longest = max(len(p.ids) for p in prompts) + settings.evaluation.max_tokens
     sampler = inputs.sampler(model, settings.coarse, longest)
@@ -53,6 +57,7 @@ def make(run: Run) -> dict:
             "loss": losses,
             "validation": {},
             "behaviour": answers.measure(samples),
+            **({} if settings.embedded else {"prompts": counts}),
         }
         kinds = answers.by_kind(samples)
         for name, given in _forced(inputs, model, prompts).items() if settings.embedded else ():

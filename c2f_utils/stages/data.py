@@ -5,7 +5,6 @@ import random
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 from c2f_utils.domain import forms, preferences
 from c2f_utils.domain.problems import Problem, Split, check, labelled_utility, synthetic_answer
@@ -44,22 +43,42 @@ def prompts(settings: Settings, split: Split, count: int, tokenizer=None, seed: 
     if settings.embedded:
         seed = settings.seed if seed is None else seed
         return make_prompts(generator(settings.data).problems(split, count, seed))
-    return _hub_prompts(settings, split, count, tokenizer)
+    return hub_prompts(settings, split, count, tokenizer)[0]
 
 
-def _hub_prompts(settings: Settings, split: Split, count: int, tokenizer) -> list[Prompt]:
-    data = settings.data
+def hub_prompts(settings: Settings, split: Split, count: int, tokenizer) -> tuple[list[Prompt], int]:
+    """Up to `count` prompts of one split of the user's pairs, always the same ones, and how many were left out on the
+    way because they are longer than `data.max_prompt_tokens`; raises C2FError when none is short enough."""
+    data, too_long = settings.data, 0
     texts = list(dict.fromkeys(p.prompt for p in preference_texts(settings)[0]))
     random.Random("prompts").shuffle(texts)
     mine = [text for text in texts if hub_split(text) == split]
-    encoded = (Prompt(tuple(forms.prompt_ids(text, settings.models.base_form, tokenizer)), text) for text in mine)
-    fitting = list(islice((p for p in encoded if len(p.ids) <= data.max_prompt_tokens), count))
+    fitting: list[Prompt] = []
+    for text in mine:
+        prompt = Prompt(tuple(forms.prompt_ids(text, settings.models.base_form, tokenizer)), text)
+        if len(prompt.ids) > data.max_prompt_tokens:
+            too_long += 1
+            continue
+        fitting.append(prompt)
+        if len(fitting) == count:
+            break
     if not fitting:
         raise C2FError(
             f"none of the {len(mine)} {split} prompts of {data.preferences} has at most "
             f"data.max_prompt_tokens = {data.max_prompt_tokens} tokens; raise it or add pairs"
         )
-    return fitting
+    return fitting, too_long
+
+
+def prompt_counts(settings: Settings, tokenizer) -> dict[str, dict[str, int]]:
+    """Of the user's prompts, by split: how many the settings ask for, how many there are, and how many were left out
+    because they are too long."""
+    found = {}
+    for split in ("train", "validation", "test"):
+        wanted = getattr(settings.data, f"{split}_prompts")
+        fitting, too_long = hub_prompts(settings, split, wanted, tokenizer)
+        found[split] = {"asked": wanted, "there": len(fitting), "too_long": too_long}
+    return found
 
 
 def hub_split(prompt: str) -> Split:

@@ -31,7 +31,6 @@ from c2f_utils.runs.stage import Stage
 from c2f_utils.settings.config import Coarse, Settings
 from c2f_utils.stages import data
 
-TRAIN_PROMPTS = 2000
 CHECKPOINTS = "checkpoints"  # folder in a stage's
 
 
@@ -116,12 +115,7 @@ class Inputs:
 
     def prompts(self, split: Split, count: int | None = None, seed: int | None = None) -> list[Prompt]:
         """Prompts of a split, tokenised once; the default counts and seed are those of the settings."""
-        sizes = {
-            "train": TRAIN_PROMPTS,
-            "validation": self.settings.data.validation_prompts,
-            "test": self.settings.data.test_prompts,
-        }
-        key = split, count or sizes[split], seed
+        key = split, count or getattr(self.settings.data, f"{split}_prompts"), seed
         if key not in self._prompts:
             self._prompts[key] = data.prompts(self.settings, split, key[1], self.tokenizer, seed)
         return list(self._prompts[key])

@@ -20,6 +20,12 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 HEADER_LIMIT = 100_000_000  # bytes; as in the reference implementation: no lying length exhausts the memory
 WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+# What a model is read and ended with, beside its weights and configuration.
+READ_WITH = frozenset((
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "tokenizer.model.v1", "tokenizer.model.v3",
+    "tekken.json", "spiece.model", "sentencepiece.bpe.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "chat_template.json", "chat_template.jinja", "generation_config.json",
+))  # fmt: skip
 _PLACES = ("_name_or_path", "base_model_name_or_path")  # where a model once lay says nothing about what it is
 
 _seen: dict[tuple, str] = {}  # SHA-256 by path, size, times and inode: a file is read once per process
@@ -127,6 +133,16 @@ def identity(source: str) -> str | None:
         found = _cached(*split(str(source)))
         return f"commit:{found.name}" if found else None
     return f"sha256:{digest(Path(source).expanduser())}"
+
+
+def reading(source: str) -> str | None:
+    """SHA-256 over what a local model is read and ended with: tokenizer, chat template, generation settings, 64 hex
+    digits; None for a hub model, whose commit says it, and where there is nothing of the kind."""
+    folder = Path(source).expanduser()
+    if is_hub(str(source)):
+        return None
+    lines = [f"{name} {sha256(folder / name)}" for name in sorted(READ_WITH) if (folder / name).is_file()]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest() if lines else None
 
 
 def short(identity: str) -> str:

@@ -86,6 +86,12 @@ def test_a_hub_set_is_read_like_a_file_and_its_columns_are_checked(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda source, split: made.rename_column("chosen", "good"))
     with pytest.raises(C2FError, match="expected 'chosen' and 'rejected'"):
         preferences.read("owner/set")
+    turns = [{"role": "user", "content": "Hello?"}]
+    lists = datasets.Dataset.from_list([{"chosen": turns, "rejected": turns}])
+    preferences._read.cache_clear()
+    monkeypatch.setattr(datasets, "load_dataset", lambda source, split: lists)
+    with pytest.raises(C2FError, match="owner/set, row 0: 'chosen' and 'rejected' are no texts; expected one JSON"):
+        preferences.read("owner/set")
 
 
 def folder_of_subsets(tmp_path):

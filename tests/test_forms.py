@@ -5,14 +5,18 @@ from pathlib import Path
 
 import offline_mistral
 import pytest
-from finished_runs import finished, results, rows
+import yaml
+from finished_runs import c2f, finished, results, rows
 
+from c2f_utils import weights
 from c2f_utils.domain import forms, preferences
 from c2f_utils.errors import C2FError
 from c2f_utils.files import read_mapping
 from c2f_utils.rollout.sampler import eos_ids
+from c2f_utils.settings.config import Models
 from c2f_utils.settings.load import load_settings
 from c2f_utils.stages import data
+from c2f_utils.stages.inputs import fitted_tokenizer
 
 TRANSCRIPT = "\n\nHuman: Hello?\nYou there\n\nAssistant: Yes.\n\nHuman: Good\n\nAssistant:"
 TEMPLATE = (
@@ -126,10 +130,47 @@ def test_ends_are_those_of_tokenizer_config_and_generation_config_together(words
     assert eos_ids(words, model) == {words.eos_token_id, 5, 7, 8}
 
 
+def test_a_template_whose_end_of_turn_is_no_end_of_the_models_answers_is_refused(words):
+    ends = {words.eos_token_id}
+    forms.refuse_endless(words, ends)
+    words.chat_template = TEMPLATE.replace("</s>", "\n")  # no special token: nothing can be said
+    assert forms.end_of_turn(words) is None
+    words.chat_template = TEMPLATE.replace("</s>", "\n<unk>\n")
+    with pytest.raises(C2FError, match="ends an answer with '<unk>', and its model's answers end at '</s>' only"):
+        forms.refuse_endless(words, ends)
+    forms.refuse_endless(words, ends | {words.unk_token_id})
+
+
+def test_whether_a_model_thinks_first_is_decided_by_the_settings_and_before_training(offline, tmp_path):
+    folder = Path(offline["models"]["instruct"])
+    thinking = TEMPLATE.replace("[assistant]", "[assistant]{% if enable_thinking %}[think]{% endif %}")
+    (folder / "chat_template.jinja").write_text(thinking)
+
+    def tokenizer(**models):
+        return fitted_tokenizer(str(folder), "instruct", Models(**offline["models"] | models))
+
+    with pytest.raises(C2FError, match="enable_thinking.*set models.template_options to {enable_thinking: false}"):
+        tokenizer()
+    for thinks in (False, True):
+        chosen = tokenizer(template_options={"enable_thinking": thinks})
+        text = chosen.decode(forms.prompt_ids(TRANSCRIPT, "template", chosen))
+        assert ("[think]" in text.replace(" ", "")) == thinks
+    (tmp_path / "o.yaml").write_text(yaml.safe_dump(offline))
+    done = c2f(tmp_path, "run", "01", "--profile", "mistral_7b", "--overrides", str(tmp_path / "o.yaml"))
+    assert done.returncode and "models.template_options" in done.stderr + done.stdout
+
+
+def test_what_a_local_model_is_read_with_tells_it_from_others(offline):
+    folder = Path(offline["models"]["instruct"])
+    before = weights.reading(str(folder))
+    (folder / "README.md").write_text("a card")
+    assert weights.reading(str(folder)) == before and weights.reading("owner/name") is None
+    (folder / "chat_template.jinja").write_text(TEMPLATE + " ")
+    assert weights.reading(str(folder)) != before
+
+
 @pytest.mark.slow
 def test_instruction_model_and_fine_actor_are_measured_in_both_forms_and_the_table_says_which(offline, tmp_path):
-    import yaml
-
     offline["models"]["instruct_form"] = "template"
     offline["merge"] |= {"sections": ["label_free"], "controls": ["interpolation"], "other_operators": []}
     (tmp_path / "o.yaml").write_text(yaml.safe_dump(offline))

@@ -6,7 +6,8 @@ tokens of its own, and is weaker without it. Scores are compared on transcripts,
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from typing import Literal
 
 from c2f_utils.domain.preferences import ASSISTANT, HUMAN
@@ -14,6 +15,8 @@ from c2f_utils.errors import C2FError
 
 # As the data has it; the same, and the next turn's header ends an answer; the tokenizer's chat template.
 Form = Literal["raw", "human_assistant", "template"]
+
+THINKS = "enable_thinking"  # the variable by which templates of Qwen3 and others decide on a thinking part
 
 IN_WORDS = {"raw": "transcript", "human_assistant": "transcript", "template": "chat template"}
 
@@ -77,6 +80,48 @@ def refuse_missing(form: Form, tokenizer, setting: str) -> None:
     """Raise C2FError when a form asks for a chat template that the tokenizer does not have."""
     if form == "template" and not tokenizer.chat_template:
         raise C2FError(no_template(setting, tokenizer.name_or_path))
+
+
+def refuse_undecided(tokenizer, options: Mapping[str, object]) -> None:
+    """Raise C2FError for a chat template that can have the model think first, where the options do not say whether."""
+    if THINKS in tokenizer.chat_template and THINKS not in options:
+        raise C2FError(
+            f"the chat template of {tokenizer.name_or_path!r} asks whether the model thinks first ({THINKS}), and "
+            "left to itself it mostly does, at the cost of the answer's limit: set models.template_options to "
+            f"{{{THINKS}: false}}, or to true where thoughts are to be measured, rewarded and judged as answers"
+        )
+
+
+def refuse_endless(tokenizer, ends: Collection[int]) -> None:
+    """Raise C2FError where the chat template ends an answer in a special token that does not end the model's answers:
+    they would go on into turns of their own making."""
+    last = end_of_turn(tokenizer)
+    if last is not None and last not in ends:
+        named = tokenizer.convert_ids_to_tokens([last, *sorted(ends)])
+        raise C2FError(
+            f"the chat template of {tokenizer.name_or_path!r} ends an answer with {named[0]!r}, and its model's "
+            f"answers end at {', '.join(map(repr, named[1:]))} only; name it in eos_token_id of generation_config.json "
+            "or as eos_token of tokenizer_config.json, or take the template away and use the form 'raw'"
+        )
+
+
+def end_of_turn(tokenizer) -> int | None:
+    """The special token that the chat template puts behind an answer; None where it puts other text, or refuses."""
+    said = "This is what was answered."
+    turns = [{"role": "user", "content": "What was answered?"}, {"role": "assistant", "content": said}]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except Exception:  # whatever it raises is said where a dialogue of the data is put in this form
+        return None
+    behind = tokenizer(text.rpartition(said)[2].lstrip(), add_special_tokens=False)["input_ids"]
+    special = {*tokenizer.all_special_ids, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}
+    return behind[0] if behind and behind[0] in special else None
+
+
+def set_options(tokenizer, options: Mapping[str, object]) -> None:
+    """Have every use of the tokenizer's chat template, also by libraries, get these variables."""
+    if options:
+        tokenizer.apply_chat_template = partial(tokenizer.apply_chat_template, **options)
 
 
 def no_template(setting: str, source: str) -> str:

@@ -160,7 +160,10 @@ def _hub_rows(source: str, split: str, subset: str | None) -> Iterator[dict]:
         raise C2FError(
             f"data.preferences = {source!r} has columns {dataset.column_names}; expected 'chosen' and 'rejected'"
         )
-    yield from dataset
+    for number, row in enumerate(dataset):
+        if not (isinstance(row["chosen"], str) and isinstance(row["rejected"], str)):
+            raise C2FError(f"data.preferences: {source}, row {number}: 'chosen' and 'rejected' are no texts; {_FORMAT}")
+        yield row
 
 
 def _split_pair(row: dict) -> Preference | None:

@@ -10,13 +10,9 @@ from pathlib import Path
 
 from c2f_utils.errors import C2FError
 from c2f_utils.files import UNPARSABLE
+from c2f_utils.weights import READ_WITH
 
-COPIED = frozenset((
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "tokenizer.model.v1", "tokenizer.model.v3",
-    "tekken.json", "spiece.model", "sentencepiece.bpe.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "vocab.txt", "merges.txt", "chat_template.json", "chat_template.jinja", "generation_config.json",
-    "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "USE_POLICY.md",
-))  # fmt: skip
+COPIED = READ_WITH | {"LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "USE_POLICY.md"}
 CODE = "auto_map"  # names Python code that belongs to a model
 
 

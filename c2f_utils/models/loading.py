@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,6 +18,7 @@ from c2f_utils import weights
 from c2f_utils.errors import C2FError
 from c2f_utils.files import replacing
 from c2f_utils.models.library_trainers import quiet
+from c2f_utils.rollout.sampler import eos_ids
 from c2f_utils.settings.config import Lora, Models
 from c2f_utils.settings.preflight import check_folder, not_found
 
@@ -83,6 +85,19 @@ def load_tokenizer(source: str | Path):
         tokenizer.pad_token_id = next(i for i in candidates if i is not None and i != tokenizer.eos_token_id)
     tokenizer.padding_side = "right"
     return tokenizer
+
+
+def ends(source: str | Path, tokenizer) -> frozenset[int]:
+    """Ids that end an answer of a model that is not loaded, as `sampler.eos_ids` has them of one that is."""
+    from transformers import AutoConfig, GenerationConfig
+
+    name, revision = weights.split(str(source))
+    try:
+        generation = GenerationConfig.from_pretrained(name, revision=revision)
+    except OSError:  # it has none
+        generation = None
+    config = pretrained(AutoConfig, source, "configuration of")
+    return eos_ids(tokenizer, SimpleNamespace(config=config, generation_config=generation))
 
 
 def disable_dropout(model: nn.Module) -> None:

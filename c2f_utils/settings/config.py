@@ -84,6 +84,9 @@ class Models(Section):
     instruct_form: Form = Field(
         "raw", description="the same for the instruction model and all merges; 07 measures both, if there is a template"
     )
+    template_options: dict[str, bool | int | float | str] = Field(
+        {}, description="variables given to chat templates, e.g. {enable_thinking: false}"
+    )
     reward: str | None = Field(None, description="local folder or hub id of a finished reward model; null trains one")
     reward_revision: str | None = None
     lora: Lora | None = Field(None, description="adapters for actor and reward model; null trains all weights")

@@ -38,6 +38,7 @@ def make(run: Run) -> dict:
         save_model(model, inputs.tokenizer, here.path("model"))
     else:
         model = inputs.base()
+        inputs.refuse_instruct_template()  # now, and not after the hours of 03
         counts = data.prompt_counts(settings, inputs.tokenizer)
         for split, row in counts.items():
             left_out = f"; {row['too_long']:,} longer ones left out" if row["too_long"] else ""

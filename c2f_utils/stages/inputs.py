@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -28,7 +29,7 @@ from c2f_utils.rollout.choice import choose
 from c2f_utils.rollout.sampler import Sampler
 from c2f_utils.runs.run import Run
 from c2f_utils.runs.stage import Stage
-from c2f_utils.settings.config import Coarse, Settings
+from c2f_utils.settings.config import Coarse, Models, Settings
 from c2f_utils.stages import data
 
 CHECKPOINTS = "checkpoints"  # folder in a stage's
@@ -67,21 +68,26 @@ class Inputs:
             return None
         source = weights.pinned(getattr(models, role), getattr(models, f"{role}_revision"), f"models.{role}")
         self.run.use_weights(role, weights.identity(source))
+        if found := weights.reading(source):
+            self.run.here.add_input(f"tokenizer, chat template or generation config of models.{role}", found)
         return source
 
     @cached_property
     def tokenizer(self):
         """The base's tokenizer, in which answers are scored; C2FError when it lacks the template it is asked for."""
-        found = loading.load_tokenizer(self.base_source)
-        forms.refuse_missing(self.settings.models.base_form, found, "models.base_form")
-        return found
+        return fitted_tokenizer(self.base_source, "base", self.settings.models)
 
     @cached_property
     def instruct_tokenizer(self):
         """The instruction model's own tokenizer, of its chat template; C2FError as for the base's."""
-        found = loading.load_tokenizer(self.instruct_source)
-        forms.refuse_missing(self.settings.models.instruct_form, found, "models.instruct_form")
-        return found
+        return fitted_tokenizer(self.instruct_source, "instruct", self.settings.models)
+
+    def refuse_instruct_template(self) -> None:
+        """Raise C2FError where the tokenizer of the user's instruction model is refused; it is no input by this."""
+        models = self.settings.models
+        if models.instruct:
+            source = weights.pinned(models.instruct, models.instruct_revision, "models.instruct")
+            fitted_tokenizer(source, "instruct", models)
 
     @property
     def instruct_forms(self) -> list[Form]:
@@ -197,6 +203,19 @@ class Inputs:
             return head.score(model, collate(answers, pad, device, sampled=True))
 
         return agree(model, sampler, prompts, score)
+
+
+def fitted_tokenizer(source: str, role: Literal["base", "instruct"], models: Models):
+    """The tokenizer of a model, with the options of its chat template; C2FError when its template is missing and asked
+    for, can do what the settings leave open, or ends an answer in what is no end for the model."""
+    found, form = loading.load_tokenizer(source), getattr(models, f"{role}_form")
+    forms.refuse_missing(form, found, f"models.{role}_form")
+    # 07 measures an instruction model in its template whatever its form is.
+    if form == "template" or (role == "instruct" and found.chat_template):
+        forms.refuse_undecided(found, models.template_options)
+        forms.refuse_endless(found, loading.ends(source, found))
+        forms.set_options(found, models.template_options)
+    return found
 
 
 @contextmanager

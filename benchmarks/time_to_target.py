@@ -116,6 +116,8 @@ def main() -> None:
     parser.add_argument("--speed", type=Path, default=RESULTS / "coarse_speed.json", help="what an iteration takes")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.count and not options.registered:
+        parser.error("--count goes with --registered: only those runs keep every evaluation")
     arms, every, name = (REGISTERED, 1, "_registered") if options.registered else (ARMS, 2, "")
     options.out = options.out or RESULTS / f"time_to_target{name}.json"
     if options.count:
@@ -151,7 +153,7 @@ def main() -> None:
                 until = math.inf if options.registered and name == WHOLE else target
                 found = law_runs.run_one(models, CONDITION, rule, FULL, every=every, until=until, changes={"cut": cut})
             path, reached = used(found, target, every)
-            spent = found["curve"]["tokens"][len(path) // every if reached else -1]
+            spent = found["curve"]["tokens"][-(-len(path) // every)]
             row[name] = {"reached": reached, "limits": path, "utility": found["curve"]["utility"], "generated": spent}
         content["runs"][run_id] = row
         write_json(options.out, content)

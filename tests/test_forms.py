@@ -13,6 +13,7 @@ from c2f_utils.domain import forms, preferences
 from c2f_utils.errors import C2FError
 from c2f_utils.files import read_mapping
 from c2f_utils.rollout.sampler import eos_ids
+from c2f_utils.runs.run import READING, Run
 from c2f_utils.settings.config import Models
 from c2f_utils.settings.load import load_settings
 from c2f_utils.stages import data
@@ -134,7 +135,9 @@ def test_a_template_whose_end_of_turn_is_no_end_of_the_models_answers_is_refused
     ends = {words.eos_token_id}
     forms.refuse_endless(words, ends)
     words.chat_template = TEMPLATE.replace("</s>", "\n")  # no special token: nothing can be said
-    assert forms.end_of_turn(words) is None
+    assert forms.end_of_turn(words) == []
+    words.chat_template = TEMPLATE.replace("</s>", "<unk></s>")
+    forms.refuse_endless(words, ends)
     words.chat_template = TEMPLATE.replace("</s>", "\n<unk>\n")
     with pytest.raises(C2FError, match="ends an answer with '<unk>', and its model's answers end at '</s>' only"):
         forms.refuse_endless(words, ends)
@@ -160,13 +163,30 @@ def test_whether_a_model_thinks_first_is_decided_by_the_settings_and_before_trai
     assert done.returncode and "models.template_options" in done.stderr + done.stdout
 
 
-def test_what_a_local_model_is_read_with_tells_it_from_others(offline):
+def test_a_profile_s_template_options_can_be_taken_back():
+    assert load_settings("small_gpu").models.template_options == {"enable_thinking": False}
+    assert load_settings("small_gpu", overrides={"models.template_options": {}}).models.template_options == {}
+
+
+def test_what_a_local_model_is_read_with_is_an_input(offline, outputs):
     folder = Path(offline["models"]["instruct"])
     before = weights.reading(str(folder))
     (folder / "README.md").write_text("a card")
     assert weights.reading(str(folder)) == before and weights.reading("owner/name") is None
+    run = Run(load_settings("mistral_7b", overrides=offline))
+    name = f"{READING}instruct"
+    assert run.inputs("05_instruction_model", expected=["01_base_model"])[0][name] == before
     (folder / "chat_template.jinja").write_text(TEMPLATE + " ")
     assert weights.reading(str(folder)) != before
+    assert run.inputs("05_instruction_model", expected=["01_base_model"])[0][name] != before
+    run.here = run.stage("06_residue_merging")
+    run.here.begin({})
+    earlier = type("Stage", (), {"name": "05", "run_id": "r", "provenance": lambda self: {"inputs": {name: before}}})
+    run._found["05_instruction_model"] = earlier()
+    with pytest.raises(
+        C2FError, match="05 of run 'r' was made with another tokenizer, chat template or.*instruct: put"
+    ):
+        run.use_reading("instruct", weights.reading(str(folder)))
 
 
 @pytest.mark.slow

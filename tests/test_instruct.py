@@ -50,7 +50,7 @@ def test_the_loss_counts_answer_tokens_only(base, monkeypatch):
     assert seen == set(examples) and count == len(examples)
 
 
-def test_beside_bfloat16_the_weights_that_are_trained_are_float32(base, monkeypatch):
+def test_beside_bfloat16_the_weights_that_are_trained_are_float32(base, tmp_path, monkeypatch):
     import trl
 
     trained = set()
@@ -63,6 +63,10 @@ def test_beside_bfloat16_the_weights_that_are_trained_are_float32(base, monkeypa
     monkeypatch.setattr(trl, "SFTTrainer", Spy)
     model, _ = instruct.train(base, TOKENIZER, settings(1000, **{"models.dtype": "bfloat16"}))
     assert trained == {torch.float32} and {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    loading.save_model(model, TOKENIZER, tmp_path / "model")
+    ids = torch.arange(1, 40)[None]
+    again = loading.load_causal(tmp_path / "model", settings(**{"models.dtype": "bfloat16"}).models)
+    assert torch.equal(model(ids).logits, again(ids).logits)
 
 
 def test_a_model_of_another_family_in_the_same_shape_is_refused():

@@ -158,7 +158,9 @@ def test_targets_of_adapters_that_the_model_lacks_are_refused_and_what_it_has_is
     wanted = Lora(rank=2, alpha=4, targets=["o_proj", "qkv_proj", "gate_up_proj"])
     with pytest.raises(C2FError, match="names qkv_proj, gate_up_proj, which MistralForCausalLM.*gate_proj, k_proj"):
         loading.add_lora(causal(), wanted)
-    loading.add_lora(causal(), Lora(rank=2, alpha=4, targets=["model.layers.0.mlp.up_proj", "o_proj"]))
+    loading.add_lora(
+        causal(), Lora(rank=2, alpha=4, targets=["model.layers.0.mlp.up_proj", "o_proj", "self_attn.q_proj"])
+    )
 
 
 def test_a_full_model_loads_as_an_actor_too(base):

@@ -64,13 +64,17 @@ def seen(monkeypatch):
 
 
 @pytest.mark.parametrize("lora", [None, {"rank": 4, "alpha": 8}], ids=["all weights", "adapters"])
-def test_beside_bfloat16_what_is_trained_is_float32(base, seen, lora):
+def test_beside_bfloat16_what_is_trained_is_float32(base, tmp_path, seen, lora):
     """bfloat16 weights would swallow steps at usual learning rates, and the library's trainer keeps no masters."""
     rows: list[dict] = []
     half = settings(**{"models.dtype": "bfloat16", "models.lora": lora, "reward.learning_rate": 1e-5})
     model = rewards.train(base, pairs(16), TOKENIZER, half, 0, rows.append)
     assert seen["trained"] == {torch.float32} and seen["args"].bf16
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16} and rows
+    loading.save_model(model, TOKENIZER, tmp_path / "model")
+    ids = torch.arange(1, 40)[None]
+    again = rewards.load_reward_model(tmp_path / "model", half, PAD).model
+    assert torch.equal(model(ids).logits, again(ids).logits), "as if it had been loaded"
 
 
 def test_the_trainer_gets_token_ids_and_neither_cuts_nor_ends_them(base, seen):

@@ -73,6 +73,9 @@ def test_arms_are_compared_on_the_seeds_and_conditions_that_both_have():
     assert overall.loc["masked", "difference"] == pytest.approx(-0.7 * whole)
     assert overall.loc["masked", "worst"] == pytest.approx(-0.9 * whole)
     assert overall.loc["masked", "where"] == "l_max 144"
+    begun = arms()
+    begun["runs"]["l_max 144"]["late"] = {"1": run(5.0)}  # one seed of a second condition so far
+    assert tables_laws.arms_overall(begun).set_index("arm")["conditions"].to_dict() == {"late": 1, "masked": 2}
     assert list(overall["conditions"]) == [1, 2] and list(overall["seeds"]) == [3, 3]
     assert list(overall["higher"]) == [1, 0] and list(overall["lower"]) == [0, 2]
     assert list(overall["p_holm"]) == pytest.approx([overall["p"]["late"], 0.0], abs=1e-9)

@@ -8,6 +8,7 @@ tokens of its own, and is weaker without it. Scores are compared on transcripts,
 import re
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
+from itertools import takewhile
 from typing import Literal
 
 from c2f_utils.domain.preferences import ASSISTANT, HUMAN
@@ -83,7 +84,8 @@ def refuse_missing(form: Form, tokenizer, setting: str) -> None:
 
 
 def refuse_undecided(tokenizer, options: Mapping[str, object]) -> None:
-    """Raise C2FError for a chat template that can have the model think first, where the options do not say whether."""
+    """Raise C2FError for a chat template with the variable `enable_thinking` that the options do not give; a model that
+    always thinks, or is asked by another variable, is not known by this."""
     if THINKS in tokenizer.chat_template and THINKS not in options:
         raise C2FError(
             f"the chat template of {tokenizer.name_or_path!r} asks whether the model thinks first ({THINKS}), and "
@@ -95,9 +97,9 @@ def refuse_undecided(tokenizer, options: Mapping[str, object]) -> None:
 def refuse_endless(tokenizer, ends: Collection[int]) -> None:
     """Raise C2FError where the chat template ends an answer in a special token that does not end the model's answers:
     they would go on into turns of their own making."""
-    last = end_of_turn(tokenizer)
-    if last is not None and last not in ends:
-        named = tokenizer.convert_ids_to_tokens([last, *sorted(ends)])
+    behind = end_of_turn(tokenizer)
+    if behind and not {*behind} & {*ends}:
+        named = tokenizer.convert_ids_to_tokens([behind[0], *sorted(ends)])
         raise C2FError(
             f"the chat template of {tokenizer.name_or_path!r} ends an answer with {named[0]!r}, and its model's "
             f"answers end at {', '.join(map(repr, named[1:]))} only; name it in eos_token_id of generation_config.json "
@@ -105,17 +107,18 @@ def refuse_endless(tokenizer, ends: Collection[int]) -> None:
         )
 
 
-def end_of_turn(tokenizer) -> int | None:
-    """The special token that the chat template puts behind an answer; None where it puts other text, or refuses."""
+def end_of_turn(tokenizer) -> list[int]:
+    """The special tokens that the chat template puts right behind an answer; none where it puts other text, or
+    refuses."""
     said = "This is what was answered."
     turns = [{"role": "user", "content": "What was answered?"}, {"role": "assistant", "content": said}]
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False)
     except Exception:  # whatever it raises is said where a dialogue of the data is put in this form
-        return None
+        return []
     behind = tokenizer(text.rpartition(said)[2].lstrip(), add_special_tokens=False)["input_ids"]
     special = {*tokenizer.all_special_ids, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}
-    return behind[0] if behind and behind[0] in special else None
+    return list(takewhile(special.__contains__, behind))
 
 
 def set_options(tokenizer, options: Mapping[str, object]) -> None:

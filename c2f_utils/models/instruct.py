@@ -8,11 +8,10 @@ third worked ones: the model must know that worked answers end, or the merge is 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from c2f_utils.models.generated import generator
-from c2f_utils.models.library_trainers import arguments, quiet
+from c2f_utils.models.library_trainers import arguments, quiet, trained
 from c2f_utils.models.loading import device, disable_dropout, load_causal
 from c2f_utils.settings.config import Settings
 
@@ -82,4 +81,4 @@ def fine_tune(
         trainer = SFTTrainer(model=model, args=options, train_dataset=dataset, processing_class=tokenizer)
         disable_dropout(trainer.model)
         course.run(trainer, what, log, folder, **watch)
-    return trainer.model.to(getattr(torch, settings.models.dtype)).eval()
+    return trained(trainer, settings.models.dtype)

@@ -6,6 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+from torch import nn
+
 
 @contextmanager
 def quiet() -> Iterator[None]:
@@ -67,3 +70,13 @@ def fit(trainer, log: Callable[[dict], None], checkpoint: str | None = None) -> 
     for row in trainer.state.log_history:
         if "loss" in row:
             log({"step": row["step"], "loss": round(row["loss"], 5)})
+
+
+def trained(trainer, dtype: str) -> nn.Module:
+    """What a library trainer has trained, in evaluation mode, as if it had been saved and loaded: without the trainer's
+    wrapper around its forward, adapters merged, weights in `dtype`, and tables of positions in float32 as they were."""
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    whole = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+    for weight in whole.parameters():
+        weight.data = weight.data.to(getattr(torch, dtype))
+    return whole.eval()

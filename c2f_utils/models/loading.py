@@ -137,8 +137,7 @@ def add_lora(
     from peft import LoraConfig, get_peft_model
 
     modules = dict(model.named_modules())
-    ends = {name.rpartition(".")[2] for name in modules}
-    if missing := [target for target in lora.targets if target not in modules and target not in ends]:
+    if missing := [t for t in lora.targets if not any(f".{name}".endswith(f".{t}") for name in modules)]:
         linear = sorted({n.rpartition(".")[2] for n, m in modules.items() if isinstance(m, nn.Linear)})
         raise C2FError(
             f"models.lora.targets names {', '.join(missing)}, which {type(model).__name__} does not have; its linear "

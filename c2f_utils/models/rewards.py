@@ -148,7 +148,7 @@ def train(
     from trl import RewardConfig, RewardTrainer
 
     from c2f_utils.models import course
-    from c2f_utils.models.library_trainers import arguments, quiet
+    from c2f_utils.models.library_trainers import arguments, quiet, trained
 
     if not pairs:
         raise C2FError("no preference pairs are left to train on; check data.preferences and reward.max_tokens")
@@ -168,9 +168,7 @@ def train(
     with quiet():
         trainer = RewardTrainer(model=model, args=options, train_dataset=dataset, processing_class=tokenizer)
         course.run(trainer, "reward model", log, folder, **watch)
-    trained = trainer.model
-    whole = trained.merge_and_unload() if hasattr(trained, "merge_and_unload") else trained
-    return whole.to(getattr(torch, settings.models.dtype)).eval()
+    return trained(trainer, settings.models.dtype)
 
 
 def average(models: Sequence[nn.Module]) -> nn.Module:

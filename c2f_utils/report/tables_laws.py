@@ -285,12 +285,13 @@ def ends_table(study: dict, laws: Sequence[str] = ()) -> pd.DataFrame:
 
 def arms_table(study: dict, against: str = "grow 12 %") -> pd.DataFrame:
     """One row per condition and arm: its mean utility over the budget minus that of `against`, paired by seed, with its
-    t-interval, how its runs end (means of the last evaluation; the last limit in tokens), and what the same tokens
-    took: iterations and processor seconds."""
+    t-interval, how its runs end (means of the last evaluation; the last limit in tokens), and what they took:
+    iterations and processor seconds, of whole runs, which beyond the budget some studies have."""
     rows = []
     for condition, arms in study["runs"].items():
-        for arm, by_seed in arms.items():
-            if against not in arms or not arms[against].keys() & by_seed.keys():
+        for arm, found in arms.items():
+            by_seed = {seed: run for seed, run in found.items() if seed in arms.get(against, {})}
+            if not by_seed:
                 continue
             row = {"condition": condition, "arm": arm, "mean utility": _mean(by_seed, law_study.mean_utility)}
             if arm != against:
@@ -308,12 +309,13 @@ def arms_overall(study: dict, against: str = "grow 12 %") -> pd.DataFrame:
     """One row per arm: its difference in mean utility to `against`, first averaged over conditions within a seed, with
     its t-interval over seeds, p of a t-test and Holm's over the arms; best arm first.
 
-    `higher` and `lower` count the conditions whose own interval, uncorrected, excludes 0. Seeds and conditions are
-    those that both arms have.
+    `higher` and `lower` count the conditions whose own interval, uncorrected, excludes 0. Conditions are those in which
+    both arms have two seeds in common, seeds those that both have in all of these.
     """
     frame, rows = arms_table(study, against), []
     for arm in dict.fromkeys(name for arms in study["runs"].values() for name in arms):
-        pairs = [(arms[arm], arms[against]) for arms in study["runs"].values() if {arm, against} <= arms.keys()]
+        pairs = [(arms.get(arm, {}), arms.get(against, {})) for arms in study["runs"].values()]
+        pairs = [(a, b) for a, b in pairs if len(a.keys() & b.keys()) > 1]
         seeds = sorted(set.intersection(*({*a} & {*b} for a, b in pairs)), key=int) if pairs else []
         if arm == against or len(seeds) < 2:
             continue

@@ -40,6 +40,7 @@ PARENTS: dict[str, tuple[str, ...]] = {
 # Which stages read a model that the settings name or, for two of them, an earlier stage makes. All stages of one run
 # must mean the same weights by it.
 _MADE_BY = {"base": "01_base_model", "instruct": "05_instruction_model"}
+READING = "tokenizer, chat template or generation config of models."  # begins the names of inputs of that kind
 _READ = {
     "base": tuple(PARENTS)[1:8],
     "instruct": tuple(PARENTS)[5:8],
@@ -97,6 +98,12 @@ class Run:
         for role, readers in _READ.items():
             if stage in readers and (found := self.weights(role, stage, expected)):
                 fingerprints[f"{WEIGHTS}{role}"] = found
+            if (
+                stage in readers
+                and (source := getattr(self.settings.models, role))
+                and (found := weights.reading(source))
+            ):
+                fingerprints[f"{READING}{role}"] = found
         for name in PARENTS[stage]:
             if name in expected:
                 continue
@@ -145,6 +152,18 @@ class Run:
         for stage in self._found.values():
             self.refuse_foreign(stage, role, identity)
         self.here.add_input(f"{WEIGHTS}{role}", identity)
+
+    def use_reading(self, role: str, digest: str) -> None:
+        """Record what a model of the user's own is read with (`weights.reading`); C2FError if it was something else for
+        this run's stage, or for one it builds on."""
+        name = f"{READING}{role}"
+        for stage in self._found.values():
+            if stage.provenance().get("inputs", {}).get(name) not in (None, digest):
+                raise C2FError(
+                    f"{stage.name} of run {stage.run_id!r} was made with another {name}: put the former files back, "
+                    "choose another run_id, or make that stage again with overwrite=True (--overwrite)"
+                )
+        self.here.add_input(name, digest)
 
     def _lacks_a_law(self, stage: str, expected: Collection[str]) -> list[str]:
         """06's control `fixed_long_residue` is made of the actor that 04 trained under its law `fixed_long`."""

@@ -123,3 +123,4 @@ def _merge(into: dict, update: dict, where: str = "") -> None:
 
 # Sections whose keys are names of the user's choice: null takes one away, {} all of them.
 NAMED = {f"schedules.{name}" for name, field in Schedules.model_fields.items() if get_origin(field.annotation) is dict}
+NAMED |= {"models.template_options"}

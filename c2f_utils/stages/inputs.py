@@ -69,7 +69,7 @@ class Inputs:
         source = weights.pinned(getattr(models, role), getattr(models, f"{role}_revision"), f"models.{role}")
         self.run.use_weights(role, weights.identity(source))
         if found := weights.reading(source):
-            self.run.here.add_input(f"tokenizer, chat template or generation config of models.{role}", found)
+            self.run.use_reading(role, found)
         return source
 
     @cached_property

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from c2f_utils.report import riddle_study
+from c2f_utils.report import riddle_study, tables_laws
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -26,6 +26,18 @@ MODELS = {  # as the result tables call them
     "interpolation with base, no RL": "interpolation",
     "random residue of equal norm": "random_residue",
     "base": "base",
+}
+LENGTH = {  # as the study of length calls them
+    "growth, cut answers go on (`cut: continue`)": "continued cut",
+    "growth, averaged cuts": "averaged cut",
+    "growth": "grow 12 %",
+    "`useful`": "useful",
+    "growth, clip-higher 0.28": "clip-higher",
+    "growth, soft overlong punishment": "soft overlong",
+    "shrinking clock": "shrinking clock",
+    "dual price from the largest limit": "dual price",
+    "fixed-long": "fixed long",
+    "growth, masked cuts": "masked cut",
 }
 RIDDLES = ((riddle_study.arms_table, "model"), (riddle_study.differences_table, "fine minus"))
 RIDDLE_NAMES = {"**fine actor (the merge)**": "fine actor"}
@@ -91,7 +103,7 @@ def test_every_figure_of_the_riddles_is_the_mean_over_the_committed_seeds():
     study = json.loads((ROOT / "benchmarks/results/riddles.json").read_text(encoding="utf-8"))
     frame, gaps = (table(study).set_index(key) for table, key in RIDDLES)
     table = rows(README, "|model|riddles right")
-    assert len(table) == 10
+    assert len(table) == 7
     for name, riddles, stories, tokens, generated, gap in table:
         name = RIDDLE_NAMES.get(name, name)
         row = frame.loc[name]
@@ -101,6 +113,24 @@ def test_every_figure_of_the_riddles_is_the_mean_over_the_committed_seeds():
         assert (tokens, generated) == (f"{row['mean_tokens']:.0f}", f"{paid:,.0f}"), name
         assert gap == ("" if name == "fine actor" else interval(gaps.loc[name])), name
     assert f"constant guess gets {riddle_study.floor(study):.2f}" in README
+
+
+def test_what_others_do_about_length_is_the_mean_over_the_committed_seeds():
+    study = json.loads((ROOT / "benchmarks/results/law_rivals.json").read_text(encoding="utf-8"))
+    overall, each = tables_laws.arms_overall(study).set_index("arm"), tables_laws.arms_table(study)
+    last = each.groupby("arm")[["last utility", "last eos_rate", "last mean_tokens", "iterations"]].mean()
+    table = rows(STUDIES, "| arm | difference | p | Holm |")
+    assert {LENGTH[row[0]] for row in table} == set(last.index)
+    for name, difference, p, p_holm, apart, *ends in table:
+        arm = LENGTH[name]
+        shown = [f"{value:.{digits}f}" for value, digits in zip(last.loc[arm], (2, 2, 0, 1), strict=True)]
+        assert ends == shown, name
+        if arm == "grow 12 %":
+            continue
+        row = overall.loc[arm]
+        assert difference == f"{row['difference']:+.2f} ({row['low']:+.2f} to {row['high']:+.2f})", name
+        assert (p, p_holm) == (f"{row['p']:.2f}", f"{row['p_holm']:.2f}"), name
+        assert apart == f"{row['higher']}, {row['lower']}", name
 
 
 def test_the_table_seed_by_seed_is_the_committed_one(found):

@@ -179,6 +179,12 @@ def test_the_registered_comparisons_pair_seeds_and_choose_the_best_clock_on_the_
     assert frame.loc[("useful, averaged cut", "fixed_long"), seconds].tolist() == pytest.approx([0.4] * 3)
     timed = math.exp((math.log(0.4 / 0.45) + 4 * math.log(0.4 / 0.5)) / 5)
     assert best["seconds"] == pytest.approx(timed), "the clock that was chosen by tokens"
+    assert "generated" not in frame, "which was not counted"
+    for run in runs.values():
+        for arm, tokens in (("fixed_long", 800), ("useful, averaged cut", 600)):
+            run[arm]["generated"] = tokens
+    counted = tables_laws.registered_table({"runs": runs, "arms": arms}).set_index(["arm", "against"])["generated"]
+    assert counted["useful, averaged cut", "fixed_long"] == pytest.approx(0.75) and counted.notna().sum() == 1
     clear = frame.loc[("useful, averaged cut", "fixed_long")]
     assert clear["tokens"] == pytest.approx(0.4, rel=0.1) and clear["tokens high"] < 1 and clear["p_holm"] < 0.001
 

@@ -182,7 +182,7 @@ def equal_quality_table(study: dict, threads: int = 2) -> pd.DataFrame:
 
 def registered_table(study: dict, threads: int = 2) -> pd.DataFrame:
     """The comparisons of `benchmarks/preregistered/time_to_target.md` on its results: ratios of tokens and of priced
-    seconds over seeds.
+    seconds over seeds, and of the tokens that were generated, where they have been counted.
 
     Primary ones carry Holm's p, on tokens. The best clock of a seed is the one of the lowest mean log tokens on the
     other seeds. `missed`: seeds on which the arm never reached its target and counts its whole budget.
@@ -190,6 +190,11 @@ def registered_table(study: dict, threads: int = 2) -> pd.DataFrame:
     runs, timed = list(study["runs"]), f"{threads} threads"
     spent = {arm: [math.log(sum(study["runs"][run][arm]["limits"])) for run in runs] for arm in study["arms"]}
     took = {arm: [math.log(value) for value in found[timed]["seconds"]] for arm, found in study["arms"].items()}
+    counted = {
+        arm: [math.log(study["runs"][run][arm]["generated"]) for run in runs]
+        for arm in study["arms"]
+        if all("generated" in study["runs"][run][arm] for run in runs)
+    }
     clocks, chosen = [arm for arm in spent if arm.split()[0] in ("linear", "geometric")], []
     for k in range(len(runs)):
         chosen.append(min(clocks, key=lambda arm: np.mean(np.delete(spent[arm], k))))
@@ -198,7 +203,9 @@ def registered_table(study: dict, threads: int = 2) -> pd.DataFrame:
     rows = []
     for kind, arm, against in _REGISTERED:
         row = {"kind": kind, "arm": arm, "against": against}
-        for name, costs in (("tokens", spent), ("seconds", took)):
+        for name, costs in (("tokens", spent), ("seconds", took), ("generated", counted)):
+            if not {arm, against} <= costs.keys():
+                continue
             gaps = np.subtract(costs[arm], costs[against]).tolist()
             found = stats.seed_interval(gaps)
             row |= {

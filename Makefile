@@ -11,9 +11,9 @@ demo: $(READY)
 	$(BIN)/c2f run all --profile tiny --run-id demo
 
 # One test process per core, one torch thread in each: two threads on a busy machine can be ten times slower than one.
-# Tests that need the same finished run share a process, so that it is made once.
+# Tests of one file share a process, and what their module makes; the finished run that many files read is made once.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile
 
 test-slow: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile -m "(slow or browser or slurm) and not study"

@@ -13,17 +13,6 @@ from pathlib import Path  # noqa: E402
 import pytest  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
-# Fixtures that take long to make: with `--dist loadgroup` all tests of one run in the process that made it.
-COSTLY = ("smoke_run", "offline_run", "both", "executed", "whole", "trained", "parents")
-
-
-@pytest.hookimpl(tryfirst=True)  # before the groups are read
-def pytest_collection_modifyitems(items):
-    for item in items:
-        for name in COSTLY:
-            if name in item.fixturenames:
-                item.add_marker(pytest.mark.xdist_group(name))
-                break
 
 
 @pytest.fixture

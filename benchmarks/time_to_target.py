@@ -153,7 +153,7 @@ def main() -> None:
                 until = math.inf if options.registered and name == WHOLE else target
                 found = law_runs.run_one(models, CONDITION, rule, FULL, every=every, until=until, changes={"cut": cut})
             path, reached = used(found, target, every)
-            spent = found["curve"]["tokens"][-(-len(path) // every)]
+            spent = found["curve"]["tokens"][-(-len(path) // every)]  # at the evaluation that follows the path
             row[name] = {"reached": reached, "limits": path, "utility": found["curve"]["utility"], "generated": spent}
         content["runs"][run_id] = row
         write_json(options.out, content)

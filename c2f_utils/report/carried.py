@@ -22,6 +22,10 @@ CHANGES = {
     "brought back by the merge": (FINE, INSTRUCT),
     "by interpolation": (BETWEEN, INSTRUCT),
 }
+_SAID = {
+    "added by RL": "RL added", "SFT, where forced": "with forced analysis instruct minus base",
+    "brought back by the merge": "the merge gives instruct", "by interpolation": "interpolation with coarse",
+}  # fmt: skip
 
 
 def carried_table(results: Mapping) -> pd.DataFrame:
@@ -93,15 +97,7 @@ def in_words(results: Mapping) -> str:
             interval = f" ({row['low']:+.2f} to {row['high']:+.2f})" if known else ""
             said.append(f"{_SAID[row['change']]} {row['difference']:+.3f}{interval}")
         parts.append(f"{kind}: {', '.join(said)}")
-    recorded = (
-        "95 % intervals over problems (on which merges were chosen, so theirs flatter)"
-        if known
-        else "no intervals recorded"
-    )
+    recorded = "no intervals recorded"
+    if known:
+        recorded = "95 % intervals over problems (on which merges were chosen, so theirs flatter)"
     return f"First-answer accuracy, {recorded}; {'; '.join(parts)}."
-
-
-_SAID = {
-    "added by RL": "RL added", "SFT, where forced": "with forced analysis instruct minus base",
-    "brought back by the merge": "the merge gives instruct", "by interpolation": "interpolation with coarse",
-}  # fmt: skip

@@ -75,7 +75,8 @@ def arms_map(study: dict, against: str = "grow 12 %") -> Figure:
         ])
         for part in ("difference", "low", "high")
     )  # fmt: skip
-    shown = ax.imshow(np.clip(values, -MOST_GAP, MOST_GAP), cmap="PuOr", aspect="auto", vmin=-1.6, vmax=1.6)
+    darkest = 1.6 * MOST_GAP  # never reached, so that black words can be read on every cell
+    shown = ax.imshow(np.clip(values, -MOST_GAP, MOST_GAP), cmap="PuOr", aspect="auto", vmin=-darkest, vmax=darkest)
     ax.grid(False)
     scale = fig.colorbar(shown, ax=ax, shrink=0.7, aspect=18, pad=0.02, boundaries=np.linspace(-MOST_GAP, MOST_GAP, 41))
     scale.set_ticks([-MOST_GAP, 0, MOST_GAP], labels=[f"{-MOST_GAP:g} or less", "0", f"{MOST_GAP:g} or more"])

@@ -198,8 +198,9 @@ def registered_table(study: dict, threads: int = 2) -> pd.DataFrame:
     clocks, chosen = [arm for arm in spent if arm.split()[0] in ("linear", "geometric")], []
     for k in range(len(runs)):
         chosen.append(min(clocks, key=lambda arm: np.mean(np.delete(spent[arm], k))))
-    for costs in (spent, took):
-        costs[_BEST] = [costs[arm][k] for k, arm in enumerate(chosen)]
+    for costs in (spent, took, counted):
+        if {*chosen} <= costs.keys():
+            costs[_BEST] = [costs[arm][k] for k, arm in enumerate(chosen)]
     rows = []
     for kind, arm, against in _REGISTERED:
         row = {"kind": kind, "arm": arm, "against": against}

@@ -96,13 +96,12 @@ class Run:
         """
         missing, fingerprints, origins = [], {}, {}
         for role, readers in _READ.items():
-            if stage in readers and (found := self.weights(role, stage, expected)):
+            if stage not in readers:
+                continue
+            if found := self.weights(role, stage, expected):
                 fingerprints[f"{WEIGHTS}{role}"] = found
-            if (
-                stage in readers
-                and (source := getattr(self.settings.models, role))
-                and (found := weights.reading(source))
-            ):
+            source = getattr(self.settings.models, role)
+            if source and (found := weights.reading(source)):
                 fingerprints[f"{READING}{role}"] = found
         for name in PARENTS[stage]:
             if name in expected:

@@ -11,10 +11,9 @@ demo: $(READY)
 	$(BIN)/c2f run all --profile tiny --run-id demo
 
 # One test process per core, one torch thread in each: two threads on a busy machine can be ten times slower than one.
-# Each goes to the process that is free first (by files it took 20 s more); the finished run that many tests read is
-# made once for all.
+# Tests go to whichever process is free, and the finished run that many of them read is made once for all.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist load
 
 test-slow: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile -m "(slow or browser or slurm) and not study"
